@@ -1,0 +1,42 @@
+# make demo | make test: each makes .venv, installs, builds the native core and does its job.
+# PYTHON=python3.12 chooses the interpreter, TORCH=torch==2.11.0 another torch than the tested one.
+
+PYTHON ?= python3
+TORCH  ?= $(shell grep '^torch==' constraints.txt)
+VENV   := .venv
+BIN    := $(VENV)/bin
+NATIVE := $(wildcard csrc/*) setup.py
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fastreft demo
+
+test: $(VENV)/.installed check
+	$(BIN)/python -m pytest
+
+# What needs no model: style, types.
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.cu csrc/*.cuh
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.cu csrc/*.cuh
+
+# torch first and by version, then the tools that build against it: the build sees the torch that will run it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel pybind11 ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastreft/_C*.so

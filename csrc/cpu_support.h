@@ -1,0 +1,56 @@
+// Small things the CPU drivers share: scratch memory, row addresses, packed weights, a parallel loop over a lambda.
+#pragma once
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu.h"
+#include "cpu_kernels.h"
+
+namespace fastreft {
+
+struct FreeDeleter {
+  void operator()(void* p) const { std::free(p); }
+};
+using Scratch = std::unique_ptr<char, FreeDeleter>;
+
+inline Scratch scratch(int64_t bytes) {
+  void* p = std::aligned_alloc(64, (static_cast<size_t>(bytes) + 64) / 64 * 64);
+  if (!p) throw std::bad_alloc();
+  return Scratch(static_cast<char*>(p));
+}
+
+inline int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+inline DType compute_type(DType type) { return type == DType::f64 ? DType::f64 : DType::f32; }
+
+inline char* row_address(const Rows& rows, int64_t i, int64_t element) {
+  const int64_t at =
+      rows.inner == 1 ? i * rows.outer_stride : i / rows.inner * rows.outer_stride + i % rows.inner * rows.inner_stride;
+  return static_cast<char*>(rows.p) + at * element;
+}
+
+template <typename F>
+void parallel(ParallelFor run, int64_t count, int64_t grain, const F& f) {
+  run(
+      0, count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// About how many multiply-adds are worth waking another thread for.
+constexpr int64_t kGrainOperations = 200000;
+
+// Weights in the compute type, rows padded to whole vectors. A is what h is projected on:
+//   identity act: V - P, or V, or P (then `sign` is -1);   else V above P, as many as there are.
+struct Packed {
+  DType compute;
+  int64_t r, d, padded_d;
+  int64_t projections = 0;  // rows of A: 0, r or 2 r
+  bool has_v = false, has_p = false, linear = false;
+  Scratch A, U, b, c;
+
+  Packed(const Weights& w, DType type, int64_t r, int64_t d, const CpuKernels& kernels);
+  const char* row_of_A(int64_t j) const { return A.get() + j * padded_d * size_of(compute); }
+};
+
+}  // namespace fastreft

@@ -1,0 +1,380 @@
+"""The native ops: loading, argument checks, fake kernels and autograd. :mod:`fastreft.functional` is the public face.
+
+The ops and their schemas are registered by the extension (``csrc/ops.cpp``). FASTREFT_BACKEND chooses at run time:
+``native`` (the default where the extension is there) or ``reference`` (plain torch everywhere).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_C: Any = None
+_load_error = ""
+try:
+    from . import _C  # type: ignore[attr-defined,no-redef]
+except ImportError as error:  # a source tree without a build, or a torch too old for the extension
+    _load_error = str(error)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_BACKEND = os.environ.get("FASTREFT_BACKEND") or ("native" if _C is not None else "reference")
+if _BACKEND not in ("native", "reference"):
+    raise ImportError(f"FASTREFT_BACKEND is {_BACKEND!r}; it must be native or reference")
+if _BACKEND == "native" and _C is None:
+    raise ImportError(f"FASTREFT_BACKEND=native, but fastreft's extension does not load: {_load_error}")
+
+_NATIVE_DEVICES: tuple[str, ...] = ()
+if _BACKEND == "native":
+    _NATIVE_DEVICES = tuple(_C.build_info()["devices"].split())
+
+
+def build_info() -> dict[str, str]:
+    """How the native core was built and which backend is in use, as strings."""
+    info = {"backend": _BACKEND}
+    if _C is None:
+        info["native core"] = f"not loaded: {_load_error}"
+    else:
+        info |= _C.build_info()
+    return info
+
+
+def runs_natively(t: Tensor) -> bool:
+    """Do the native ops take this tensor?"""
+    return t.device.type in _NATIVE_DEVICES
+
+
+# ---- checks: one sentence, before any work ------------------------------------------------------------------------
+
+
+def check(
+    h: Tensor,
+    U: Tensor,
+    V: Tensor | None = None,
+    P: Tensor | None = None,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> None:
+    """``TypeError`` or ``ValueError`` naming the argument, what came and what was wanted."""
+    if h.dtype not in _FLOATS:
+        raise TypeError(f"h is {h.dtype}; it must be float32, bfloat16, float16 or float64")
+    if h.dim() == 0:
+        raise ValueError("h is a scalar; it must be (..., d)")
+    if U.dim() != 2 or U.shape[1] != h.shape[-1]:
+        raise ValueError(
+            f"the weight matrix is {tuple(U.shape)}; for h of shape {tuple(h.shape)} it must be (r, {h.shape[-1]})"
+        )
+    r = U.shape[0]
+    for name, weight, shape in (("V", V, (r, h.shape[-1])), ("P", P, (r, h.shape[-1])), ("b", b, (r,)), ("c", c, (r,))):
+        if weight is not None and weight.shape != shape:
+            raise ValueError(f"{name} is {tuple(weight.shape)}; it must be {shape}")
+    for weight in (U, V, P, b, c):
+        if weight is None:
+            continue
+        if weight.dtype not in _FLOATS:
+            raise TypeError(f"a weight is {weight.dtype}; it must be float32, bfloat16, float16 or float64")
+        if weight.device != h.device:
+            raise ValueError(f"a weight is on {weight.device} and h on {h.device}; they must be on one device")
+    if rows is not None:
+        if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+            raise TypeError(f"rows is {rows.dtype}; it must be an integer tensor of row numbers")
+        if rows.device != h.device:
+            raise ValueError(f"rows is on {rows.device} and h on {h.device}; they must be on one device")
+
+
+def check_matrices(matrices: Sequence[Tensor]) -> None:
+    """``ValueError`` naming the matrix that is not (r, d) with r <= d, ``TypeError`` for its dtype."""
+    for i, R in enumerate(matrices):
+        if R.dim() != 2 or R.shape[0] > R.shape[1]:
+            raise ValueError(f"matrices[{i}] is {tuple(R.shape)}; it must be (r, d) with r <= d")
+        if R.dtype not in _FLOATS:
+            raise TypeError(f"matrices[{i}] is {R.dtype}; it must be float32, bfloat16, float16 or float64")
+
+
+# ---- what functional.py calls --------------------------------------------------------------------------------------
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def _weights(U, V, P, b, c):
+    """Contiguous weights for the ops, and whether P is U."""
+    tied = P is U
+    return _contiguous(U), _contiguous(V), None if tied else _contiguous(P), _contiguous(b), _contiguous(c), tied
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _index(rows: Tensor) -> Tensor:
+    if rows.dtype is torch.int64 and rows.dim() == 1 and rows.is_contiguous():
+        return rows
+    return rows.reshape(-1).to(torch.int64).contiguous()
+
+
+def edit(h, U, V, P, b, c, act: int) -> Tensor:
+    check(h, U, V, P, b, c)
+    save = _wants_grad(h, U, V, P, b, c)
+    U, V, P, b, c, tied = _weights(U, V, P, b, c)
+    return torch.ops.fastreft.edit.default(h, U, V, P, b, c, act, tied, save)[0]
+
+
+def edit_rows(h, rows, U, V, P, b, c, act: int) -> Tensor:
+    check(h, U, V, P, b, c, rows)
+    save = _wants_grad(h, U, V, P, b, c)
+    U, V, P, b, c, tied = _weights(U, V, P, b, c)
+    with _row_errors():
+        return torch.ops.fastreft.edit_rows.default(h, _index(rows), U, V, P, b, c, act, tied, save)[0]
+
+
+def edit_rows_(h, rows, U, V, P, b, c, act: int) -> Tensor:
+    check(h, U, V, P, b, c, rows)
+    wants_grad = _wants_grad(h, U, V, P, b, c)
+    U, V, P, b, c, tied = _weights(U, V, P, b, c)
+    rows = _index(rows)
+    with _row_errors():
+        if wants_grad:
+            return _EditRows.apply(h, rows, U, V, P, b, c, act, tied)
+        with torch._C._AutoDispatchBelowAutograd():
+            torch.ops.fastreft.edit_rows_.default(h, rows, U, V, P, b, c, act, tied, False)
+        return h
+
+
+class _row_errors:
+    """A row past the end is an IndexError in Python; the ops can only raise RuntimeError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is RuntimeError and "rows: " in str(error):
+            raise IndexError(_sentence(error)) from None
+
+
+def _sentence(error: RuntimeError) -> str:
+    """The message of a native check, without the function, file and line before it."""
+    return re.sub(r"^.*?\.cpp:\d+, ", "", str(error).partition("\n")[0])
+
+
+def retract_(matrices: list[Tensor]) -> None:
+    try:
+        torch.ops.fastreft.retract_.default([R.detach() for R in matrices])
+    except RuntimeError as error:
+        raise ValueError(_sentence(error)) from None
+
+
+def step_(params, grads, m, v, orthonormal: bool, settings: dict[str, float]) -> None:
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            torch.ops.fastreft.step_.default(params, grads, m, v, orthonormal, **settings)
+    except RuntimeError as error:
+        if "not finite" not in str(error):
+            raise
+        raise FloatingPointError(_sentence(error)) from None
+
+
+# ---- autograd ------------------------------------------------------------------------------------------------------
+
+
+def _present(gradient: Tensor, weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else gradient
+
+
+def _holders(g: Tensor) -> tuple[int, int, int]:
+    """How many hold this gradient: as a Python object, as a tensor, as memory."""
+    memory: Any = g.untyped_storage()
+    tensor: Any = g
+    return sys.getrefcount(g), tensor._use_count(), torch._C._storage_Use_Count(memory._cdata)
+
+
+class _Probe(torch.autograd.Function):
+    """Learns what :func:`_holders` says of a gradient that nobody but its backward holds."""
+
+    alone: tuple[int, int, int] = (0, 0, 0)
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        _Probe.alone = _holders(g)
+        return g
+
+
+def _learn_holders() -> None:
+    with torch.enable_grad():
+        x = torch.ones(1, requires_grad=True)
+        (_Probe.apply(x) * 2.0).sum().backward()
+
+
+class _EditRows(torch.autograd.Function):
+    """In place: what ``register_autograd`` does not do for an op that mutates its argument."""
+
+    @staticmethod
+    def forward(ctx, h, rows, U, V, P, b, c, act, tied):
+        with torch._C._AutoDispatchBelowAutograd():
+            saved, z = torch.ops.fastreft.edit_rows_.default(h, rows, U, V, P, b, c, act, tied, True)
+        ctx.mark_dirty(h)
+        ctx.save_for_backward(rows, saved, z, U, V, P, b, c)
+        ctx.act, ctx.tied = act, tied
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        rows, saved, z, U, V, P, b, c = ctx.saved_tensors
+        need_dh = ctx.needs_input_grad[0]
+        # The gradient of the whole state is passed on as it is, save the edited rows. Where nobody else holds it,
+        # those rows are changed in place and nothing of size [B*S, d] is copied.
+        if need_dh and not (g.is_contiguous() and _holders(g) == _Probe.alone):
+            dh, *grads = torch.ops.fastreft.edit_rows_backward.default(
+                g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied
+            )
+        else:
+            grads = torch.ops.fastreft.edit_rows_backward_.default(
+                g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied, need_dh
+            )
+            dh = g if need_dh else None
+        dU, dV, dP, db, dc = grads
+        return dh, None, dU, _present(dV, V), _present(dP, P), _present(db, b), _present(dc, c), None, None
+
+
+def _save_edit(ctx, inputs, output):
+    h, U, V, P, b, c, ctx.act, ctx.tied, _ = inputs
+    ctx.save_for_backward(h, output[1], U, V, P, b, c)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _edit_backward(ctx, g, _z):
+    if g is None:
+        return (None,) * 9
+    h, z, U, V, P, b, c = ctx.saved_tensors
+    need_dh = ctx.needs_input_grad[0]
+    dh, dU, dV, dP, db, dc = torch.ops.fastreft.edit_backward.default(
+        g, h, z, U, V, P, b, c, ctx.act, ctx.tied, need_dh
+    )
+    return (
+        *(dh if need_dh else None, dU, _present(dV, V), _present(dP, P), _present(db, b), _present(dc, c)),
+        *(None, None, None),
+    )
+
+
+def _save_edit_rows(ctx, inputs, output):
+    _h, rows, U, V, P, b, c, ctx.act, ctx.tied, _ = inputs
+    _out, saved, z = output
+    ctx.save_for_backward(rows, saved, z, U, V, P, b, c)
+    ctx.mark_non_differentiable(saved, z)
+    ctx.set_materialize_grads(False)
+
+
+def _edit_rows_backward(ctx, g, _saved, _z):
+    if g is None:
+        return (None,) * 10
+    rows, saved, z, U, V, P, b, c = ctx.saved_tensors
+    dh, dU, dV, dP, db, dc = torch.ops.fastreft.edit_rows_backward.default(
+        g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied
+    )
+    return (
+        *(dh, None, dU, _present(dV, V), _present(dP, P), _present(db, b), _present(dc, c)),
+        *(None, None, None),
+    )
+
+
+# ---- fakes: shapes and dtypes without work ---------------------------------------------------------------------------
+
+
+def _kept(h: Tensor, U: Tensor, act: int, n, save: bool) -> Tensor:
+    dtype = torch.float64 if h.dtype is torch.float64 else torch.float32
+    return h.new_empty((n if save else 0, U.shape[0] * (1 if act == 0 else 2)), dtype=dtype)
+
+
+def _rows_in(h: Tensor):
+    n = 1
+    for size in h.shape[:-1]:
+        n = n * size
+    return n
+
+
+def _like(weight: Tensor | None, U: Tensor) -> Tensor:
+    return U.new_empty((0,)) if weight is None else weight.new_empty(weight.shape)
+
+
+def _fake_edit(h, U, V, P, b, c, act, tied, save):
+    return h.new_empty(h.shape), _kept(h, U, act, _rows_in(h), save)
+
+
+def _fake_edit_rows_(h, rows, U, V, P, b, c, act, tied, save):
+    n = rows.shape[0]
+    return h.new_empty((n if save else 0, h.shape[-1])), _kept(h, U, act, n, save)
+
+
+def _fake_edit_rows(h, rows, U, V, P, b, c, act, tied, save):
+    return h.new_empty(h.shape), *_fake_edit_rows_(h, rows, U, V, P, b, c, act, tied, save)
+
+
+def _fake_edit_backward(g, h, z, U, V, P, b, c, act, tied, need_dh):
+    dh = h.new_empty(h.shape) if need_dh else h.new_empty((0,))
+    return dh, *(_like(weight, U) for weight in (U, V, P, b, c))
+
+
+def _fake_edit_rows_backward_(g, rows, saved, z, U, V, P, b, c, act, tied, need_dh):
+    return tuple(_like(weight, U) for weight in (U, V, P, b, c))
+
+
+def _fake_edit_rows_backward(g, rows, saved, z, U, V, P, b, c, act, tied):
+    return g.new_empty(g.shape), *(_like(weight, U) for weight in (U, V, P, b, c))
+
+
+def _refuse_gradients(op):
+    """Called under grad, a mutating op would silently give no gradient: it raises instead."""
+
+    def guarded(keys, *args):
+        tensors = [
+            a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(a, Tensor)
+        ]
+        if _wants_grad(*tensors):
+            raise RuntimeError(
+                f"{op} mutates its argument and has no gradient of its own, and an argument requires one; "
+                "call the form in fastreft.functional, or run it under torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return guarded
+
+
+def _register() -> None:
+    ops = torch.ops.fastreft
+    for name, fake in (
+        ("edit", _fake_edit),
+        ("edit_rows_", _fake_edit_rows_),
+        ("edit_rows", _fake_edit_rows),
+        ("edit_backward", _fake_edit_backward),
+        ("edit_rows_backward_", _fake_edit_rows_backward_),
+        ("edit_rows_backward", _fake_edit_rows_backward),
+        ("retract_", lambda matrices: None),
+        ("step_", lambda *args: None),
+    ):
+        torch.library.register_fake(f"fastreft::{name}", fake)
+    torch.library.register_autograd("fastreft::edit", _edit_backward, setup_context=_save_edit)
+    torch.library.register_autograd("fastreft::edit_rows", _edit_rows_backward, setup_context=_save_edit_rows)
+    for name in ("edit_rows_", "edit_rows_backward_", "retract_", "step_"):
+        _library.impl(name, _refuse_gradients(getattr(ops, name).default), "Autograd", with_keyset=True)
+
+
+if _BACKEND == "native":
+    _library = torch.library.Library("fastreft", "IMPL")
+    _register()
+    _learn_holders()

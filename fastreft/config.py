@@ -1,0 +1,102 @@
+"""What a ReFT adapter is: a ``PeftConfig``, so that it saves, loads and travels as any PEFT adapter does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftType
+
+from . import activations, positions
+from .interventions import INTERVENTIONS
+
+
+def _add_peft_type(name: str) -> None:
+    """Give PEFT's ``PeftType`` a member: the enum is closed, and its own maps are the way in that PEFT leaves."""
+    if name in PeftType.__members__:
+        return
+    member: Any = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType)
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+
+
+_add_peft_type("REFT")
+
+
+@dataclass
+class ReftConfig(PeftConfig):
+    """The configuration of a ReFT adapter; each field says what it is in its ``help``.
+
+    Raises ``ValueError`` naming the argument, what came and what is wanted.
+    Source: ReFT (Wu et al. 2024, arXiv 2404.03592).
+    """
+
+    intervention_type: str = field(
+        default="loreft", metadata={"help": f"The edit: {', '.join(INTERVENTIONS)}.", "choices": list(INTERVENTIONS)}
+    )
+    r: int = field(default=4, metadata={"help": "The rank of the edit, at least 1 and at most the hidden size."})
+    positions: str = field(
+        default="f5+l5",
+        metadata={
+            "help": "The tokens to edit: 'fN' the first N of the prompt, 'lM' the last M, 'fN+lM' both, "
+            "'prompt' all of it, 'all' every token, decoded ones too."
+        },
+    )
+    tied: bool = field(
+        default=True, metadata={"help": "Whether prefix and suffix ('fN+lM') share one intervention a layer."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "The layers to edit, counted from 0; all of them if not given."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The modules whose output is edited, as a list of name endings or a regular expression; "
+            "the model's transformer blocks if not given. Their output must have the hidden size."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out, as a list of name endings or a regular expression."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "The dropout on the edited rows, at least 0 and below 1."})
+    act_fn: str | None = field(
+        default=None, metadata={"help": "The activation in the edit, by its Transformers name; linear if not given."}
+    )
+    add_bias: bool = field(default=False, metadata={"help": "Whether noreft's and nodireft's projection has a bias."})
+    pyreft_compat: bool = field(
+        default=False, metadata={"help": "Whether to count the positions of short prompts as pyreft does."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train in full and save with the adapter, such as a new classifier."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.REFT  # type: ignore[attr-defined]
+        if self.intervention_type not in INTERVENTIONS:
+            raise ValueError(
+                f"intervention_type is {self.intervention_type!r}; it must be one of {', '.join(INTERVENTIONS)}"
+            )
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r is {self.r!r}; it must be an integer of at least 1")
+        positions.parse(self.positions)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+        if activations.native_id(self.act_fn) is None:
+            activations.module(str(self.act_fn))
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is None:
+            return
+        given = [layers] if isinstance(layers, int) else list(layers)
+        if not given or any(type(i) is not int or i < 0 for i in given) or len(set(given)) < len(given):
+            raise ValueError(
+                f"layers_to_transform is {layers!r}; it must be a layer or a list of different layers, counted from 0"
+            )

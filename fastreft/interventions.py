@@ -1,0 +1,211 @@
+"""The ReFT family as modules, with pyreft's keywords and calling convention.
+
+    m = LoreftIntervention(embed_dim=4096, low_rank_dimension=4)
+    out = m(base)                 # base (..., d): a new tensor
+    m(base, rows=index)           # the listed rows of base.reshape(-1, d), in place; -1 is skipped
+
+The parameters are plain leaves: R, P, W (r, d), b, c (r,). R has orthonormal rows; an optimizer step does not keep
+that by itself, :mod:`fastreft.optim` does. R is at least fp32; ``dtype`` (default fp32) is that of W, b, P and c.
+Dropout is on the whole output, as in pyreft. Source: ReFT (Wu et al. 2024, arXiv 2404.03592), section 3.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import activations, functional
+
+# Every intervention alive, so that an optimizer's parameters can be told apart from other people's.
+_alive: weakref.WeakSet[Intervention] = weakref.WeakSet()
+
+
+class Intervention(nn.Module):
+    """The edit h + U^T (act(V h + b) - P h - c); a subclass says what U, V, P, b and c are.
+
+    ``embed_dim`` d and ``low_rank_dimension`` r, 1 <= r <= d (``ValueError`` else); ``dropout`` in [0, 1);
+    ``act_fn`` a name of Transformers' ``ACT2FN``. Unknown keywords are ignored, as pyreft's callers expect.
+    """
+
+    orthonormal = True  # is there an R to keep orthonormal?
+
+    def __init__(
+        self,
+        embed_dim: int,
+        low_rank_dimension: int,
+        *,
+        dtype: torch.dtype | None = None,
+        dropout: float = 0.0,
+        act_fn: str | None = None,
+        add_bias: bool = False,
+        **_: Any,
+    ):
+        super().__init__()
+        if not 1 <= low_rank_dimension <= embed_dim:
+            raise ValueError(
+                f"low_rank_dimension is {low_rank_dimension}; it must be between 1 and embed_dim ({embed_dim})"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
+        dtype = dtype or torch.float32
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; it must be a floating-point dtype")
+        self.embed_dim, self.r = embed_dim, low_rank_dimension
+        self.dropout = nn.Dropout(dropout)
+        self.act_fn = act_fn
+        # An activation with parameters of its own, or one unknown to the kernels, becomes a submodule.
+        self.act = None if activations.native_id(act_fn) is not None else activations.module(str(act_fn))
+        self.b: nn.Parameter | None = None
+        self.c: nn.Parameter | None = None
+        self._build(dtype, add_bias)
+        self.reset_parameters()
+        _alive.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _alive.add(self)  # deepcopy and unpickling do not call __init__
+
+    def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
+        raise TypeError("Intervention is abstract; use one of its six subclasses")
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """(U, V, P, b, c) of the primitive; None for a term that the method does not have."""
+        raise TypeError("Intervention is abstract; use one of its six subclasses")
+
+    def _matrix(self, dtype: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(torch.empty(self.r, self.embed_dim, dtype=dtype))
+
+    def _vector(self, dtype: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(torch.empty(self.r, dtype=dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """pyreft's init: R orthogonal, W, b, P and c as ``nn.Linear``; not the identity at the start."""
+        bound = self.embed_dim**-0.5  # nn.Linear's: kaiming_uniform with a = sqrt(5)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name == "R":
+                nn.init.orthogonal_(parameter)
+            else:
+                parameter.uniform_(-bound, bound)
+
+    def forward(
+        self,
+        base: Tensor,
+        source: Any = None,
+        subspaces: Any = None,
+        *,
+        rows: Tensor | None = None,
+        inplace: bool = True,
+        **_: Any,
+    ) -> Tensor:
+        """The edited base, shape and dtype of ``base``; with ``rows`` (integers, -1 = skip) in place.
+
+        ``inplace=False`` leaves ``base`` alone, which ``torch.compile`` wants. ``source`` is ignored (the edit has none);
+        ``subspaces`` other than None is a ``ValueError``.
+        """
+        if subspaces is not None:
+            raise ValueError("subspaces is not supported: an intervention edits all of its r dimensions")
+        act_fn = self.act if self.act is not None else self.act_fn
+        weights = self.weights()
+        drops = self.training and self.dropout.p > 0
+        if rows is None:
+            out = functional.edit(base, *weights, act_fn=act_fn)
+            return self.dropout(out) if drops else out
+        if not drops:
+            edit = functional.edit_rows_ if inplace else functional.edit_rows
+            return edit(base, rows, *weights, act_fn=act_fn)
+        flat = base.view(-1, self.embed_dim) if inplace else base.reshape(-1, self.embed_dim).clone()
+        rows = rows[(rows >= 0) & (rows < flat.shape[0])].unique()
+        flat.index_copy_(0, rows, self.dropout(functional.edit(flat[rows], *weights, act_fn=act_fn)))
+        return base if inplace else flat.view(base.shape)
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, low_rank_dimension={self.r}, act_fn={self.act_fn!r}"
+
+
+class LoreftIntervention(Intervention):
+    """LoReFT: h + R^T (act(W h + b) - R h), R R^T = I."""
+
+    def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
+        self.R = self._matrix(torch.promote_types(dtype, torch.float32))
+        self.W, self.b = self._matrix(dtype), self._vector(dtype)
+
+    def weights(self):
+        return self.R, self.W, self.R, self.b, None
+
+
+class DireftIntervention(LoreftIntervention):
+    """pyreft's DiReFT: h + R^T act(W h + b), R R^T = I."""
+
+    def weights(self):
+        return self.R, self.W, None, self.b, None
+
+
+class NoreftIntervention(Intervention):
+    """NoReFT: h + P^T (act(W h + b) - P h - c); c only with ``add_bias``."""
+
+    orthonormal = False
+
+    def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
+        self.P, self.W, self.b = self._matrix(dtype), self._matrix(dtype), self._vector(dtype)
+        if add_bias:
+            self.c = self._vector(dtype)
+
+    def weights(self):
+        return self.P, self.W, self.P, self.b, self.c
+
+
+class NodireftIntervention(NoreftIntervention):
+    """The paper's DiReFT: h + P^T act(W h + b). With ``add_bias`` c is held, as pyreft does, and unused."""
+
+    def weights(self):
+        return self.P, self.W, None, self.b, None
+
+
+class ConsreftIntervention(Intervention):
+    """ConsReFT: h + R^T (b - R h), R R^T = I; b fp32 and started as uniform on [0, 1). No dropout."""
+
+    def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
+        wide = torch.promote_types(dtype, torch.float32)
+        self.R, self.b = self._matrix(wide), self._vector(wide)
+        self.dropout.p = 0.0
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """pyreft's init: R orthogonal, b uniform on [0, 1)."""
+        nn.init.orthogonal_(self.R)
+        nn.init.uniform_(self.b, 0, 1)  # type: ignore[arg-type]
+
+    def weights(self):
+        return self.R, None, self.R, self.b, None
+
+
+class LobireftIntervention(ConsreftIntervention):
+    """LobiReFT: h + R^T b, R R^T = I."""
+
+    def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
+        p = self.dropout.p
+        super()._build(dtype, add_bias)
+        self.dropout.p = p  # unlike ConsReFT, pyreft drops here
+
+    def weights(self):
+        return self.R, None, None, self.b, None
+
+
+# The names a configuration uses.
+INTERVENTIONS: dict[str, type[Intervention]] = {
+    "loreft": LoreftIntervention,
+    "noreft": NoreftIntervention,
+    "consreft": ConsreftIntervention,
+    "lobireft": LobireftIntervention,
+    "direft": DireftIntervention,
+    "nodireft": NodireftIntervention,
+}
+
+
+def orthonormal_parameters() -> dict[int, nn.Parameter]:
+    """id -> R of every orthonormal intervention alive in this process."""
+    return {id(m.R): m.R for m in _alive if m.orthonormal}  # type: ignore[misc]

@@ -1,0 +1,233 @@
+"""Keeping R orthonormal while it trains: one retraction a step for all matrices, instead of a parametrization.
+
+The step for an R (r, d) with gradient G and learning rate lr (2 lr moves R as far as pyreft's parametrization does):
+
+    A = G R^T;  G <- G - 1/2 (A + A^T) R;  Adam;  Y = R - 2 lr U;  Y Y^T = L L^T;  R <- L^-1 Y
+
+W and b take plain AdamW steps; weight decay never touches R. Two ways to it: :class:`ReftAdamW` does everything in one
+native call; :func:`attach_retraction` teaches it to any torch optimizer. An optimizer that was taught nothing but
+holds an R (Trainer's own, say) is taught at its first step, see :func:`guard_optimizers`.
+Source: Riemannian optimisation on the Stiefel manifold with a Cholesky-QR retraction (Absil, Mahony, Sepulchre 2008, 4.1.1).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from . import _ops, functional, reference
+from .interventions import Intervention, orthonormal_parameters
+
+R_LR_SCALE = 2.0  # R's learning rate as a multiple of W's: the pace of pyreft's parametrization
+
+
+def _refuse_sharded(R: Tensor) -> None:
+    if type(R).__name__ == "DTensor" or getattr(R, "ds_id", None) is not None or R.dim() != 2:
+        raise ValueError(
+            "an orthonormal R is sharded or flattened; keep it whole (FSDP2: fully_shard(..., ignored_params={R}))"
+        )
+
+
+def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """The trainable parameters of a model for :class:`ReftAdamW`: all but the Rs, then the Rs.
+
+    Both groups have the same lr (R's is scaled in the step) and W, b take ``weight_decay``. ``ValueError`` where nothing
+    requires a gradient.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("model has no parameter that requires a gradient")
+    Rs = orthonormal_parameters()
+    groups = [
+        {"params": [p for p in trainable if id(p) not in Rs], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) in Rs], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class ReftAdamW(torch.optim.Optimizer):
+    """AdamW for W, b and whatever else trains, projected Adam and a retraction for every R, in one native call a group.
+
+    An R is recognised by its module, in whatever group it is. ``r_lr_scale`` times the group's lr is R's. Moments are fp32
+    (fp64 for fp64). ``ValueError`` for a hyperparameter out of range; ``FloatingPointError`` naming the parameter, with no
+    parameter of its group changed, for a gradient that is not finite. Survives deepcopy, pickling and state_dict.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        r_lr_scale: float = R_LR_SCALE,
+    ):
+        for name, value, ok in (
+            ("lr", lr, lr >= 0),
+            ("betas", betas, all(0 <= beta < 1 for beta in betas)),
+            ("eps", eps, eps > 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("r_lr_scale", r_lr_scale, r_lr_scale > 0),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {value}; it is out of range")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "r_lr_scale": r_lr_scale}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; ``closure`` reevaluates the loss, as in every torch optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        Rs = orthonormal_parameters()
+        for group in self.param_groups:
+            # One call takes parameters of one kind, device and age.
+            calls: dict[tuple[bool, torch.device, int], list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise ValueError("ReftAdamW does not take sparse gradients")
+                state = self.state[p]
+                if not state:
+                    wide = torch.promote_types(p.dtype, torch.float32)
+                    state["step"] = 0
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(p, dtype=wide, memory_format=torch.contiguous_format)
+                state["step"] += 1
+                calls.setdefault((id(p) in Rs, p.device, int(state["step"])), []).append(p)
+            for (orthonormal, _, age), params in calls.items():
+                self._update(params, orthonormal, age, group)
+        return loss
+
+    def _update(self, params: list[nn.Parameter], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        settings = {
+            "lr": float(group["lr"]) * (group["r_lr_scale"] if orthonormal else 1.0),
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "correction1": 1 - beta1**age,
+            "correction2": 1 - beta2**age,
+        }
+        if orthonormal:
+            for p in params:
+                _refuse_sharded(p)
+        grads = [_plain(p.grad) for p in params]
+        m = [self.state[p]["exp_avg"] for p in params]
+        v = [self.state[p]["exp_avg_sq"] for p in params]
+        if all(_ops.runs_natively(p) and p.is_contiguous() for p in params):
+            _ops.step_(params, grads, m, v, orthonormal, settings)
+            return
+        for i, g in enumerate(grads):
+            if not bool(torch.isfinite(g).all()):
+                raise FloatingPointError(f"the gradient of params[{i}] {tuple(g.shape)} is not finite")
+        for p, g, m_, v_ in zip(params, grads, m, v, strict=True):
+            reference.step_(p, g, m_, v_, orthonormal=orthonormal, **settings)
+
+
+def _plain(grad: Tensor | None) -> Tensor:
+    assert grad is not None
+    return grad.contiguous()
+
+
+# Optimizers that keep their Rs orthonormal already.
+_attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def attach_retraction(
+    optimizer: torch.optim.Optimizer, model: nn.Module | None = None, *, r_lr_scale: float = R_LR_SCALE
+) -> None:
+    """Make any torch optimizer keep the Rs of ``model`` (default: every R it holds) orthonormal.
+
+    Before a step their gradients are projected to the tangent space; after it R <- retract(R_old + r_lr_scale (R - R_old)).
+    Hooks are in neither state_dict nor a copy: attach again after loading or copying an optimizer (an optimizer
+    that was forgotten is caught by :func:`guard_optimizers`). accelerate's wrapper is looked through.
+    ``ValueError`` where the optimizer holds no R of the model.
+    """
+    while not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            raise ValueError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+        optimizer = inner
+    if isinstance(optimizer, ReftAdamW) or optimizer in _attached:
+        return
+    wanted = None if model is None else _Rs_of(model)
+    if not _held(optimizer, wanted):
+        raise ValueError("optimizer holds no orthonormal R" + ("" if model is None else " of model"))
+    _attached.add(optimizer)
+    before: list[tuple[nn.Parameter, Tensor]] = []
+
+    def project() -> None:
+        before.clear()
+        for R in _held(optimizer, wanted):
+            if R.grad is not None:
+                _refuse_sharded(R)
+                reference.project_(R, R.grad)
+                before.append((R, R.detach().clone()))
+
+    def pre_hook(_optimizer, args, kwargs):
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            project()
+            return None
+
+        def projected():  # a closure makes new gradients inside the step
+            loss = closure()
+            project()
+            return loss
+
+        if len(args) > 1:
+            return (args[0], projected, *args[2:]), kwargs
+        return args, {**kwargs, "closure": projected}
+
+    @torch.no_grad()
+    def post_hook(_optimizer, _args, _kwargs) -> None:
+        for R, old in before:
+            R.copy_(torch.lerp(old, R, r_lr_scale))
+        functional.retract_([R for R, _ in before])
+        before.clear()
+
+    optimizer.register_step_pre_hook(pre_hook)
+    optimizer.register_step_post_hook(post_hook)
+
+
+def _Rs_of(model: nn.Module) -> set[int]:
+    return {id(m.R) for m in model.modules() if isinstance(m, Intervention) and m.orthonormal}
+
+
+def _held(optimizer: torch.optim.Optimizer, wanted: set[int] | None) -> list[nn.Parameter]:
+    Rs = orthonormal_parameters()
+    return [
+        p
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in Rs and (wanted is None or id(p) in wanted)
+    ]
+
+
+_guarded = False
+
+
+def guard_optimizers() -> None:
+    """From now on any optimizer found to hold an R at one of its steps gets :func:`attach_retraction` first.
+
+    Called when a ReFT model is built: HF Trainer, Lightning or a plain loop then keep R orthonormal without knowing of it.
+    """
+    global _guarded
+    if not _guarded:
+        register_optimizer_step_pre_hook(_guard)
+        _guarded = True
+
+
+def _guard(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    if optimizer not in _attached and not isinstance(optimizer, ReftAdamW) and _held(optimizer, None):
+        attach_retraction(optimizer)

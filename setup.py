@@ -1,0 +1,80 @@
+"""Builds fastreft._C: the CPU core always, the CUDA core where there is an nvcc and a CUDA build of torch.
+
+Environment: FASTREFT_BUILD_CUDA=auto|1|0, MAX_JOBS, TORCH_CUDA_ARCH_LIST, DEBUG=1.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pybind11
+import torch
+from setuptools import setup
+from torch.utils import cpp_extension
+
+DEFAULT_ARCHES = ("8.0", "9.0", "10.0", "12.0")
+
+
+def cuda_choice() -> tuple[bool, str]:
+    """(build the CUDA core?, the reason as `fastreft info` prints it)."""
+    wanted = os.environ.get("FASTREFT_BUILD_CUDA", "auto").strip().lower() or "auto"
+    if wanted not in ("auto", "1", "0"):
+        sys.exit(f"FASTREFT_BUILD_CUDA is {wanted!r}; it must be auto, 1 or 0")
+    if wanted == "0":
+        return False, "not built: FASTREFT_BUILD_CUDA was 0 at build time"
+    home = cpp_extension.CUDA_HOME
+    nvcc = Path(home or "") / "bin" / "nvcc"
+    if torch.version.cuda is None:
+        missing = "torch was a CPU build"
+    elif not home or not nvcc.exists():
+        missing = "there was no nvcc (CUDA_HOME or PATH)"
+    else:
+        return True, f"built with CUDA {torch.version.cuda}"
+    if wanted == "1":
+        sys.exit(f"FASTREFT_BUILD_CUDA=1 but {missing}; install what is missing or set FASTREFT_BUILD_CUDA=auto")
+    return False, f"not built: at build time {missing}"
+
+
+def set_arches() -> str:
+    """TORCH_CUDA_ARCH_LIST, or the default list less what this nvcc does not know."""
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        known = tuple(map(int, str(torch.version.cuda).split(".")[:2]))
+        arches = [a for a in DEFAULT_ARCHES if known >= {"10.0": (12, 8), "12.0": (12, 8)}.get(a, (11, 8))]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(arches) + "+PTX"
+    return os.environ["TORCH_CUDA_ARCH_LIST"]
+
+
+def extension() -> cpp_extension.CppExtension:
+    with_cuda, reason = cuda_choice()
+    debug = os.environ.get("DEBUG", "0") not in ("", "0")
+    sources = [str(path) for path in sorted(Path("csrc").glob("*.cpp"))]
+    # The stable ABI of torch 2.10: one build serves every later torch.
+    macros = [
+        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+        ("FASTREFT_CUDA_REASON", reason),
+        ("FASTREFT_CUDA_ARCHES", set_arches() if with_cuda else "none"),
+        ("FASTREFT_TORCH_BUILT_WITH", torch.__version__),
+    ]
+    cxx = ["-O0", "-g"] if debug else ["-O3"]
+    flags = {"cxx": [*cxx, "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unused-parameter"]}
+    kind = cpp_extension.CppExtension
+    if with_cuda:
+        kind = cpp_extension.CUDAExtension
+        sources += [str(path) for path in sorted(Path("csrc").glob("*.cu"))]
+        macros.append(("FASTREFT_WITH_CUDA", "1"))
+        # torch hides part of its C shim from extensions that do not say they use CUDA.
+        macros.append(("USE_CUDA", "1"))
+        flags["nvcc"] = [*(["-O0", "-g", "-G"] if debug else ["-O3"]), "-std=c++17", "-lineinfo"]
+    built = kind(
+        "fastreft._C",
+        sources,
+        include_dirs=[pybind11.get_include()],
+        define_macros=macros,
+        extra_compile_args=flags,
+    )
+    # Only the stable C shim is used: what libtorch_python exports changes from one torch to the next.
+    built.libraries = [library for library in built.libraries if library != "torch_python"]
+    return built
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})

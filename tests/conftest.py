@@ -1,0 +1,43 @@
+"""What the tests share: data that may be absent, the tolerance rule, one process-wide thread setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+torch.set_num_threads(1)  # small problems; more threads only wait for each other
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Real data and oracles beside the checkout; a clone alone does not have them."""
+    if not SHARED.exists():
+        pytest.skip("no ../shared beside this checkout")
+    return SHARED
+
+
+def assert_as_good(got: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
+    """The tolerance rule: error against fp64 <= 2 x the error of plain torch in the same dtype + one rounding.
+
+    Errors are relative to each tensor's largest entry, and the largest of the tensors given counts: a sum of a few terms
+    alone would make the rule a matter of luck.
+    """
+
+    def worst(tensors: list[Tensor]) -> float:
+        return max(
+            float((t.double() - e.double()).abs().max() / e.double().abs().max().clamp_min(1e-30))
+            for t, e in zip(tensors, exact, strict=True)
+        )
+
+    assert [t.shape for t in got] == [e.shape for e in exact]
+    assert all(bool(torch.isfinite(t).all()) for t in got)
+    rounding = max(torch.finfo(t.dtype).eps for t in got)
+    if got[0].dtype is torch.float64:  # nothing here is more exact than plain torch itself: its own roundings count
+        rounding *= 64
+    ours, theirs = worst(got), worst(plain)
+    assert ours <= 2 * theirs + rounding, f"error {ours:.3g}, plain torch {theirs:.3g}, one rounding {rounding:.3g}"
