@@ -304,13 +304,14 @@ static void combine(const double* L, bool lower, const double* X, int64_t r, int
 
 template <typename C>
 static void adam_as(const double* g, C* m, C* v, int64_t count, const StepArgs& step, double* u) {
-  const double scale = 1 / step.correction1, root = 1 / step.correction2;
+  const C beta1 = (C)step.beta1, beta2 = (C)step.beta2, rest1 = (C)(1 - step.beta1), rest2 = (C)(1 - step.beta2);
+  const C scale = (C)(1 / step.correction1), root = (C)(1 / step.correction2), eps = (C)step.eps;
   for (int64_t i = 0; i < count; ++i) {
-    const double m1 = step.beta1 * (double)m[i] + (1 - step.beta1) * g[i];
-    const double v1 = step.beta2 * (double)v[i] + (1 - step.beta2) * g[i] * g[i];
-    m[i] = (C)m1;
-    v[i] = (C)v1;
-    u[i] = m1 * scale / (__builtin_sqrt(v1 * root) + step.eps);
+    const C x = (C)g[i], m1 = beta1 * m[i] + rest1 * x, v1 = beta2 * v[i] + rest2 * x * x;
+    m[i] = m1;
+    v[i] = v1;
+    const C size = v1 * root;
+    u[i] = m1 * scale / ((sizeof(C) == 4 ? (C)__builtin_sqrtf((float)size) : (C)__builtin_sqrt((double)size)) + eps);
   }
 }
 static void adam(DType type, const double* g, void* m, void* v, int64_t count, const StepArgs& step, double* u) {

@@ -15,10 +15,47 @@ namespace {
 
 using Doubles = std::vector<double>;
 
+// A matrix in fp64, cut into blocks of columns that stay in a core's cache while they pass through a step; block b is
+// (r, columns(b)), contiguous.
+struct Blocked {
+  int64_t r = 0, d = 0, width = 0;
+  Doubles data;
+
+  void shape(const Matrix& M) {
+    r = M.r;
+    d = M.d;
+    width = std::max<int64_t>(256, 8192 / r / 8 * 8);
+    data.resize(r * d);
+  }
+  int64_t count() const { return (d + width - 1) / width; }
+  int64_t columns(int64_t b) const { return std::min(width, d - b * width); }
+  double* at(int64_t b) { return data.data() + b * width * r; }
+};
+
+// A thread's buffers, kept from one matrix to the next: fresh ones of this size would be mapped and faulted in each
+// time.
+struct Workspace {
+  Blocked Y;
+  Doubles value, gradient, direction, other;  // one block each
+  Doubles S, part;                            // (r, r)
+};
+
 bool finite(const double* x, int64_t count) {
   double poison = 0;  // 0 as long as everything is finite
   for (int64_t i = 0; i < count; ++i) poison += x[i] * 0.0;
   return poison == 0;
+}
+
+// The columns of block b of a stored matrix, as fp64, and back.
+void load_block(double* to, const void* p, const Matrix& M, int64_t from, int64_t columns, const CpuKernels& k) {
+  for (int64_t j = 0; j < M.r; ++j)
+    k.widen(DType::f64, to + j * columns, static_cast<const char*>(p) + (j * M.d + from) * size_of(M.type), M.type,
+            columns, 1, false);
+}
+void store_block(const Matrix& M, const double* x, int64_t from, int64_t columns, const CpuKernels& k) {
+  for (int64_t j = 0; j < M.r; ++j)
+    k.narrow(DType::f64, static_cast<char*>(M.p) + (j * M.d + from) * size_of(M.type), M.type, x + j * columns,
+             columns);
 }
 
 // S -> its Cholesky factor L in the lower triangle. Returns the smallest pivot over the largest diagonal entry, 0 or
@@ -97,94 +134,172 @@ void householder(Doubles& Y, int64_t r, int64_t d) {
   Y.swap(Q);
 }
 
-// Y -> orthonormal rows by Cholesky; false, and Y as it was, where a pivot is not positive.
-bool orthonormalise(Doubles& Y, int64_t r, int64_t d, const CpuKernels& k) {
-  for (int round = 0; round < 2; ++round) {
-    Doubles S(r * r), out(r * d);
-    k.gram(Y.data(), Y.data(), r, d, true, S.data());
-    const double pivot = cholesky(S, r);
-    if (!(pivot > 0)) return false;
-    k.combine(inverse(S, r).data(), true, Y.data(), r, d, out.data());
-    Y.swap(out);
-    if (pivot > 1e-3) break;
+// S += X Y^T of one block; `part` is scratch.
+void add_gram(Doubles& S, Doubles& part, const double* X, const double* Y, int64_t r, int64_t columns, bool symmetric,
+              const CpuKernels& k) {
+  part.resize(r * r);
+  k.gram(X, Y, r, columns, symmetric, part.data());
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j < (symmetric ? i + 1 : r); ++j) S[i * r + j] += part[i * r + j];
+}
+
+enum class Outcome { done, dependent, not_finite };
+
+// M <- the orthonormal rows of own.Y, whose Gram is own.S. M is left as it was where that cannot be done by Cholesky.
+Outcome orthonormalise(const Matrix& M, Workspace& own, const CpuKernels& k) {
+  Blocked& Y = own.Y;
+  const int64_t r = Y.r;
+  for (bool last = false; !last;) {
+    for (int64_t i = 0; i < r; ++i)
+      if (!std::isfinite(own.S[i * r + i])) return Outcome::not_finite;
+    const double pivot = cholesky(own.S, r);
+    if (!(pivot > 0)) return Outcome::dependent;
+    last = pivot > 1e-3;
+    const Doubles L = inverse(own.S, r);
+    std::fill(own.S.begin(), own.S.end(), 0.0);
+    for (int64_t b = 0; b < Y.count(); ++b) {
+      const int64_t columns = Y.columns(b);
+      own.other.resize(r * columns);
+      k.combine(L.data(), true, Y.at(b), r, columns, own.other.data());
+      if (last) {
+        store_block(M, own.other.data(), b * Y.width, columns, k);
+      } else {
+        std::copy(own.other.begin(), own.other.end(), Y.at(b));
+        add_gram(own.S, own.part, Y.at(b), Y.at(b), r, columns, true, k);
+      }
+    }
+  }
+  return Outcome::done;
+}
+
+bool all_finite(const void* p, const Matrix& M, Workspace& own, const CpuKernels& k) {
+  constexpr int64_t piece = 4096;
+  own.value.resize(piece);
+  for (int64_t from = 0; from < M.r * M.d; from += piece) {
+    const int64_t count = std::min(piece, M.r * M.d - from);
+    k.widen(DType::f64, own.value.data(), static_cast<const char*>(p) + from * size_of(M.type), M.type, count, 1,
+            false);
+    if (!finite(own.value.data(), count)) return false;
   }
   return true;
 }
 
-Doubles load(const void* p, const Matrix& shape, const CpuKernels& k) {
-  Doubles x(shape.r * shape.d);
-  k.widen(DType::f64, x.data(), p, shape.type, shape.r * shape.d, 1, false);
-  return x;
-}
-
-bool finite(const void* p, const Matrix& shape, const CpuKernels& k) {
-  return finite(load(p, shape, k).data(), shape.r * shape.d);
-}
-
-// The first i for which f(i) is false, or -1; f runs in parallel.
+// The first i for which f(i, workspace) is false, or -1; f runs in parallel.
 template <typename F>
-int64_t first_failure(int64_t count, int64_t grain, ParallelFor run, const F& f) {
+int64_t first_failure(int64_t count, ParallelFor run, const F& f) {
   std::atomic<int64_t> first{count};
-  parallel(run, count, grain, [&](int64_t begin, int64_t end) {
+  parallel(run, count, 1, [&](int64_t begin, int64_t end) {
+    Workspace own;
     for (int64_t i = begin; i < end; ++i)
-      if (!f(i))
+      if (!f(i, own))
         for (int64_t seen = first; i < seen && !first.compare_exchange_weak(seen, i);) {}
   });
   return first < count ? first.load() : -1;
+}
+
+// A plain AdamW step; false, and the parameter as it was from there on, where the result would not be finite.
+bool step_plain(const StepItem& item, const StepArgs& step, Workspace& own, const CpuKernels& k) {
+  const Matrix& M = item.param;
+  const int64_t size = M.r * M.d, piece = 4096, e = size_of(M.type), kept = size_of(compute_type(M.type));
+  const double keep = 1 - step.lr * step.weight_decay;
+  for (Doubles* buffer : {&own.value, &own.gradient, &own.direction}) buffer->resize(piece);
+  double *p = own.value.data(), *g = own.gradient.data(), *u = own.direction.data();
+  for (int64_t from = 0; from < size; from += piece) {
+    const int64_t count = std::min(piece, size - from);
+    char* at = static_cast<char*>(M.p) + from * e;
+    k.widen(DType::f64, p, at, M.type, count, 1, false);
+    k.widen(DType::f64, g, static_cast<const char*>(item.g) + from * e, M.type, count, 1, false);
+    k.adam(M.type, g, static_cast<char*>(item.m) + from * kept, static_cast<char*>(item.v) + from * kept, count, step,
+           u);
+    for (int64_t q = 0; q < count; ++q) p[q] = p[q] * keep - step.lr * u[q];
+    if (!finite(p, count)) return false;
+    k.narrow(DType::f64, at, M.type, p, count);
+  }
+  return true;
+}
+
+// A step of an R; false, and R as it was, where the result would not be finite.
+bool step_orthonormal(const StepItem& item, const StepArgs& step, Workspace& own, const CpuKernels& k) {
+  const Matrix& M = item.param;
+  const int64_t r = M.r, d = M.d, kept = size_of(compute_type(M.type));
+  Blocked& Y = own.Y;
+  Y.shape(M);
+  for (Doubles* buffer : {&own.value, &own.gradient, &own.direction, &own.other}) buffer->resize(r * Y.width);
+  double *R = own.value.data(), *G = own.gradient.data(), *u = own.direction.data();
+
+  Doubles A(r * r, 0.0);
+  for (int64_t b = 0; b < Y.count(); ++b) {
+    load_block(G, item.g, M, b * Y.width, Y.columns(b), k);
+    load_block(R, M.p, M, b * Y.width, Y.columns(b), k);
+    add_gram(A, own.part, G, R, r, Y.columns(b), false, k);
+  }
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j <= i; ++j) A[i * r + j] = A[j * r + i] = -0.5 * (A[i * r + j] + A[j * r + i]);
+
+  // The part of the gradient along the manifold, G - 1/2 (A + A^T) R, through Adam; then Y = R - lr u.
+  own.S.assign(r * r, 0.0);
+  for (int64_t b = 0; b < Y.count(); ++b) {
+    const int64_t columns = Y.columns(b), from = b * Y.width;
+    load_block(G, item.g, M, from, columns, k);
+    load_block(R, M.p, M, from, columns, k);
+    own.other.resize(r * columns);
+    k.combine(A.data(), false, R, r, columns, own.other.data());
+    k.add(DType::f64, G, own.other.data(), r * columns);
+    for (int64_t j = 0; j < r; ++j) {
+      const int64_t at = (j * d + from) * kept;
+      k.adam(M.type, G + j * columns, static_cast<char*>(item.m) + at, static_cast<char*>(item.v) + at, columns, step,
+             u + j * columns);
+    }
+    double* y = Y.at(b);
+    for (int64_t q = 0; q < r * columns; ++q) y[q] = R[q] - step.lr * u[q];
+    add_gram(own.S, own.part, y, y, r, columns, true, k);
+  }
+  // A step so long that the rows become dependent is halved, Y <- (Y + R) / 2, until they are not.
+  for (int attempt = 0; attempt < 20; ++attempt) {
+    const Outcome outcome = orthonormalise(M, own, k);
+    if (outcome != Outcome::dependent) return outcome == Outcome::done;
+    own.S.assign(r * r, 0.0);
+    for (int64_t b = 0; b < Y.count(); ++b) {
+      double* y = Y.at(b);
+      load_block(R, M.p, M, b * Y.width, Y.columns(b), k);
+      for (int64_t q = 0; q < r * Y.columns(b); ++q) y[q] = 0.5 * (y[q] + R[q]);
+      add_gram(own.S, own.part, y, y, r, Y.columns(b), true, k);
+    }
+  }
+  return false;
 }
 
 }  // namespace
 
 int64_t retract_cpu(const Matrix* matrices, int64_t count, ParallelFor run) {
   const CpuKernels& k = cpu_kernels();
-  const int64_t bad = first_failure(count, 1, run, [&](int64_t i) { return finite(matrices[i].p, matrices[i], k); });
+  const int64_t bad = first_failure(
+      count, run, [&](int64_t i, Workspace& own) { return all_finite(matrices[i].p, matrices[i], own, k); });
   if (bad >= 0) return bad;
-  parallel(run, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Matrix& M = matrices[i];
-      Doubles Y = load(M.p, M, k);
-      if (!orthonormalise(Y, M.r, M.d, k)) householder(Y, M.r, M.d);
-      k.narrow(DType::f64, M.p, M.type, Y.data(), M.r * M.d);
+  return first_failure(count, run, [&](int64_t i, Workspace& own) {
+    const Matrix& M = matrices[i];
+    own.Y.shape(M);
+    own.S.assign(M.r * M.r, 0.0);
+    for (int64_t b = 0; b < own.Y.count(); ++b) {
+      load_block(own.Y.at(b), M.p, M, b * own.Y.width, own.Y.columns(b), k);
+      add_gram(own.S, own.part, own.Y.at(b), own.Y.at(b), M.r, own.Y.columns(b), true, k);
     }
+    if (orthonormalise(M, own, k) == Outcome::done) return true;
+    own.other.resize(M.r * M.d);
+    load_block(own.other.data(), M.p, M, 0, M.d, k);
+    householder(own.other, M.r, M.d);
+    store_block(M, own.other.data(), 0, M.d, k);
+    return true;
   });
-  return -1;
 }
 
 int64_t step_cpu(const StepItem* items, int64_t count, const StepArgs& step, ParallelFor run) {
   const CpuKernels& k = cpu_kernels();
-  const int64_t bad = first_failure(count, 1, run, [&](int64_t i) { return finite(items[i].g, items[i].param, k); });
+  const int64_t bad = first_failure(
+      count, run, [&](int64_t i, Workspace& own) { return all_finite(items[i].g, items[i].param, own, k); });
   if (bad >= 0) return bad;
-  return first_failure(count, 1, run, [&](int64_t i) {
-    const StepItem& item = items[i];
-    const Matrix& M = item.param;
-    const int64_t r = M.r, d = M.d, size = r * d;
-    Doubles G = load(item.g, M, k), p = load(M.p, M, k), u(size);
-    if (item.orthonormal) {  // the part of the gradient along the manifold: G - 1/2 (A + A^T) R, A = G R^T
-      Doubles A(r * r), normal(size);
-      k.gram(G.data(), p.data(), r, d, false, A.data());
-      for (int64_t a = 0; a < r; ++a)
-        for (int64_t b = 0; b <= a; ++b) A[a * r + b] = A[b * r + a] = -0.5 * (A[a * r + b] + A[b * r + a]);
-      k.combine(A.data(), false, p.data(), r, d, normal.data());
-      k.add(DType::f64, G.data(), normal.data(), size);
-    }
-    k.adam(M.type, G.data(), item.m, item.v, size, step, u.data());
-    if (!item.orthonormal) {
-      const double keep = 1 - step.lr * step.weight_decay;
-      for (int64_t q = 0; q < size; ++q) p[q] = p[q] * keep - step.lr * u[q];
-      k.narrow(DType::f64, M.p, M.type, p.data(), size);
-      return finite(p.data(), size);
-    }
-    // A step so long that the rows become dependent is halved until they are not.
-    Doubles Y(size);
-    for (double lr = step.lr; lr > step.lr * 1e-6; lr *= 0.5) {
-      for (int64_t q = 0; q < size; ++q) Y[q] = p[q] - lr * u[q];
-      if (!finite(Y.data(), size)) return false;
-      if (orthonormalise(Y, r, d, k)) {
-        k.narrow(DType::f64, M.p, M.type, Y.data(), size);
-        return true;
-      }
-    }
-    return false;
+  return first_failure(count, run, [&](int64_t i, Workspace& own) {
+    return items[i].orthonormal ? step_orthonormal(items[i], step, own, k) : step_plain(items[i], step, own, k);
   });
 }
 

@@ -36,12 +36,17 @@ if _BACKEND == "native":
 
 
 def build_info() -> dict[str, str]:
-    """How the native core was built and which backend is in use, as strings."""
+    """How the native core was built, which backend is in use, why, and what would change it, as strings."""
     info = {"backend": _BACKEND}
     if _C is None:
         info["native core"] = f"not loaded: {_load_error}"
-    else:
-        info |= _C.build_info()
+        info["to change it"] = "build it with 'pip install --no-build-isolation .' where torch and a C++ compiler are"
+        return info
+    info |= _C.build_info()
+    change = "FASTREFT_BACKEND=reference runs plain torch" if _BACKEND == "native" else "unset FASTREFT_BACKEND"
+    if "cuda" not in info["devices"].split():
+        change += "; a CUDA build needs nvcc, a CUDA torch and a reinstall (FASTREFT_BUILD_CUDA=1 insists on it)"
+    info["to change it"] = change
     return info
 
 

@@ -230,6 +230,17 @@ def test_weight_decay_reaches_W_and_never_R():
     torch.testing.assert_close(model.W.detach(), W * (1 - 1e-2 * 0.5))
 
 
+def test_a_step_of_length_zero_moves_the_moments_alone():
+    """The first step of a warm-up."""
+    torch.manual_seed(0)
+    model = LoreftIntervention(embed_dim=32, low_rank_dimension=3)
+    before = model.R.detach().clone()
+    optimizer = O.ReftAdamW(model.parameters(), lr=0.0, weight_decay=0.1)
+    train(model, optimizer, torch.randn(4, 32), torch.randn(4, 32), 2)
+    torch.testing.assert_close(model.R.detach(), before, rtol=0, atol=5e-7)
+    assert optimizer.state[model.R]["exp_avg"].abs().sum() > 0
+
+
 def test_errors_name_what_is_wrong_and_change_nothing():
     torch.manual_seed(0)
     model = LoreftIntervention(embed_dim=32, low_rank_dimension=3)

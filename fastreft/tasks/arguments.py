@@ -1,0 +1,95 @@
+"""Command-line flags and YAML keys from dataclasses, through Transformers' ``HfArgumentParser``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from .errors import UserError, nearest, user_errors
+
+
+class Parser(HfArgumentParser):
+    """``HfArgumentParser`` whose complaints are :class:`UserError`; ``--config FILE.yaml`` comes before the flags."""
+
+    def __init__(self, dataclass_types: Sequence[Any], *, command: str, **kwargs: Any):
+        super().__init__(dataclass_types, prog=command, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):  # type: ignore[override]  # argparse's exits; ours raises, and neither returns
+        raise UserError(message)
+
+    def require(self, name: str) -> None:
+        """Make an optional field a required one."""
+        next(action for action in self._actions if action.dest == name).required = True
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """One instance of each dataclass; an unknown flag is an error that names the nearest valid one."""
+        with user_errors(ValueError, TypeError, ImportError):
+            *parsed, unknown = self.parse_args_into_dataclasses(
+                list(argv), return_remaining_strings=True, look_for_args_file=False
+            )
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            raise UserError(f"unknown argument '{flag}'{nearest(flag, self._option_string_actions)}")
+        return tuple(parsed)
+
+    def parse_with_config(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """As :meth:`parse`; the keys of ``--config``'s YAML file act as flags that come before the real ones."""
+        finder = Parser([], command=self.prog, add_help=False)
+        finder.add_argument("--config")
+        found, flags = finder.parse_known_args(list(argv))
+        return self.parse(self._flags_from_yaml(found.config) + flags if found.config else flags)
+
+    def _flags_from_yaml(self, path: str) -> list[str]:
+        """The file's keys as flags, so that both are typed and checked in one place; null leaves a default alone."""
+        try:
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read the config file '{path}': {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict):
+            raise UserError(f"'{path}' holds no settings; expected lines of the form 'name: value'")
+        valid = {action.dest for action in self._actions} - {"help", "config"}
+        flags: list[str] = []
+        for name, value in settings.items():
+            if name not in valid:
+                raise UserError(f"'{path}' has an unknown setting '{name}'{nearest(str(name), valid)}")
+            if isinstance(value, list):
+                flags += [f"--{name}", *map(str, value)]
+            elif isinstance(value, dict):
+                flags.append(f"--{name}={json.dumps(value)}")
+            elif value is not None:
+                flags.append(f"--{name}={value}")
+        return flags
+
+
+def _argument_type(hint: Any) -> Any:
+    """The one type that a flag has: of a union, its list, or else its first member other than None."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    members = [member for member in get_args(hint) if member is not type(None)]
+    chosen = next((member for member in members if get_origin(member) is list), members[0])
+    return chosen | None if len(members) < len(get_args(hint)) else chosen
+
+
+def arguments_of(config: type, base: type, name: str) -> type:
+    """A dataclass of the fields that ``config`` adds to ``base``, with types that flags can have."""
+    inherited = {field.name for field in dataclasses.fields(base)}
+    hints = get_type_hints(config)
+    own = []
+    for field in dataclasses.fields(config):
+        if field.init and field.name not in inherited:
+            copied = dataclasses.field(
+                default=field.default,
+                default_factory=field.default_factory,
+                metadata=field.metadata,
+            )
+            own.append((field.name, _argument_type(hints[field.name]), copied))
+    return dataclasses.make_dataclass(name, own)
