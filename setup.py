@@ -55,7 +55,7 @@ def extension() -> cpp_extension.CppExtension:
         ("FASTREFT_CUDA_ARCHES", set_arches() if with_cuda else "none"),
         ("FASTREFT_TORCH_BUILT_WITH", torch.__version__),
     ]
-    cxx = ["-O0", "-g"] if debug else ["-O3"]
+    cxx = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     # Nobody reads errno or traps after a square root: without these two no loop with one is vectorised.
     flags = {"cxx": [*cxx, "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]}
     kind = cpp_extension.CppExtension
