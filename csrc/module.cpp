@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "bind_policy.h"
 #include "cpu.h"
 
 #define FASTREFT_QUOTE(x) #x
@@ -32,4 +33,5 @@ static py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastreft's native core: the ops are in torch.ops.fastreft, this module tells how it was built";
   m.def("build_info", &build_info, "How this core was built, as strings.");
+  fastreft::bind_policy(m);
 }

@@ -1,98 +1,20 @@
-// The only file that sees torch: checks arguments, allocates results, fills the structs of edit.h and calls the
-// kernels. Built against the stable ABI of torch 2.10, so that one build serves every later torch.
+// The only file that sees torch (with tensors.h): checks arguments, allocates results, fills the structs of edit.h and
+// calls the kernels. Built against the stable ABI of torch 2.10, so that one build serves every later torch.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu.h"
+#include "tensors.h"
+#ifdef FASTREFT_WITH_CUDA
+#include "kernels.h"
+#endif
 
 namespace fastreft {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-// ---- what torch gives, as edit.h wants it ------------------------------------------------------------------------
-
-DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
-  }
-}
-
-Weight weight(const MaybeTensor& t, const char* name) {
-  if (!t) return {};
-  STD_TORCH_CHECK(t->is_contiguous(), name, " must be contiguous");
-  return {t->data_ptr(), dtype_of(*t, name)};
-}
-
-// The rows of t (..., d), if unit stride inside a row and two strides between rows can address them.
-std::optional<Rows> addressable(const Tensor& t) {
-  const int64_t leading = t.dim() - 1;
-  if (t.size(leading) > 1 && t.stride(leading) != 1) return std::nullopt;
-  int64_t sizes[2] = {1, 1}, strides[2] = {0, 0}, used = 0;  // innermost first, neighbours merged
-  for (int64_t i = leading - 1; i >= 0; --i) {
-    if (t.size(i) == 1) continue;
-    if (used && t.stride(i) == strides[used - 1] * sizes[used - 1]) {
-      sizes[used - 1] *= t.size(i);
-      continue;
-    }
-    if (used == 2) return std::nullopt;
-    sizes[used] = t.size(i);
-    strides[used++] = t.stride(i);
-  }
-  Rows rows;
-  rows.p = t.data_ptr();
-  if (used < 2) {
-    rows.outer_stride = strides[0];
-  } else {
-    rows.inner = sizes[0];
-    rows.inner_stride = strides[0];
-    rows.outer_stride = strides[1];
-  }
-  return rows;
-}
-
-int64_t rows_in(const Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return rows;
-}
-
-// t, or a copy of it whose rows can be addressed.
-Tensor readable(const Tensor& t) { return addressable(t) ? t : torch::stable::contiguous(t); }
-
-Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
-}
-
-// A large result will be written once, front to back: in huge pages its first touch costs a fraction.
-Tensor result_like(const Tensor& t) {
-  const auto sizes = t.sizes();
-  Tensor out = empty_as(t, std::vector<int64_t>(sizes.begin(), sizes.end()), t.scalar_type());
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr()), end = begin + out.numel() * out.element_size();
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (t.is_cpu() && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return out;
-}
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context) {
   if (begin < end)
@@ -108,11 +30,18 @@ Shape check(const Tensor& h, const Tensor& U, const MaybeTensor& V, const MaybeT
   STD_TORCH_CHECK(h.dim() >= 1, "h must have at least one dimension");
   STD_TORCH_CHECK(U.dim() == 2, "U must be a matrix (r, d)");
   const Shape s{U.size(0), h.size(h.dim() - 1)};
+  auto device = [&](const MaybeTensor& t, const char* name) {
+    if (t)
+      STD_TORCH_CHECK(t->is_cpu() == h.is_cpu() && t->get_device_index() == h.get_device_index(), name,
+                      " must be on h's device");
+  };
   auto matrix = [&](const MaybeTensor& t, const char* name) {
+    device(t, name);
     if (t)
       STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == s.r && t->size(1) == s.d, name, " must be (", s.r, ", ", s.d, ")");
   };
   auto vector = [&](const MaybeTensor& t, const char* name) {
+    device(t, name);
     if (t) STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == s.r, name, " must be (", s.r, ",)");
   };
   matrix(U, "U");
@@ -125,9 +54,11 @@ Shape check(const Tensor& h, const Tensor& U, const MaybeTensor& V, const MaybeT
   return s;
 }
 
-Weights weights(const Tensor& U, const MaybeTensor& V, const MaybeTensor& P, const MaybeTensor& b, const MaybeTensor& c,
-                int64_t act, bool tied) {
+// Makes the weights contiguous where they are not; they must outlive the pointers.
+Weights weights(Tensor& U, MaybeTensor& V, MaybeTensor& P, MaybeTensor& b, MaybeTensor& c, int64_t act, bool tied) {
   Weights w;
+  if (!U.is_contiguous()) U = torch::stable::contiguous(U);
+  for (MaybeTensor* t : {&V, &P, &b, &c}) make_contiguous(*t);
   w.U = weight(U, "U");
   w.V = weight(V, "V");
   w.P = tied ? w.U : weight(P, "P");
@@ -138,18 +69,92 @@ Weights weights(const Tensor& U, const MaybeTensor& V, const MaybeTensor& P, con
   return w;
 }
 
-ScalarType kept_type(const Tensor& h) {
-  return h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// fp64 keeps fp64, everything else fp32.
+int32_t kept_type(const Tensor& h) {
+  return h.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
-const int64_t* index_of(const Tensor& rows) {
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.dim() == 1 && rows.is_contiguous(),
-                  "rows must be a contiguous vector of int64");
+const int64_t* index_of(const Tensor& rows, const Tensor& h) {
+  STD_TORCH_CHECK(
+      rows.scalar_type() == ScalarType::Long && rows.dim() == 1 && rows.is_contiguous() && rows.is_cpu() == h.is_cpu(),
+      "rows must be a contiguous vector of int64 on h's device");
   return static_cast<const int64_t*>(rows.data_ptr());
 }
 
-void run(const EditArgs& args, const Tensor&) { edit_forward_cpu(args, &parallel_for); }
-void run(const EditGradArgs& args, const Tensor&) { edit_backward_cpu(args, &parallel_for); }
+// ---- to the kernels of the tensors' device -------------------------------------------------------------------------
+
+#ifdef FASTREFT_WITH_CUDA
+struct OnDevice {
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+
+  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
+    STABLE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  }
+  static void check(int error) { STD_TORCH_CHECK(error == 0, "a CUDA kernel failed with cudaError ", error); }
+  static Tensor scratch(const Tensor& like, int64_t bytes) {
+    STD_TORCH_CHECK(bytes >= 0, "the CUDA device cannot be asked for its properties");
+    return empty_as(like, {std::max<int64_t>(bytes, 16)}, aoti_torch_dtype_uint8());
+  }
+};
+#endif
+
+void run(EditArgs& args, const Tensor& on) {
+  if (on.is_cpu()) return edit_forward_cpu(args, &parallel_for);
+#ifdef FASTREFT_WITH_CUDA
+  const OnDevice device(on);
+  args.stream = device.stream;
+  OnDevice::check(edit_forward_cuda(args));
+#endif
+}
+
+void run(EditGradArgs& args, const Tensor& on) {
+  if (on.is_cpu()) return edit_backward_cpu(args, &parallel_for);
+#ifdef FASTREFT_WITH_CUDA
+  const OnDevice device(on);
+  args.stream = device.stream;
+  const Tensor scratch = OnDevice::scratch(on, edit_backward_scratch_bytes(args));
+  args.scratch = scratch.data_ptr();
+  OnDevice::check(edit_backward_cuda(args));
+#endif
+}
+
+// For a list of matrices, the kernels' scratch is returned: on a GPU it begins with an int32 a matrix that says what
+// became of it (Found in kernels.h), which cannot be told here without a sync. A CPU's is empty, and a failure is
+// raised.
+Tensor no_status(const Tensor& on) { return empty_as(on, {0}, aoti_torch_dtype_uint8()); }
+
+Tensor run(const std::vector<Matrix>& all, const Tensor& on) {
+  if (on.is_cpu()) {
+    const int64_t bad = retract_cpu(all.data(), all.size(), &parallel_for);
+    STD_TORCH_CHECK(bad < 0, "matrices[", bad, "] holds a value that is not finite");
+    return no_status(on);
+  }
+#ifdef FASTREFT_WITH_CUDA
+  const OnDevice device(on);
+  Tensor scratch = OnDevice::scratch(on, retract_scratch_bytes(all.data(), all.size()));
+  OnDevice::check(retract_cuda(all.data(), all.size(), scratch.data_ptr(), device.stream));
+  return scratch;
+#else
+  return no_status(on);
+#endif
+}
+
+Tensor run(const std::vector<StepItem>& items, const StepArgs& step, const Tensor& on) {
+  if (on.is_cpu()) {
+    const int64_t bad = step_cpu(items.data(), items.size(), step, &parallel_for);
+    STD_TORCH_CHECK(bad < 0, "params[", bad, "] has a gradient, or would get a value, that is not finite");
+    return no_status(on);
+  }
+#ifdef FASTREFT_WITH_CUDA
+  const OnDevice device(on);
+  Tensor scratch = OnDevice::scratch(on, adamw_step_scratch_bytes(items.data(), items.size()));
+  OnDevice::check(adamw_step_cuda(items.data(), items.size(), step, scratch.data_ptr(), device.stream));
+  return scratch;
+#else
+  return no_status(on);
+#endif
+}
 
 // ---- the ops -----------------------------------------------------------------------------------------------------
 
@@ -184,9 +189,9 @@ std::tuple<Tensor, Tensor> edit_rows_(Tensor h, Tensor rows, Tensor U, MaybeTens
   args.d = s.d;
   args.r = s.r;
   args.type = dtype_of(h, "h");
-  args.index = index_of(rows);
+  args.index = index_of(rows, h);
   args.w = weights(U, V, P, b, c, act, tied);
-  Tensor saved = empty_as(h, {save ? args.n : 0, s.d}, h.scalar_type());
+  Tensor saved = empty_as(h, {save ? args.n : 0, s.d}, raw_dtype(h));
   Tensor z = empty_as(h, {save ? args.n : 0, kept_per_row(args.w.act, s.r)}, kept_type(h));
   args.h = args.out = *addressable(target);
   args.saved = save ? saved.data_ptr() : nullptr;
@@ -206,16 +211,16 @@ std::tuple<Tensor, Tensor, Tensor> edit_rows(Tensor h, Tensor rows, Tensor U, Ma
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dU, dV, dP, db, dc; empty where there is none
 
-Gradients gradients(EditGradArgs& args, const Tensor& z, const Tensor& U, const MaybeTensor& V, const MaybeTensor& P,
-                    const MaybeTensor& b, const MaybeTensor& c, int64_t act, bool tied) {
+Gradients gradients(EditGradArgs& args, const Tensor& z, Tensor& U, MaybeTensor& V, MaybeTensor& P, MaybeTensor& b,
+                    MaybeTensor& c, int64_t act, bool tied) {
   args.w = weights(U, V, P, b, c, act, tied);
   STD_TORCH_CHECK(
       z.is_contiguous() && z.dim() == 2 && z.size(0) == args.n && z.size(1) == kept_per_row(args.w.act, args.r),
       "z must be what the forward saved");
   auto like = [&](const MaybeTensor& t, void** to) {
-    if (!t) return empty_as(U, {0}, U.scalar_type());
+    if (!t) return empty_as(U, {0}, raw_dtype(U));
     const auto sizes = t->sizes();
-    Tensor out = empty_as(*t, std::vector<int64_t>(sizes.begin(), sizes.end()), t->scalar_type());
+    Tensor out = empty_as(*t, {sizes.begin(), sizes.end()}, raw_dtype(*t));
     *to = out.data_ptr();
     return out;
   };
@@ -241,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edit_backward(Tensor 
   const Tensor from = readable(g), before = readable(h);
   args.g = *addressable(from);
   args.h = *addressable(before);
-  Tensor dh = need_dh ? result_like(h) : empty_as(h, {0}, h.scalar_type());
+  Tensor dh = need_dh ? result_like(h) : empty_as(h, {0}, raw_dtype(h));
   if (need_dh) args.dh = *addressable(dh);
   auto [dU, dV, dP, db, dc] = gradients(args, z, U, V, P, b, c, act, tied);
   return {dh, dU, dV, dP, db, dc};
@@ -257,7 +262,7 @@ Gradients edit_rows_backward_(Tensor g, Tensor rows, Tensor saved, Tensor z, Ten
   args.d = s.d;
   args.r = s.r;
   args.type = dtype_of(g, "g");
-  args.index = index_of(rows);
+  args.index = index_of(rows, g);
   STD_TORCH_CHECK(saved.scalar_type() == g.scalar_type() && saved.is_contiguous() && saved.dim() == 2 &&
                       saved.size(0) == args.n && saved.size(1) == s.d,
                   "saved must be what the forward saved");
@@ -287,31 +292,41 @@ Matrix matrix(const Tensor& t, const char* name) {
   return {t.data_ptr(), rows, rows ? t.numel() / rows : 0, dtype_of(t, name)};
 }
 
-// Each matrix gets orthonormal rows. Fails, with nothing changed, on a value that is not finite.
-void retract_(std::vector<Tensor> matrices) {
+void check_one_device(const std::vector<Tensor>& tensors, const Tensor& first, const char* name) {
+  for (const Tensor& t : tensors)
+    STD_TORCH_CHECK(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), name,
+                    " must be on one device");
+}
+
+// Each matrix gets orthonormal rows. On a CPU it fails, with nothing changed, on a value that is not finite; on a GPU
+// such a matrix is left alone.
+Tensor retract_(std::vector<Tensor> matrices) {
+  STD_TORCH_CHECK(!matrices.empty(), "matrices must not be empty");
+  check_one_device(matrices, matrices[0], "matrices");
   std::vector<Matrix> all;
   for (const Tensor& t : matrices) {
     STD_TORCH_CHECK(t.dim() == 2 && t.size(0) <= t.size(1), "matrices must be (r, d) with r <= d");
     all.push_back(matrix(t, "matrices"));
   }
-  const int64_t bad = retract_cpu(all.data(), all.size(), &parallel_for);
-  STD_TORCH_CHECK(bad < 0, "matrices[", bad, "] holds a value that is not finite");
+  return run(all, matrices[0]);
 }
 
 // One AdamW step of every parameter; with `orthonormal` each is an R: projected gradient, no decay, retraction.
-void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> m, std::vector<Tensor> v,
-           bool orthonormal, double lr, double beta1, double beta2, double eps, double weight_decay, double correction1,
-           double correction2) {
-  STD_TORCH_CHECK(params.size() == grads.size() && params.size() == m.size() && params.size() == v.size(),
-                  "params, grads, m and v must be lists of one length");
+Tensor step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> m, std::vector<Tensor> v,
+             bool orthonormal, double lr, double beta1, double beta2, double eps, double weight_decay,
+             double correction1, double correction2) {
+  STD_TORCH_CHECK(
+      !params.empty() && params.size() == grads.size() && params.size() == m.size() && params.size() == v.size(),
+      "params, grads, m and v must be lists of one length, 1 or more");
+  for (const auto* list : {&params, &grads, &m, &v}) check_one_device(*list, params[0], "params, grads, m and v");
   std::vector<StepItem> items;
   for (size_t i = 0; i < params.size(); ++i) {
-    STD_TORCH_CHECK(grads[i].scalar_type() == params[i].scalar_type() && grads[i].numel() == params[i].numel() &&
+    STD_TORCH_CHECK(raw_dtype(grads[i]) == raw_dtype(params[i]) && grads[i].numel() == params[i].numel() &&
                         grads[i].is_contiguous(),
                     "grads[", i, "] must be contiguous, of its parameter's shape and dtype");
-    for (const Tensor& state : {m[i], v[i]})
+    for (const Tensor* state : {&m[i], &v[i]})
       STD_TORCH_CHECK(
-          state.scalar_type() == kept_type(params[i]) && state.numel() == params[i].numel() && state.is_contiguous(),
+          raw_dtype(*state) == kept_type(params[i]) && state->numel() == params[i].numel() && state->is_contiguous(),
           "m and v must be contiguous, of the parameter's shape, fp32 (fp64 for fp64)");
     StepItem item;
     item.param = matrix(params[i], "params");
@@ -323,9 +338,7 @@ void step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     item.orthonormal = orthonormal;
     items.push_back(item);
   }
-  const StepArgs step{lr, beta1, beta2, eps, weight_decay, correction1, correction2};
-  const int64_t bad = step_cpu(items.data(), items.size(), step, &parallel_for);
-  STD_TORCH_CHECK(bad < 0, "params[", bad, "] has a gradient, or would get a value, that is not finite");
+  return run(items, {lr, beta1, beta2, eps, weight_decay, correction1, correction2}, params[0]);
 }
 
 }  // namespace
@@ -343,13 +356,14 @@ STABLE_TORCH_LIBRARY(fastreft, m) {
         ", bool need_dh) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("edit_rows_backward(Tensor g, Tensor rows, Tensor saved, Tensor z, " FASTREFT_WEIGHTS
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("retract_(Tensor(a!)[] matrices) -> ()");
+  m.def("retract_(Tensor(a!)[] matrices) -> Tensor");
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] v, bool orthonormal, float lr, float "
-      "beta1, float beta2, float eps, float weight_decay, float correction1, float correction2) -> ()");
+      "beta1, float beta2, float eps, float weight_decay, float correction1, float correction2) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastreft, CPU, m) {
+// One set of functions for every device: what differs is behind run().
+static void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("edit", TORCH_BOX(&fastreft::edit));
   m.impl("edit_rows_", TORCH_BOX(&fastreft::edit_rows_));
   m.impl("edit_rows", TORCH_BOX(&fastreft::edit_rows));
@@ -359,3 +373,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastreft, CPU, m) {
   m.impl("retract_", TORCH_BOX(&fastreft::retract_));
   m.impl("step_", TORCH_BOX(&fastreft::step_));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(fastreft, CPU, m) { implement(m); }
+#ifdef FASTREFT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastreft, CUDA, m) { implement(m); }
+#endif

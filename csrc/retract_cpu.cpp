@@ -184,16 +184,18 @@ bool all_finite(const void* p, const Matrix& M, Workspace& own, const CpuKernels
   return true;
 }
 
-// The first i for which f(i, workspace) is false, or -1; f runs in parallel.
+// The first i for which f(i, workspace) is false, or -1; f runs in parallel, where `size` elements in all are worth it.
 template <typename F>
-int64_t first_failure(int64_t count, ParallelFor run, const F& f) {
+int64_t first_failure(int64_t count, int64_t size, ParallelFor run, const F& f) {
   std::atomic<int64_t> first{count};
-  parallel(run, count, 1, [&](int64_t begin, int64_t end) {
-    Workspace own;
-    for (int64_t i = begin; i < end; ++i)
-      if (!f(i, own))
-        for (int64_t seen = first; i < seen && !first.compare_exchange_weak(seen, i);) {}
-  });
+  const int64_t worth_a_thread = 1 << 17;
+  parallel(run, count, std::max<int64_t>(1, count * worth_a_thread / std::max<int64_t>(1, size)),
+           [&](int64_t begin, int64_t end) {
+             Workspace own;
+             for (int64_t i = begin; i < end; ++i)
+               if (!f(i, own))
+                 for (int64_t seen = first; i < seen && !first.compare_exchange_weak(seen, i);) {}
+           });
   return first < count ? first.load() : -1;
 }
 
@@ -273,10 +275,12 @@ bool step_orthonormal(const StepItem& item, const StepArgs& step, Workspace& own
 
 int64_t retract_cpu(const Matrix* matrices, int64_t count, ParallelFor run) {
   const CpuKernels& k = cpu_kernels();
+  int64_t size = 0;
+  for (int64_t i = 0; i < count; ++i) size += matrices[i].r * matrices[i].d;
   const int64_t bad = first_failure(
-      count, run, [&](int64_t i, Workspace& own) { return all_finite(matrices[i].p, matrices[i], own, k); });
+      count, size, run, [&](int64_t i, Workspace& own) { return all_finite(matrices[i].p, matrices[i], own, k); });
   if (bad >= 0) return bad;
-  return first_failure(count, run, [&](int64_t i, Workspace& own) {
+  return first_failure(count, size, run, [&](int64_t i, Workspace& own) {
     const Matrix& M = matrices[i];
     own.Y.shape(M);
     own.S.assign(M.r * M.r, 0.0);
@@ -295,10 +299,12 @@ int64_t retract_cpu(const Matrix* matrices, int64_t count, ParallelFor run) {
 
 int64_t step_cpu(const StepItem* items, int64_t count, const StepArgs& step, ParallelFor run) {
   const CpuKernels& k = cpu_kernels();
+  int64_t size = 0;
+  for (int64_t i = 0; i < count; ++i) size += items[i].param.r * items[i].param.d;
   const int64_t bad = first_failure(
-      count, run, [&](int64_t i, Workspace& own) { return all_finite(items[i].g, items[i].param, own, k); });
+      count, size, run, [&](int64_t i, Workspace& own) { return all_finite(items[i].g, items[i].param, own, k); });
   if (bad >= 0) return bad;
-  return first_failure(count, run, [&](int64_t i, Workspace& own) {
+  return first_failure(count, size, run, [&](int64_t i, Workspace& own) {
     return items[i].orthonormal ? step_orthonormal(items[i], step, own, k) : step_plain(items[i], step, own, k);
   });
 }

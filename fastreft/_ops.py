@@ -30,9 +30,8 @@ if _BACKEND not in ("native", "reference"):
 if _BACKEND == "native" and _C is None:
     raise ImportError(f"FASTREFT_BACKEND=native, but fastreft's extension does not load: {_load_error}")
 
-_NATIVE_DEVICES: tuple[str, ...] = ()
-if _BACKEND == "native":
-    _NATIVE_DEVICES = tuple(_C.build_info()["devices"].split())
+_CPU = _BACKEND == "native"
+_CUDA = _CPU and "cuda" in _C.build_info()["devices"].split()
 
 
 def build_info() -> dict[str, str]:
@@ -52,7 +51,7 @@ def build_info() -> dict[str, str]:
 
 def runs_natively(t: Tensor) -> bool:
     """Do the native ops take this tensor?"""
-    return t.device.type in _NATIVE_DEVICES
+    return (_CPU and t.is_cpu) or (_CUDA and t.is_cuda)
 
 
 # ---- checks: one sentence, before any work ------------------------------------------------------------------------
@@ -104,65 +103,47 @@ def check_matrices(matrices: Sequence[Tensor]) -> None:
 
 
 # ---- what functional.py calls --------------------------------------------------------------------------------------
+#
+# An edit of a few rows costs less than Python's checks of its arguments would. The ops check theirs in C++; where they
+# refuse, _explain finds the sentence.
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.is_contiguous() else t.contiguous()
-
-
-def _weights(U, V, P, b, c):
-    """Contiguous weights for the ops, and whether P is U."""
-    tied = P is U
-    return _contiguous(U), _contiguous(V), None if tied else _contiguous(P), _contiguous(b), _contiguous(c), tied
-
-
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _wants_grad(h, U, V, P, b, c) -> bool:
+    return torch.is_grad_enabled() and (
+        h.requires_grad
+        or U.requires_grad
+        or (V is not None and V.requires_grad)
+        or (P is not None and P.requires_grad)
+        or (b is not None and b.requires_grad)
+        or (c is not None and c.requires_grad)
+    )
 
 
 def _index(rows: Tensor) -> Tensor:
     if rows.dtype is torch.int64 and rows.dim() == 1 and rows.is_contiguous():
         return rows
+    if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise TypeError(f"rows is {rows.dtype}; it must be an integer tensor of row numbers")
     return rows.reshape(-1).to(torch.int64).contiguous()
 
 
-def edit(h, U, V, P, b, c, act: int) -> Tensor:
-    check(h, U, V, P, b, c)
-    save = _wants_grad(h, U, V, P, b, c)
-    U, V, P, b, c, tied = _weights(U, V, P, b, c)
-    return torch.ops.fastreft.edit.default(h, U, V, P, b, c, act, tied, save)[0]
-
-
-def edit_rows(h, rows, U, V, P, b, c, act: int) -> Tensor:
-    check(h, U, V, P, b, c, rows)
-    save = _wants_grad(h, U, V, P, b, c)
-    U, V, P, b, c, tied = _weights(U, V, P, b, c)
-    with _row_errors():
-        return torch.ops.fastreft.edit_rows.default(h, _index(rows), U, V, P, b, c, act, tied, save)[0]
-
-
-def edit_rows_(h, rows, U, V, P, b, c, act: int) -> Tensor:
-    check(h, U, V, P, b, c, rows)
-    wants_grad = _wants_grad(h, U, V, P, b, c)
-    U, V, P, b, c, tied = _weights(U, V, P, b, c)
+def _listed(rows: Tensor, unique: bool) -> Tensor:
+    """The rows as the ops take them. A GPU's threads cannot see that a row is listed twice, so there all but one go."""
     rows = _index(rows)
-    with _row_errors():
-        if wants_grad:
-            return _EditRows.apply(h, rows, U, V, P, b, c, act, tied)
-        with torch._C._AutoDispatchBelowAutograd():
-            torch.ops.fastreft.edit_rows_.default(h, rows, U, V, P, b, c, act, tied, False)
-        return h
+    if unique or not rows.is_cuda:
+        return rows
+    rows = rows.sort().values
+    again = torch.zeros_like(rows, dtype=torch.bool)
+    again[1:] = rows[1:] == rows[:-1]
+    return rows.masked_fill(again, -1)
 
 
-class _row_errors:
-    """A row past the end is an IndexError in Python; the ops can only raise RuntimeError."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is RuntimeError and "rows: " in str(error):
-            raise IndexError(_sentence(error)) from None
+def _explain(error: RuntimeError, h, U, V, P, b, c, rows=None) -> Exception:
+    """What to raise for an op's refusal: the sentence of :func:`check`, else the op's own."""
+    if "rows: " in str(error):
+        return IndexError(_sentence(error))
+    check(h, U, V, P, b, c, rows)
+    return error
 
 
 def _sentence(error: RuntimeError) -> str:
@@ -170,21 +151,64 @@ def _sentence(error: RuntimeError) -> str:
     return re.sub(r"^.*?\.cpp:\d+, ", "", str(error).partition("\n")[0])
 
 
-def retract_(matrices: list[Tensor]) -> None:
+def edit(h, U, V, P, b, c, act: int) -> Tensor:
+    save, tied = _wants_grad(h, U, V, P, b, c), P is U
     try:
-        torch.ops.fastreft.retract_.default([R.detach() for R in matrices])
+        return torch.ops.fastreft.edit.default(h, U, V, None if tied else P, b, c, act, tied, save)[0]
+    except RuntimeError as error:
+        raise _explain(error, h, U, V, P, b, c) from None
+
+
+def edit_rows(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
+    save, tied = _wants_grad(h, U, V, P, b, c), P is U
+    rows = _listed(rows, unique)
+    try:
+        return torch.ops.fastreft.edit_rows.default(h, rows, U, V, None if tied else P, b, c, act, tied, save)[0]
+    except RuntimeError as error:
+        raise _explain(error, h, U, V, P, b, c, rows) from None
+
+
+def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
+    tied = P is U
+    own_P = None if tied else P
+    rows = _listed(rows, unique)
+    try:
+        if _wants_grad(h, U, V, P, b, c):
+            return _EditRows.apply(h, rows, U, V, own_P, b, c, act, tied)
+        with torch._C._AutoDispatchBelowAutograd():
+            torch.ops.fastreft.edit_rows_.default(h, rows, U, V, own_P, b, c, act, tied, False)
+        return h
+    except RuntimeError as error:
+        raise _explain(error, h, U, V, P, b, c, rows) from None
+
+
+def retract_(matrices: list[Tensor]) -> None:
+    """Orthonormal rows for each matrix; ``ValueError``, with nothing changed, for one that is not finite."""
+    matrices = [R.detach() for R in matrices]
+    if matrices[0].is_cuda:
+        finite = torch.stack([torch.isfinite(R).all() for R in matrices]).tolist()
+        if not all(finite):
+            raise ValueError(f"matrices[{finite.index(False)}] holds a value that is not finite")
+    targets = [R if R.is_contiguous() else R.contiguous() for R in matrices]
+    try:
+        torch.ops.fastreft.retract_.default(targets)
     except RuntimeError as error:
         raise ValueError(_sentence(error)) from None
+    for R, target in zip(matrices, targets, strict=True):
+        if R is not target:
+            R.copy_(target)
 
 
-def step_(params, grads, m, v, orthonormal: bool, settings: dict[str, float]) -> None:
+def step_(params, grads, m, v, orthonormal: bool, settings: dict[str, float]) -> Tensor | None:
+    """One optimizer step. On a GPU: what became of each parameter, int32 [len(params)], 2 = left alone as not finite."""
     try:
         with torch._C._AutoDispatchBelowAutograd():
-            torch.ops.fastreft.step_.default(params, grads, m, v, orthonormal, **settings)
+            status = torch.ops.fastreft.step_.default(params, grads, m, v, orthonormal, **settings)
     except RuntimeError as error:
         if "not finite" not in str(error):
             raise
         raise FloatingPointError(_sentence(error)) from None
+    return status[: 4 * len(params)].view(torch.int32) if status.numel() else None
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
@@ -349,7 +373,7 @@ def _refuse_gradients(op):
         tensors = [
             a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(a, Tensor)
         ]
-        if _wants_grad(*tensors):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError(
                 f"{op} mutates its argument and has no gradient of its own, and an argument requires one; "
                 "call the form in fastreft.functional, or run it under torch.no_grad()"
@@ -369,8 +393,8 @@ def _register() -> None:
         ("edit_backward", _fake_edit_backward),
         ("edit_rows_backward_", _fake_edit_rows_backward_),
         ("edit_rows_backward", _fake_edit_rows_backward),
-        ("retract_", lambda matrices: None),
-        ("step_", lambda *args: None),
+        ("retract_", lambda matrices: matrices[0].new_empty((0,), dtype=torch.uint8)),
+        ("step_", lambda params, *rest: params[0].new_empty((0,), dtype=torch.uint8)),
     ):
         torch.library.register_fake(f"fastreft::{name}", fake)
     torch.library.register_autograd("fastreft::edit", _edit_backward, setup_context=_save_edit)

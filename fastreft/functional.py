@@ -59,8 +59,12 @@ def edit_rows_(
     c: Tensor | None = None,
     *,
     act_fn: ActFn = None,
+    unique: bool = False,
 ) -> Tensor:
-    """The one primitive on the listed rows of h.reshape(-1, d), in place; returns h."""
+    """The one primitive on the listed rows of h.reshape(-1, d), in place; returns h.
+
+    ``unique`` promises that no row is listed twice, which saves a GPU the looking.
+    """
     number, fn = _split(act_fn)
     if number is None or not _ops.runs_natively(h):
         _ops.check(h, U, V, P, b, c, rows)
@@ -70,7 +74,7 @@ def edit_rows_(
         rows = reference.chosen_rows(rows, flat.shape[0])
         flat.index_copy_(0, rows, reference.edit(flat[rows], U, V, P, b, c, fn))
         return h
-    return _ops.edit_rows_(h, rows, U, V, P, b, c, number)
+    return _ops.edit_rows_(h, rows, U, V, P, b, c, number, unique)
 
 
 def edit_rows(
@@ -83,13 +87,14 @@ def edit_rows(
     c: Tensor | None = None,
     *,
     act_fn: ActFn = None,
+    unique: bool = False,
 ) -> Tensor:
     """As :func:`edit_rows_`, but h is left alone and a new tensor returned: the form for ``torch.compile``."""
     number, fn = _split(act_fn)
     if number is None or not _ops.runs_natively(h):
         _ops.check(h, U, V, P, b, c, rows)
         return reference.edit_rows(h, rows, U, V, P, b, c, fn)
-    return _ops.edit_rows(h, rows, U, V, P, b, c, number)
+    return _ops.edit_rows(h, rows, U, V, P, b, c, number, unique)
 
 
 def loreft(h: Tensor, R: Tensor, W: Tensor, b: Tensor, *, act_fn: ActFn = None) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import activations, functional
 
@@ -54,12 +55,10 @@ class Intervention(nn.Module):
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; it must be a floating-point dtype")
         self.embed_dim, self.r = embed_dim, low_rank_dimension
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout  # a number and not a module: an edit costs microseconds, and so does a module's attribute
         self.act_fn = act_fn
         # An activation with parameters of its own, or one unknown to the kernels, becomes a submodule.
         self.act = None if activations.native_id(act_fn) is not None else activations.module(str(act_fn))
-        self.b: nn.Parameter | None = None
-        self.c: nn.Parameter | None = None
         self._build(dtype, add_bias)
         self.reset_parameters()
         _alive.add(self)
@@ -71,7 +70,7 @@ class Intervention(nn.Module):
     def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
         raise TypeError("Intervention is abstract; use one of its six subclasses")
 
-    def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def weights(self) -> tuple[Any, ...]:
         """(U, V, P, b, c) of the primitive; None for a term that the method does not have."""
         raise TypeError("Intervention is abstract; use one of its six subclasses")
 
@@ -99,31 +98,34 @@ class Intervention(nn.Module):
         *,
         rows: Tensor | None = None,
         inplace: bool = True,
+        unique: bool = False,
         **_: Any,
     ) -> Tensor:
         """The edited base, shape and dtype of ``base``; with ``rows`` (integers, -1 = skip) in place.
 
-        ``inplace=False`` leaves ``base`` alone, which ``torch.compile`` wants. ``source`` is ignored (the edit has none);
-        ``subspaces`` other than None is a ``ValueError``.
+        ``inplace=False`` leaves ``base`` alone, which ``torch.compile`` wants; ``unique`` promises that no row is listed
+        twice. ``source`` is ignored (the edit has none); ``subspaces`` other than None is a ``ValueError``.
         """
         if subspaces is not None:
             raise ValueError("subspaces is not supported: an intervention edits all of its r dimensions")
         act_fn = self.act if self.act is not None else self.act_fn
-        weights = self.weights()
-        drops = self.training and self.dropout.p > 0
+        U, V, P, b, c = self.weights()
+        drops = self.training and self.dropout > 0
         if rows is None:
-            out = functional.edit(base, *weights, act_fn=act_fn)
-            return self.dropout(out) if drops else out
+            out = functional.edit(base, U, V, P, b, c, act_fn=act_fn)
+            return F.dropout(out, self.dropout) if drops else out
         if not drops:
             edit = functional.edit_rows_ if inplace else functional.edit_rows
-            return edit(base, rows, *weights, act_fn=act_fn)
+            return edit(base, rows, U, V, P, b, c, act_fn=act_fn, unique=unique)
         flat = base.view(-1, self.embed_dim) if inplace else base.reshape(-1, self.embed_dim).clone()
         rows = rows[(rows >= 0) & (rows < flat.shape[0])].unique()
-        flat.index_copy_(0, rows, self.dropout(functional.edit(flat[rows], *weights, act_fn=act_fn)))
+        edited = functional.edit(flat[rows], U, V, P, b, c, act_fn=act_fn)
+        flat.index_copy_(0, rows, F.dropout(edited, self.dropout))
         return base if inplace else flat.view(base.shape)
 
     def extra_repr(self) -> str:
-        return f"embed_dim={self.embed_dim}, low_rank_dimension={self.r}, act_fn={self.act_fn!r}"
+        shape = f"embed_dim={self.embed_dim}, low_rank_dimension={self.r}"
+        return f"{shape}, act_fn={self.act_fn!r}, dropout={self.dropout}"
 
 
 class LoreftIntervention(Intervention):
@@ -134,14 +136,16 @@ class LoreftIntervention(Intervention):
         self.W, self.b = self._matrix(dtype), self._vector(dtype)
 
     def weights(self):
-        return self.R, self.W, self.R, self.b, None
+        p = self._parameters
+        return p["R"], p["W"], p["R"], p["b"], None
 
 
 class DireftIntervention(LoreftIntervention):
     """pyreft's DiReFT: h + R^T act(W h + b), R R^T = I."""
 
     def weights(self):
-        return self.R, self.W, None, self.b, None
+        p = self._parameters
+        return p["R"], p["W"], None, p["b"], None
 
 
 class NoreftIntervention(Intervention):
@@ -155,14 +159,16 @@ class NoreftIntervention(Intervention):
             self.c = self._vector(dtype)
 
     def weights(self):
-        return self.P, self.W, self.P, self.b, self.c
+        p = self._parameters
+        return p["P"], p["W"], p["P"], p["b"], p.get("c")
 
 
 class NodireftIntervention(NoreftIntervention):
     """The paper's DiReFT: h + P^T act(W h + b). With ``add_bias`` c is held, as pyreft does, and unused."""
 
     def weights(self):
-        return self.P, self.W, None, self.b, None
+        p = self._parameters
+        return p["P"], p["W"], None, p["b"], None
 
 
 class ConsreftIntervention(Intervention):
@@ -171,7 +177,7 @@ class ConsreftIntervention(Intervention):
     def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
         wide = torch.promote_types(dtype, torch.float32)
         self.R, self.b = self._matrix(wide), self._vector(wide)
-        self.dropout.p = 0.0
+        self.dropout = 0.0
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -180,19 +186,21 @@ class ConsreftIntervention(Intervention):
         nn.init.uniform_(self.b, 0, 1)  # type: ignore[arg-type]
 
     def weights(self):
-        return self.R, None, self.R, self.b, None
+        p = self._parameters
+        return p["R"], None, p["R"], p["b"], None
 
 
 class LobireftIntervention(ConsreftIntervention):
     """LobiReFT: h + R^T b, R R^T = I."""
 
     def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
-        p = self.dropout.p
+        dropout = self.dropout
         super()._build(dtype, add_bias)
-        self.dropout.p = p  # unlike ConsReFT, pyreft drops here
+        self.dropout = dropout  # unlike ConsReFT, pyreft drops here
 
     def weights(self):
-        return self.R, None, None, self.b, None
+        p = self._parameters
+        return p["R"], None, None, p["b"], None
 
 
 # The names a configuration uses.

@@ -125,7 +125,7 @@ class ReftAdamW(torch.optim.Optimizer):
         m = [self.state[p]["exp_avg"] for p in params]
         v = [self.state[p]["exp_avg_sq"] for p in params]
         if all(_ops.runs_natively(p) and p.is_contiguous() for p in params):
-            _ops.step_(params, grads, m, v, orthonormal, settings)
+            self._status = _ops.step_(params, grads, m, v, orthonormal, settings)
             return
         for i, g in enumerate(grads):
             if not bool(torch.isfinite(g).all()):

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, from a bare machine with CUDA torch and no network, in under 9 minutes.
+#
+#     benchmarks/gpu_check.sh [part ...]      parts: build suite verify sanitize bench; all of them by default
+#
+# PYTHON names the interpreter. Results go to benchmarks/results/<gpu>/*.json; the exit status is that of the first
+# part that failed, after all parts have run.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+parts=("$@")
+[ ${#parts[@]} -eq 0 ] && parts=(build suite verify sanitize bench)
+status=0
+export PYTHONUNBUFFERED=1
+
+run() { # name, seconds, command...
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  echo "=== $name: $*"
+  timeout "$limit" "$@"
+  local code=$?
+  echo "=== $name: exit $code after $((SECONDS - start)) s"
+  [ $code -ne 0 ] && [ $status -eq 0 ] && status=$code
+  return 0
+}
+
+"$python" - <<'PY' || exit 1
+import torch
+assert torch.cuda.is_available(), "no CUDA device, or a torch without CUDA"
+print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuda", torch.version.cuda)
+PY
+
+for part in "${parts[@]}"; do
+  case $part in
+    build)
+      # For this GPU alone: the whole list of arches takes minutes.
+      TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
+        FASTREFT_BUILD_CUDA=1 MAX_JOBS=${MAX_JOBS:-16} \
+        run build 120 "$python" -m pip install --no-build-isolation --no-deps --no-index -q -e .
+      ;;
+    suite) run suite 120 "$python" -m pytest -q -x tests --ignore tests/test_nvcc.py --ignore tests/test_simt.py ;;
+    verify) run verify 45 "$python" benchmarks/gpu_verify.py ;;
+    sanitize)
+      if ! command -v compute-sanitizer >/dev/null; then
+        echo "=== sanitize: there is no compute-sanitizer here; left out"
+        continue
+      fi
+      for tool in memcheck racecheck synccheck initcheck; do
+        # torch's caching allocator hides overruns: without it every tensor is its own allocation.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "sanitize $tool" 40 \
+          compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/gpu_verify.py --small
+      done
+      ;;
+    bench) run bench 95 "$python" benchmarks/gpu_bench.py --save ;;
+    *) echo "unknown part: $part" >&2; exit 2 ;;
+  esac
+done
+exit $status

@@ -1,0 +1,193 @@
+// The whole backward of a tile in one pass on tensor cores: g and h read once, dh written once, and the sums over rows
+// that the weights' gradients are made of kept in registers for as long as the CTA lives.
+//
+// The mapping, the exchange of coordinates and the two cluster barriers a tile are those of edit_fused.cuh. On top of
+// them, once a tile's coordinates have arrived and before dh overwrites g in shared memory, each warp adds
+//     first  (Rank x columns) += z^T g        second (Rank x columns) += gx^T h
+// over the tile's rows, where gx stands for gp and gz alike: this road is taken where they are one (act is the
+// identity) or where nothing asks for gz. 64 fp32 registers a thread at Rank 16 and slices 512 wide. At the end every
+// cluster leaves one partial sum, and finish_kernel (edit_simple.cuh) adds those in order.
+#pragma once
+#include "edit_fused.cuh"
+
+namespace fastreft {
+
+struct Both {
+  Fused f;
+  Rows h;  // [n, d]; p == nullptr where no gradient needs it
+  bool wants_first = false;
+  float* partial = nullptr;  // [clusters, slots, r, d], first before second
+  float* vectors = nullptr;  // [clusters, 2, r]: sum gx, twice
+};
+
+// sums (Depth x 16 Pairs) += coordinates^T (Depth x 16 rows) times 16 rows of a tile, over the warp's columns.
+template <typename T, int Depth, int Pairs>
+__device__ __forceinline__ void add_products(float (&sums)[Depth / 16][2 * Pairs][4], const T* coordinates,
+                                             int64_t coordinate_pitch, const T* tile, int64_t pitch, int columns) {
+  const int lane = threadIdx.x % 32;
+  uint32_t a[Depth / 16][4];
+#pragma unroll
+  for (int k = 0; k < Depth / 16; ++k)
+    load_matrices_transposed(a[k],
+                             coordinates + (lane % 8 + lane / 16 * 8) * coordinate_pitch + k * 16 + lane / 8 % 2 * 8);
+#pragma unroll
+  for (int pair = 0; pair < Pairs; ++pair) {
+    if (pair * 16 >= columns) continue;
+    uint32_t b[4];
+    load_matrices_transposed(b, tile + lane % 16 * pitch + pair * 16 + lane / 16 * 8);
+#pragma unroll
+    for (int k = 0; k < Depth / 16; ++k) {
+      multiply(sums[k][2 * pair], a[k], b[0], b[1], T{});
+      multiply(sums[k][2 * pair + 1], a[k], b[2], b[3], T{});
+    }
+  }
+}
+
+// The warp's sums to rows [0, r) of a partial sum (r, d).
+template <int Depth, int Pairs>
+__device__ __forceinline__ void store_sums(float* to, const float (&sums)[Depth / 16][2 * Pairs][4], int r, int64_t d,
+                                           int columns, int64_t column) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < Depth / 16; ++k) {
+#pragma unroll
+    for (int eight = 0; eight < 2 * Pairs; ++eight) {
+      const int64_t j = column + eight * 8 + lane % 4 * 2;
+      if (eight * 8 >= columns || j >= d) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = k * 16 + half * 8 + lane / 4;
+        if (row < r)
+          *reinterpret_cast<float2*>(to + row * d + j) =
+              make_float2(sums[k][eight][2 * half], sums[k][eight][2 * half + 1]);
+      }
+    }
+  }
+}
+
+template <typename T, int Rank>
+__global__ void __launch_bounds__(kFusedWarps * 32, 1) both_kernel(const __grid_constant__ Both both) {
+  constexpr int Depth = both_depth(Rank), Pairs = kBothColumns / kFusedWarps / 16;
+  const Pass& p = both.f.pass;
+  const FusedShape& s = both.f.shape;
+  const FusedLayout at = fused_layout(s);
+  char* shared = shared_memory();
+  T* shrink = reinterpret_cast<T*>(shared + at.shrink);
+  T* expand = reinterpret_cast<T*>(shared + at.expand);
+  T* tiles = reinterpret_cast<T*>(shared + at.tiles);
+  float* partial = reinterpret_cast<float*>(shared + at.partial);
+  float* received = reinterpret_cast<float*>(shared + at.received);
+  T* coordinates = reinterpret_cast<T*>(shared + at.coordinates);
+
+  const int warp = threadIdx.x / 32, rank = s.cluster > 1 ? cluster_rank() : 0;
+  const int64_t cluster = blockIdx.x / s.cluster, clusters = gridDim.x / s.cluster;
+  const int columns = s.width / kFusedWarps;
+  const int64_t slice = static_cast<int64_t>(rank) * s.width, column = slice + warp * columns;
+  const int64_t tile_size = s.rows * at.pitch;
+  const int depth = s.expands * Rank > 16 ? s.expands * Rank : 16, own = own_rows(s);
+  const int expand_from = p.expand[0].w.p != nullptr ? 0 : 1;
+  const int kept = p.act == Act::identity ? p.r : 2 * p.r;
+  const bool wants_second = both.h.p != nullptr;
+
+  const auto fetch = [&](int64_t tile, int stage) {
+    if (tile < both.f.tiles) {
+      const int64_t first = tile * s.rows;
+      T* to = tiles + 2 * stage * tile_size + warp * columns;
+      load_tile(to, p.in.p, tile_rows(p, p.in, first, s.rows, false), s.rows, at.pitch, columns, column, p.d);
+      if (wants_second)
+        load_tile(to + tile_size, both.h.p, tile_rows(p, both.h, first, s.rows, true), s.rows, at.pitch, columns,
+                  column, p.d);
+    }
+    copy_commit();
+  };
+  for (int stage = 0; stage < s.stages; ++stage) fetch(cluster + stage * clusters, stage);
+  load_slice(shrink, p.shrink, 1, Rank, Rank, s.width, at.pitch, p.r, p.d, slice);
+  load_slice(expand, p.expand + expand_from, s.expands, Rank, depth, s.width, at.pitch, p.r, p.d, slice);
+  for (int e = threadIdx.x; e < s.rows * at.coordinate_pitch; e += kFusedWarps * 32) coordinates[e] = rounded<T>(0.f);
+  cluster_sync(s.cluster);  // as in fused_kernel
+
+  float first_sum[Depth / 16][2 * Pairs][4] = {}, second_sum[Depth / 16][2 * Pairs][4] = {};
+  float vector = 0;  // rank 0, thread k: sum gx of coordinate k
+  int stage = 0;
+  for (int64_t tile = cluster; tile < both.f.tiles; tile += clusters) {
+    const int64_t first = tile * s.rows;
+    T* mine = tiles + 2 * stage * tile_size + warp * columns;
+    wait_for_oldest(s.stages);
+    __syncwarp();
+    for (int m = 0; m < s.rows; m += 16)
+      shrink_rows<T, Rank>(mine + m * at.pitch, shrink + warp * columns, at.pitch, columns,
+                           partial + (warp * s.rows + m) * Rank, Rank);
+    __syncthreads();
+
+    for (int e = threadIdx.x; e < s.rows * Rank; e += kFusedWarps * 32) {
+      float sum = 0;
+      for (int w = 0; w < kFusedWarps; ++w) sum += partial[w * s.rows * Rank + e];
+      const int m = e / Rank, k = e % Rank;
+      float* to = received + (rank * own + m % own) * Rank + k;
+      *(s.cluster > 1 ? of_rank(to, m / own) : to) = sum;
+    }
+    cluster_sync(s.cluster);  // (1) as in fused_kernel
+
+    for (int e = threadIdx.x; e < own * Rank / 2; e += kFusedWarps * 32) {
+      const int m = rank * own + e / (Rank / 2), k = e % (Rank / 2) * 2;
+      if (m >= s.rows) continue;
+      const int64_t i = first + m;
+      const bool live = listed_row(p.index, i, p.n, p.total) >= 0;
+      float gp[2], minus_gz[2], z[2];
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        float sum = 0;
+        for (int from = 0; from < s.cluster; ++from) sum += received[(from * own + m % own) * Rank + k + pair];
+        coordinate<true>(p, i, k + pair, sum, 0.f, live, gp[pair], minus_gz[pair]);
+        z[pair] = live && k + pair < p.r ? static_cast<const float*>(p.z)[i * kept + k + pair] : 0.f;
+      }
+      const uint32_t gx = pack<T>(gp[0], gp[1]);
+      for (int other = 0; other < s.cluster; ++other) {
+        T* row = coordinates + m * at.coordinate_pitch + k;
+        if (s.cluster > 1) row = of_rank(row, other);
+        for (int q = 0; q < s.expands; ++q)
+          *reinterpret_cast<uint32_t*>(row + q * Rank) = q + expand_from == 1 ? pack<T>(minus_gz[0], minus_gz[1]) : gx;
+        *reinterpret_cast<uint32_t*>(row + depth) = pack<T>(z[0], z[1]);
+        *reinterpret_cast<uint32_t*>(row + depth + Depth) = gx;
+      }
+    }
+    cluster_sync(s.cluster);  // (2) as in fused_kernel
+
+    if (rank == 0 && threadIdx.x < Rank) {
+      for (int m = 0; m < s.rows; ++m)
+        vector += to_float(coordinates[m * at.coordinate_pitch + depth + Depth + threadIdx.x]);
+    }
+    for (int m = 0; m < s.rows; m += 16) {
+      const T* row = coordinates + m * at.coordinate_pitch + depth;
+      if (both.wants_first)
+        add_products<T, Depth, Pairs>(first_sum, row, at.coordinate_pitch, mine + m * at.pitch, at.pitch, columns);
+      if (wants_second)
+        add_products<T, Depth, Pairs>(second_sum, row + Depth, at.coordinate_pitch, mine + tile_size + m * at.pitch,
+                                      at.pitch, columns);
+    }
+    if (p.out.p != nullptr) {
+      __syncwarp();  // other lanes' columns of g have been read
+      for (int m = 0; m < s.rows; m += 16)
+        expand_rows<T, (Rank > 8 ? Rank / 8 : 1)>(mine + m * at.pitch, coordinates + m * at.coordinate_pitch,
+                                                  at.coordinate_pitch, expand + warp * columns, at.pitch, columns,
+                                                  s.expands > 0 ? depth / 16 : 0);
+      __syncwarp();
+      store_tile(p.out.p, mine, tile_rows(p, p.out, first, s.rows, false), s.rows, at.pitch, columns, column, p.d);
+    }
+    __syncwarp();
+    fetch(tile + s.stages * clusters, stage);
+    stage = stage + 1 < s.stages ? stage + 1 : 0;
+  }
+  copy_wait<0>();
+
+  const int64_t size = static_cast<int64_t>(p.r) * p.d;
+  float* to = both.partial + cluster * (both.wants_first + wants_second) * size;
+  if (both.wants_first) store_sums<Depth, Pairs>(to, first_sum, p.r, p.d, columns, column);
+  if (wants_second) store_sums<Depth, Pairs>(to + both.wants_first * size, second_sum, p.r, p.d, columns, column);
+  if (rank == 0 && static_cast<int>(threadIdx.x) < p.r) {
+    both.vectors[cluster * 2 * p.r + threadIdx.x] = vector;
+    both.vectors[(cluster * 2 + 1) * p.r + threadIdx.x] = vector;
+  }
+}
+
+}  // namespace fastreft

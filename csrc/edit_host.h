@@ -1,0 +1,86 @@
+// Host helpers that the forward and the backward share: alignment questions and the two roads of a pass over rows.
+#pragma once
+#include "edit_fused.cuh"
+#include "edit_simple.cuh"
+#include "launch.h"
+
+namespace fastreft {
+
+inline int element_size(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+inline bool sixteen_bits(DType type) { return type == DType::bf16 || type == DType::f16; }
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Whether every row starts on 16 bytes (a null pointer has no rows).
+inline bool vector_rows(const Rows& rows, DType type) {
+  const int64_t size = element_size(type);
+  return rows.p == nullptr || (aligned16(rows.p) && rows.outer_stride * size % 16 == 0 &&
+                               (rows.inner <= 1 || rows.inner_stride * size % 16 == 0));
+}
+inline bool vector_matrix(const Matrix2& m) { return aligned16(m.w.p) && aligned16(m.minus.p); }
+
+// Whether a pass may move 16 bytes at a time.
+inline bool vector_pass(const Pass& p, DType type) {
+  return p.d % (16 / element_size(type)) == 0 && vector_rows(p.in, type) && vector_rows(p.out, type) &&
+         aligned16(p.saved) && vector_matrix(p.shrink[0]) && vector_matrix(p.shrink[1]) && vector_matrix(p.expand[0]) &&
+         vector_matrix(p.expand[1]);
+}
+
+inline int present(const Matrix2 (&pair)[2]) { return (pair[0].w.p != nullptr) + (pair[1].w.p != nullptr); }
+
+template <typename T, bool Backward>
+int simple_pass_as(const Pass& p, bool vector, bool shrinks, void* stream, const Device& device) {
+  const SimplePlan plan = plan_simple(p.n, p.r, sizeof(accum_t<T>), device);
+  if (!plan.fits) return kInvalidValue;
+  Grid grid;
+  grid.x = plan.blocks;
+  grid.threads = kSimpleThreads;
+  grid.shared = plan.shared;
+  return vector ? launch<pass_kernel<T, kVector<T>, Backward>>(grid, stream, p, shrinks)
+                : launch<pass_kernel<T, 1, Backward>>(grid, stream, p, shrinks);
+}
+
+template <bool Backward>
+int simple_pass(const Pass& p, DType type, bool shrinks, void* stream, const Device& device) {
+  const bool vector = vector_pass(p, type);
+  switch (type) {
+    case DType::f32: return simple_pass_as<float, Backward>(p, vector, shrinks, stream, device);
+    case DType::f64: return simple_pass_as<double, Backward>(p, vector, shrinks, stream, device);
+    case DType::bf16: return simple_pass_as<bf16, Backward>(p, vector, shrinks, stream, device);
+    case DType::f16: return simple_pass_as<f16, Backward>(p, vector, shrinks, stream, device);
+  }
+  return kInvalidValue;
+}
+
+template <typename T, bool Backward>
+int fused_pass_as(const Fused& f, const Grid& grid, void* stream) {
+  switch (f.shape.rank) {
+    case 8: return launch<fused_kernel<T, 8, Backward>>(grid, stream, f);
+    case 16: return launch<fused_kernel<T, 16, Backward>>(grid, stream, f);
+    case 32: return launch<fused_kernel<T, 32, Backward>>(grid, stream, f);
+    case 64: return launch<fused_kernel<T, 64, Backward>>(grid, stream, f);
+  }
+  return kInvalidValue;
+}
+
+// The plan of a pass on tensor cores; `fits` is false where the CUDA cores have to do it.
+inline FusedPlan fused_plan_of(const Pass& p, DType type, const Device& device) {
+  if (device.major < 8 || !sixteen_bits(type) || !vector_pass(p, type)) return {};
+  return plan_pass(p.n, p.d, p.r, present(p.shrink), present(p.expand), device);
+}
+
+template <bool Backward>
+int fused_pass(const Pass& p, DType type, const FusedPlan& plan, void* stream) {
+  Fused f;
+  f.pass = p;
+  f.shape = plan.shape;
+  f.tiles = plan.tiles;
+  Grid grid;
+  grid.x = plan.clusters * plan.shape.cluster;
+  grid.threads = kFusedWarps * 32;
+  grid.cluster = plan.shape.cluster;
+  grid.shared = plan.shared;
+  return type == DType::bf16 ? fused_pass_as<bf16, Backward>(f, grid, stream)
+                             : fused_pass_as<f16, Backward>(f, grid, stream);
+}
+
+}  // namespace fastreft

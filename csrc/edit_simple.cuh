@@ -1,0 +1,263 @@
+// The edit on CUDA cores: any dtype, any d, any r, no alignment asked. It is the road of fp32 and fp64 activations and
+// of whatever the tensor-core kernels (edit_fused.cuh) do not take.
+//
+// pass_kernel: a CTA of 256 threads owns kRows rows. Shrink: the threads split the columns, four of the r coordinates
+// at a time; partial sums meet by warp_sum and then warp by warp in order. Expand: again a thread a column group.
+// gradient_kernel: a thread owns a column and eight coordinates, a CTA 128 columns and one range of rows; each range
+// leaves one partial sum. finish_kernel adds the partial sums in order and rounds to the weight's dtype.
+#pragma once
+#include "edit_common.cuh"
+#include "policy.h"
+
+namespace fastreft {
+
+template <typename T, int V, bool Backward>
+__global__ void __launch_bounds__(kSimpleThreads, 2) pass_kernel(const Pass p, const bool shrinks) {
+  using C = accum_t<T>;
+  constexpr int R = kSimpleRows, K = kSimpleChunk;
+  const int d = p.d, r = p.r, thread = threadIdx.x, warp = thread / 32;
+  C* u0 = reinterpret_cast<C*>(shared_memory());  // [R, r] s0, then the first expand's coordinates
+  C* u1 = u0 + R * r;                             // [R, r] s1, then the second expand's
+  C* sums = u1 + R * r;                           // [8 warps, 2, K, R]
+
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * R;
+  const T* in[R];
+  int64_t row[R];
+#pragma unroll
+  for (int m = 0; m < R; ++m) {
+    row[m] = listed_row(p.index, first + m, p.n, p.total);
+    in[m] = static_cast<const T*>(p.in.p) + (row[m] >= 0 ? row_offset(p.in, row[m]) : 0);
+  }
+
+  const bool two[2] = {p.shrink[0].w.p != nullptr, p.shrink[1].w.p != nullptr};
+  for (int k0 = 0; shrinks && k0 < r; k0 += K) {
+    C sum[2][K][R] = {};
+    for (int j = thread * V; j < d; j += kSimpleThreads * V) {
+      C x[R][V] = {};
+#pragma unroll
+      for (int m = 0; m < R; ++m) {
+        if (row[m] >= 0) load_pack<T, V>(in[m], j, x[m]);
+      }
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        if (!two[s]) continue;
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          if (k0 + k >= r) continue;
+          C w[V];
+          load_matrix<V>(p.shrink[s], static_cast<int64_t>(k0 + k) * d + j, w);
+#pragma unroll
+          for (int m = 0; m < R; ++m) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) sum[s][k][m] += x[m][v] * w[v];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int m = 0; m < R; ++m) {
+          const C total = warp_sum(sum[s][k][m]);
+          if (thread % 32 == 0) sums[((warp * 2 + s) * K + k) * R + m] = total;
+        }
+      }
+    }
+    __syncthreads();
+    if (thread < 2 * K * R) {
+      C total = 0;
+      for (int w = 0; w < kSimpleThreads / 32; ++w) total += sums[w * 2 * K * R + thread];
+      const int s = thread / (K * R), k = k0 + thread / R % K, m = thread % R;
+      if (k < r) (s == 0 ? u0 : u1)[m * r + k] = total;
+    }
+    __syncthreads();
+  }
+
+  for (int e = thread; e < R * r; e += kSimpleThreads) {
+    const int m = e / r, k = e % r;
+    const int64_t i = first + m;
+    if (i >= p.n) continue;
+    const bool live = listed_row(p.index, i, p.n, p.total) >= 0;
+    if constexpr (Backward) {
+      C gz = 0, gp = 0;
+      if (shrinks) {
+        gz = live ? u0[e] : C(0);
+        gp = live ? backward_coordinate(p, i, k, gz) : C(0);
+        if (p.gz != nullptr) static_cast<C*>(p.gz)[i * r + k] = gz;
+        if (p.gp != nullptr) static_cast<C*>(p.gp)[i * r + k] = gp;
+      } else {
+        gz = static_cast<const C*>(p.gz)[i * r + k];
+        gp = p.gp != nullptr ? static_cast<const C*>(p.gp)[i * r + k] : gz;
+      }
+      u0[e] = gp;
+      u1[e] = -gz;
+    } else {
+      C a = 0, z = 0;
+      if (live) z = forward_coordinate(p, k, two[0] ? u0[e] : C(0), two[1] ? u1[e] : C(0), a);
+      keep_coordinate(p, i, k, z, a);
+      u0[e] = z;
+    }
+  }
+  if (p.out.p == nullptr) return;
+  __syncthreads();
+
+  for (int j = thread * V; j < d; j += kSimpleThreads * V) {
+    C sum[R][V] = {};
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      if (p.expand[s].w.p == nullptr) continue;
+      const C* u = s == 0 ? u0 : u1;
+      for (int k = 0; k < r; ++k) {
+        C w[V];
+        load_matrix<V>(p.expand[s], static_cast<int64_t>(k) * d + j, w);
+#pragma unroll
+        for (int m = 0; m < R; ++m) {
+          const C coordinate = u[m * r + k];
+#pragma unroll
+          for (int v = 0; v < V; ++v) sum[m][v] += coordinate * w[v];
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < R; ++m) {
+      if (row[m] < 0) continue;
+      const Pack<T, V> x = *reinterpret_cast<const Pack<T, V>*>(in[m] + j);
+      if (p.saved != nullptr) *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(p.saved) + (first + m) * d + j) = x;
+      Pack<T, V> y;
+#pragma unroll
+      for (int v = 0; v < V; ++v) y.x[v] = rounded<T>(static_cast<C>(to_float(x.x[v])) + sum[m][v]);
+      store_streaming(static_cast<T*>(p.out.p) + row_offset(p.out, row[m]) + j, y);
+    }
+  }
+}
+
+// The sums over rows that the weights' gradients are made of:
+//     sums[0] = sum z g^T      sums[1] = sum gp h^T      sums[2] = sum gz h^T     (each (r, d); absent ones have slot
+//     -1)
+struct Gradient {
+  int64_t n = 0, total = 0;
+  int d = 0, r = 0;
+  int64_t range = 0;               // rows a partial sum covers
+  int splits = 0;                  // partial sums there are
+  Rows g;                          // [total, d]
+  Rows h;                          // [n, d]
+  const int64_t* index = nullptr;  // [n] or none
+  const void* z = nullptr;         // [n, kept]
+  int kept = 0;
+  const void* gp = nullptr;           // [n, r]; none where act is the identity (gp = gz)
+  const void* gz = nullptr;           // [n, r]
+  const void* coordinates = nullptr;  // [n, 3, depth] T: z, gp, gz padded with zeros; tensor cores only
+  int slot[3] = {-1, -1, -1};
+  int slots = 0;
+  void* partial = nullptr;  // [splits, slots, r, d] accumulation type
+  void* vectors = nullptr;  // [splits, 2, r]: sum gp, sum gz
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kGradThreads) gradient_kernel(const Gradient p) {
+  using C = accum_t<T>;
+  constexpr int K = kGradChunk, N = kGradRows;
+  const int thread = threadIdx.x, j = blockIdx.x * kGradThreads + thread, k0 = blockIdx.z * K, r = p.r;
+  C* coordinates = reinterpret_cast<C*>(shared_memory());               // [3, N, K]: z, gp, gz
+  int64_t* rows = reinterpret_cast<int64_t*>(coordinates + 3 * N * K);  // [N]
+  const int64_t begin = blockIdx.y * p.range, end = begin + p.range < p.n ? begin + p.range : p.n;
+  C total[3][K] = {};
+  C vector = 0;  // threads 0 .. 2K-1 of the first column block: sum gp, sum gz
+  for (int64_t i0 = begin; i0 < end; i0 += N) {
+    __syncthreads();
+    if (thread < N) rows[thread] = listed_row(p.index, i0 + thread, end, p.total);
+    for (int e = thread; e < 3 * N * K; e += kGradThreads) {
+      const int s = e / (N * K), m = e / K % N, k = k0 + e % K;
+      const int64_t i = i0 + m;
+      C x = 0;
+      if (k < r && listed_row(p.index, i, end, p.total) >= 0) {
+        if (s == 0) {
+          x = static_cast<const C*>(p.z)[i * p.kept + k];
+        } else {
+          x = static_cast<const C*>(s == 1 && p.gp != nullptr ? p.gp : p.gz)[i * r + k];
+        }
+      }
+      coordinates[e] = x;
+    }
+    __syncthreads();
+    if (blockIdx.x == 0 && thread < 2 * K) {
+      for (int m = 0; m < N; ++m) vector += coordinates[(1 + thread / K) * N * K + m * K + thread % K];
+    }
+    if (j < p.d) {
+      C sum[3][K] = {};  // added to the total once a chunk: shorter chains round less
+      for (int m = 0; m < N; ++m) {
+        if (rows[m] < 0) continue;
+        C g = 0, h = 0;
+        if (p.slot[0] >= 0) g = to_float(static_cast<const T*>(p.g.p)[row_offset(p.g, rows[m]) + j]);
+        if (p.slot[1] >= 0 || p.slot[2] >= 0) h = to_float(static_cast<const T*>(p.h.p)[row_offset(p.h, i0 + m) + j]);
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          sum[0][k] += coordinates[m * K + k] * g;
+          sum[1][k] += coordinates[(N + m) * K + k] * h;
+          sum[2][k] += coordinates[(2 * N + m) * K + k] * h;
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < 3; ++s) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) total[s][k] += sum[s][k];
+      }
+    }
+  }
+  C* partial = static_cast<C*>(p.partial);
+  if (j < p.d) {
+#pragma unroll
+    for (int s = 0; s < 3; ++s) {
+      if (p.slot[s] < 0) continue;
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (k0 + k < r)
+          partial[((static_cast<int64_t>(blockIdx.y) * p.slots + p.slot[s]) * r + k0 + k) * p.d + j] = total[s][k];
+      }
+    }
+  }
+  if (blockIdx.x == 0 && thread < 2 * K && k0 + thread % K < r)
+    static_cast<C*>(p.vectors)[(blockIdx.y * 2 + thread / K) * r + k0 + thread % K] = vector;
+}
+
+// Partial sums -> gradients. dU = S0 - (tied ? S2 : 0), dV = S1, dP = -S2; where act is the identity S2 is S1's slot.
+struct Finish {
+  int64_t elements = 0;  // r d
+  int r = 0, splits = 0, slots = 0;
+  int u = -1, tied = -1, v = -1, p = -1;  // slots to read, -1 = none
+  const void* partial = nullptr;          // [splits, slots, r, d]
+  const void* vectors = nullptr;          // [splits, 2, r]
+  void *dU = nullptr, *dV = nullptr, *dP = nullptr, *db = nullptr, *dc = nullptr;
+  DType U = DType::f32, V = DType::f32, P = DType::f32, b = DType::f32, c = DType::f32;
+};
+
+template <typename C>
+__device__ __forceinline__ C sum_partials(const void* from, int splits, int64_t stride, int64_t at) {
+  C sum = 0;
+  for (int s = 0; s < splits; ++s) sum += static_cast<const C*>(from)[s * stride + at];
+  return sum;
+}
+
+template <typename C>
+__global__ void __launch_bounds__(256) finish_kernel(const Finish p) {
+  const int64_t e = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  const int64_t stride = p.slots * p.elements;
+  if (e < p.elements) {
+    if (p.dU != nullptr) {
+      C x = p.u >= 0 ? sum_partials<C>(p.partial, p.splits, stride, p.u * p.elements + e) : C(0);
+      if (p.tied >= 0) x -= sum_partials<C>(p.partial, p.splits, stride, p.tied * p.elements + e);
+      store_weight(p.dU, p.U, e, x);
+    }
+    if (p.dV != nullptr) store_weight(p.dV, p.V, e, sum_partials<C>(p.partial, p.splits, stride, p.v * p.elements + e));
+    if (p.dP != nullptr)
+      store_weight(p.dP, p.P, e, -sum_partials<C>(p.partial, p.splits, stride, p.p * p.elements + e));
+  }
+  if (e < p.r) {
+    if (p.db != nullptr) store_weight(p.db, p.b, e, sum_partials<C>(p.vectors, p.splits, 2 * p.r, e));
+    if (p.dc != nullptr) store_weight(p.dc, p.c, e, -sum_partials<C>(p.vectors, p.splits, 2 * p.r, p.r + e));
+  }
+}
+
+}  // namespace fastreft

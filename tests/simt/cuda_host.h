@@ -1,0 +1,155 @@
+// A host meaning for CUDA's words, so that the project's .cu files compile with g++ and run, thread by thread, on
+// any machine: every CUDA thread is a fiber, all the fibers of a cluster live at once, and they are resumed in a
+// shuffled order between two meetings (barrier, shuffle, matrix instruction, cluster barrier).
+//
+// What it is made to catch:
+// * a missing barrier: shared memory starts poisoned (NaN), and the order of threads changes with the seed;
+// * a missing wait: an asynchronous copy poisons its target when issued and fills it only at the wait that covers it;
+// * an index out of place: shared memory is a heap block of exactly the asked size under AddressSanitizer, and so are
+//   the caller's tensors; misaligned vector accesses are UBSan's;
+// * divergence: a barrier that some threads miss is a deadlock, lanes that meet in different instructions an error;
+// * reading the shared memory of a CTA that has ended: it is poisoned for AddressSanitizer then.
+#pragma once
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct float2 {
+  float x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+namespace simt {
+
+struct Device {
+  int major = 9, minor = 0, multiprocessors = 4;
+  int64_t shared = 232448;
+  int largest_cluster = 8;
+};
+extern Device device;
+
+// Faults on purpose, to see that they are noticed: the n-th barrier or wait of every thread is left out (-1: none), in
+// the launch of that number (-1: in all).
+struct Plant {
+  int block_barrier = -1, cluster_barrier = -1, copy_wait = -1, launch = -1;
+};
+extern Plant plant;
+
+struct Shape {
+  int64_t x;
+  int y, z;
+};
+
+// Runs one launch to its end. `shared` bytes a CTA, `cluster` CTAs a cluster along x.
+void run(const Shape& grid, int threads, int cluster, int64_t shared, const std::function<void()>& kernel);
+void seed(uint64_t value);
+
+const dim3& thread_index();
+const dim3& block_index();
+const dim3& block_size();
+const dim3& grid_size();
+char* shared_memory();
+void block_barrier();
+int block_any(int mine);
+void cluster_barrier();
+void warp_barrier();
+int cluster_rank();
+char* shared_of_rank(const void* p, int rank);
+void copy_async(void* to, const void* from, bool valid);
+void copy_commit();
+void copy_wait(int pending);
+
+constexpr int kDeposit = 64;
+// Leaves `bytes` of this lane where its warp can see them, meets the other 31 lanes, and returns what all lanes left:
+// lane i's bytes start at i * kDeposit. `what` names the instruction; all lanes must meet in the same one.
+const char* meet(const char* what, const void* mine, int bytes);
+
+template <typename T>
+T of_lane(const char* deposits, int lane) {
+  T value;
+  memcpy(&value, deposits + lane * kDeposit, sizeof(T));
+  return value;
+}
+inline int lane() { return static_cast<int>(thread_index().x % 32); }
+
+uint16_t to_bf16(float x);
+float from_bf16(uint16_t x);
+uint16_t to_f16(float x);
+float from_f16(uint16_t x);
+
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+void multiply(float (&c)[4], const Fragments& mine, float (*value)(uint16_t));
+void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
+
+}  // namespace simt
+
+#define threadIdx (simt::thread_index())
+#define blockIdx (simt::block_index())
+#define blockDim (simt::block_size())
+#define gridDim (simt::grid_size())
+
+inline void __syncthreads() { simt::block_barrier(); }
+inline int __syncthreads_or(int mine) { return simt::block_any(mine); }
+inline void __syncwarp() { simt::warp_barrier(); }
+
+template <typename T>
+T __shfl_xor_sync(uint32_t, T x, int mask) {
+  return simt::of_lane<T>(simt::meet("shuffle", &x, sizeof(T)), simt::lane() ^ mask);
+}
+template <typename T>
+T __shfl_sync(uint32_t, T x, int lane) {
+  return simt::of_lane<T>(simt::meet("shuffle", &x, sizeof(T)), lane);
+}
+template <typename T>
+void __stcs(T* to, const T& value) {
+  *to = value;
+}
+
+namespace fastreft {
+
+inline void copy_async(void* to, const void* from, bool valid) { simt::copy_async(to, from, valid); }
+inline void copy_commit() { simt::copy_commit(); }
+template <int Pending>
+void copy_wait() {
+  simt::copy_wait(Pending);
+}
+inline void load_matrices(uint32_t (&r)[4], const void* row) { simt::load_matrices(r, row, false); }
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { simt::load_matrices(r, row, true); }
+
+struct bf16;
+struct f16;
+template <typename T>
+inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
+  simt::multiply(c, {{a[0], a[1], a[2], a[3]}, {b0, b1}}, std::is_same_v<T, bf16> ? simt::from_bf16 : simt::from_f16);
+}
+
+inline int cluster_rank() { return simt::cluster_rank(); }
+inline void cluster_arrive_and_wait() { simt::cluster_barrier(); }
+template <typename T>
+T* of_rank(T* p, int rank) {
+  return reinterpret_cast<T*>(simt::shared_of_rank(p, rank));
+}
+
+}  // namespace fastreft

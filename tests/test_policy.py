@@ -1,0 +1,134 @@
+"""The CUDA launch policy, exhaustively and on any machine: csrc/policy.h through pybind11.
+
+For every shape and device: shared memory stays under the limit, every CTA owns columns, every column and row is owned
+once, and the grid covers the rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from fastreft._C import policy
+
+# cc -> (multiprocessors, bytes of shared memory a CTA may ask for, the largest cluster)
+DEVICES = {
+    (8, 0): (108, 166912, 1),
+    (8, 6): (84, 101376, 1),
+    (8, 9): (142, 101376, 1),
+    (9, 0): (132, 232448, 16),
+    (10, 0): (148, 232448, 16),
+    (12, 0): (170, 101376, 8),
+}
+ROWS = [1, 2, 15, 16, 17, 31, 64, 160, 1000, 4096, 32768, 1_000_003]
+WIDTHS = [
+    8,
+    16,
+    64,
+    120,
+    128,
+    136,
+    256,
+    512,
+    520,
+    768,
+    1024,
+    1536,
+    2048,
+    2304,
+    2560,
+    3072,
+    3584,
+    4096,
+    5120,
+    8192,
+    16384,
+]
+ODD_WIDTHS = [1, 7, 63, 4097]
+RANKS = [1, 4, 8, 9, 16, 17, 32, 33, 64]
+MATRICES = [(0, 1), (1, 1), (2, 1), (1, 0), (1, 2)]  # (shrink, expand)
+
+
+@pytest.fixture(params=DEVICES, ids=lambda cc: f"cc {cc[0]}.{cc[1]}")
+def device(request):
+    return policy.Device(*request.param, *DEVICES[request.param])
+
+
+def check_fused(plan, n, d, r, device):
+    assert plan["shared"] <= device.shared
+    assert plan["per_sm"] in (1, 2) and plan["per_sm"] * (plan["shared"] + 1024) <= device.shared + 1024
+    assert plan["rank"] >= r and plan["rank"] in (8, 16, 32, 64)
+    assert 1 <= plan["cluster"] <= device.largest_cluster
+    assert plan["width"] % 128 == 0  # 16 columns, one step of mma, for each of 8 warps
+    assert plan["cluster"] * plan["width"] >= d > (plan["cluster"] - 1) * plan["width"]  # all columns; no CTA without
+    assert plan["rows"] in (16, 32, 64) and plan["rows"] >= plan["cluster"]
+    assert 2 <= plan["stages"] <= 4
+    assert (plan["tiles"] - 1) * plan["rows"] < n <= plan["tiles"] * plan["rows"]
+    assert 1 <= plan["clusters"] <= plan["tiles"]  # every cluster has a tile
+    assert plan["clusters"] * plan["cluster"] <= max(device.multiprocessors * plan["per_sm"], plan["cluster"])
+
+
+@pytest.mark.parametrize(("shrinks", "expands"), MATRICES)
+def test_fused_pass(shrinks, expands, device):
+    for n, d, r in itertools.product(ROWS, WIDTHS, RANKS):
+        plan = policy.fused(n, d, r, shrinks, expands, False, device)
+        if plan["fits"]:
+            check_fused(plan, n, d, r, device)
+
+
+@pytest.mark.parametrize("expands", [0, 1, 2])
+def test_one_pass_backward(expands, device):
+    for n, d, r in itertools.product(ROWS, WIDTHS, RANKS):
+        plan = policy.fused(n, d, r, 1, expands, True, device)
+        if plan["fits"]:
+            check_fused(plan, n, d, r, device)
+            assert plan["width"] <= 512 and plan["rank"] <= 32 and plan["per_sm"] == 1  # its sums are in registers
+
+
+def test_what_tensor_cores_must_take():
+    h200 = policy.Device(9, 0, *DEVICES[9, 0])
+    for n, r in itertools.product(ROWS, RANKS):
+        for d in (768, 896, 1024, 1536, 2048, 2304, 2560, 3072, 3584, 4096, 5120, 8192):
+            assert policy.fused(n, d, r, 1, 1, False, h200)["fits"]
+            assert policy.fused(n, d, r, 1, 1, True, h200)["fits"] == (r <= 32)
+    dense = policy.fused(32768, 4096, 16, 1, 1, False, h200)
+    assert dense["cluster"] == 8 and dense["clusters"] * 8 * dense["per_sm"] >= 128
+    rows = policy.fused(160, 4096, 8, 1, 1, False, h200)
+    assert rows["rows"] == 16 and rows["clusters"] == 10
+
+
+def test_what_tensor_cores_must_leave(device):
+    for d in ODD_WIDTHS:
+        assert not policy.fused(100, d, 8, 1, 1, False, device)["fits"]
+    assert not policy.fused(100, 4096, 65, 1, 1, False, device)["fits"]
+    assert not policy.fused(0, 4096, 8, 1, 1, False, device)["fits"]
+
+
+def test_simple_pass(device):
+    for n, r, size in itertools.product(ROWS, [*RANKS, 65, 256, 700], (4, 8)):
+        plan = policy.simple(n, r, size, device)
+        assert plan["fits"] and plan["shared"] <= device.shared
+        assert (plan["blocks"] - 1) * plan["rows"] < n <= plan["blocks"] * plan["rows"]
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_sums(tensor_cores, device):
+    for n, d, r in itertools.product(ROWS, WIDTHS, RANKS):
+        plan = policy.sums(n, d, r, tensor_cores, device)
+        assert plan["shared"] <= device.shared
+        assert (plan["column_blocks"] - 1) * plan["columns"] < d <= plan["column_blocks"] * plan["columns"]
+        assert (plan["chunks"] - 1) * plan["coordinates"] < r <= plan["chunks"] * plan["coordinates"]
+        assert (plan["splits"] - 1) * plan["range"] < n <= plan["splits"] * plan["range"]  # every range has rows
+        assert plan["splits"] <= 64 and plan["range"] % 16 == 0
+
+
+def test_retraction(device):
+    ranks = [1, 2, 4, 8, 16, 32, 64, 65, 128, 512]
+    for r, d, matrices, wide in itertools.product(ranks, [64, 520, 4096, 16384], [1, 32, 64, 200], (False, True)):
+        if r > d:
+            continue
+        plan = policy.retract(r, d, matrices, wide, device)
+        assert plan["shared"] <= device.shared and plan["terms"] >= 1
+        assert plan["cluster"] in ((1, 2, 4, 8) if device.major >= 9 and plan["in_shared"] else (1,))
+        assert -(-d // plan["cluster"]) * (plan["cluster"] - 1) < d  # every CTA owns columns
+        assert plan["in_shared"] or r > 32

@@ -1,0 +1,305 @@
+"""The CUDA kernels, run on the host by tests/simt under AddressSanitizer and UBSan, against the oracle in fp64.
+
+The tolerance is a rule, not a number: error against fp64 <= 2 x the error of plain torch in the same dtype + one rounding.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from simt import harness
+from simt.edit_case import METHODS, Edit, worst_excess
+
+from fastreft import reference
+
+pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="needs g++ on Linux")
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+NARROW = (9, 0, 6, 100_000, 8)  # so little shared memory that plans shrink
+ROWS = [3, -1, 7, 0, 99, 5, 18, 2, 11]  # 99 is past the end, -1 is skipped
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory):
+    return harness.build(tmp_path_factory.mktemp("simt"))
+
+
+def check(edit: Edit, runner, folder) -> dict[str, torch.Tensor]:
+    got = edit.run(runner, folder)
+    excess = worst_excess(edit, got)
+    assert max(excess.values()) <= 1, excess
+    return got
+
+
+SIMPLE = [
+    *(dict(method=m) for m in METHODS),
+    *(dict(method=m, rows=ROWS, total=20, act="silu" if m == "untied" else "linear") for m in METHODS),
+    dict(method="untied", act="gelu", dtype=F64, weights=F64, d=37, r=5),
+    dict(d=61, r=7, n=6, skew=4),
+    dict(d=1026, r=20, n=21, weights=BF16, method="noreft", act="gelu_new"),
+    dict(dtype=BF16, d=100, r=70, n=5),
+    dict(dtype=F16, d=63, r=3, n=5, skew=2),
+    dict(dtype=BF16, d=64, r=4, n=12, batch_inner=4, skew=2),
+    dict(frozen="U", rows=ROWS, total=20),
+    dict(frozen="VPbc", method="untied", act="tanh"),
+    dict(want_dh=False),
+    dict(frozen="UVPbc"),
+]
+TENSOR_CORES = [
+    dict(dtype=BF16, d=512, r=3, n=40),
+    dict(dtype=BF16, d=1024, r=12, n=40),
+    dict(dtype=F16, d=1000, r=32, n=33),
+    dict(dtype=BF16, d=1024, r=50, n=20, method="noreft"),
+    dict(dtype=BF16, d=2048, r=8, rows=ROWS, total=20),
+    dict(dtype=BF16, d=4096, r=4, rows=list(range(40)), total=41, weights=BF16),
+    dict(dtype=BF16, d=1040, r=16, n=90, method="untied", act="mish"),
+    dict(dtype=BF16, d=1024, r=8, method="untied", act="relu", rows=ROWS, total=20),
+    dict(dtype=BF16, d=520, r=16, n=90, device=harness.A100),
+    dict(dtype=BF16, d=768, r=16, n=700, device=(9, 0, 2, 232448, 8)),
+    dict(dtype=F16, d=640, r=24, n=50, device=NARROW),
+    dict(dtype=BF16, d=64, r=4, n=12, batch_inner=4),
+    *(dict(dtype=BF16, d=520, r=5, n=18, method=m) for m in METHODS),
+    dict(dtype=BF16, d=3584, r=8, rows=ROWS, total=20),  # clusters of 7
+    dict(dtype=BF16, d=8192, r=34, n=17, method="lobireft", device=(9, 0, 16, 120_000, 16)),  # clusters of 16
+    dict(dtype=BF16, d=1024, r=50, rows=ROWS, total=20),  # two passes, dh in place of g
+    dict(dtype=F16, d=5120, r=16, n=20),  # slices too wide for one pass
+    dict(dtype=BF16, d=512, r=20, n=50, frozen="U"),
+    dict(dtype=BF16, d=512, r=20, n=50, frozen="VP", act="silu", method="direft"),
+    dict(dtype=BF16, d=512, r=20, n=50, method="lobireft", want_dh=False),
+    dict(dtype=BF16, d=512, r=64, n=100, act="gelu", method="untied", device=(12, 0, 3, 101376, 8)),
+]
+
+
+@pytest.mark.parametrize("kwargs", SIMPLE, ids=str)
+def test_edit_on_cuda_cores(kwargs, runner, tmp_path):
+    check(Edit(**kwargs), runner, tmp_path)
+
+
+@pytest.mark.parametrize("kwargs", TENSOR_CORES, ids=str)
+def test_edit_on_tensor_cores(kwargs, runner, tmp_path):
+    check(Edit(**kwargs), runner, tmp_path)
+
+
+ACTS = (
+    "relu gelu gelu_new silu sigmoid tanh relu2 relu6 leaky_relu quick_gelu mish laplace gelu_10 hardswish sqrtsoftplus"
+)
+
+
+@pytest.mark.parametrize("act", ACTS.split())
+def test_activation(act, runner, tmp_path):
+    check(Edit(method="direft", act=act, n=20, r=8, d=16), runner, tmp_path)
+
+
+@pytest.mark.parametrize("kwargs", [SIMPLE[7], TENSOR_CORES[0], TENSOR_CORES[4], TENSOR_CORES[6]], ids=str)
+def test_any_order_of_threads_gives_the_same_bits(kwargs, runner, tmp_path):
+    runs = [check(Edit(**kwargs, order=order), runner, tmp_path / str(order)) for order in range(1, 4)]
+    for other in runs[1:]:
+        assert all(torch.equal(runs[0][name], other[name]) for name in runs[0])
+
+
+def test_a_row_does_not_depend_on_its_batch(runner, tmp_path):
+    all_rows = check(Edit(dtype=BF16, d=1024, r=8, n=40), runner, tmp_path / "all")["out"]
+    some = Edit(dtype=BF16, d=1024, r=8, n=40)
+    some.state, some.grad, some.n, some.total = some.state[5:9], some.grad[5:9], 4, 4
+    assert torch.equal(check(some, runner, tmp_path / "some")["out"], all_rows[5:9])
+
+
+def test_skipped_rows_are_not_touched(runner, tmp_path):
+    edit = Edit(dtype=BF16, d=64, r=4, rows=ROWS, total=20)
+    got = check(edit, runner, tmp_path)
+    left = [i for i in range(20) if i not in ROWS]
+    assert torch.equal(got["out"][left], edit.state[left]) and torch.equal(got["dh"][left], edit.grad[left])
+    assert not got["z"][[1, 4]].any()
+
+
+# Faults on purpose: what is left out must be noticed, in some order of the threads.
+TILED = dict(dtype=BF16, d=1024, r=8, n=70, device=(9, 0, 2, 100_000, 8))
+SUMS = dict(dtype=BF16, d=128, r=8, n=300, act="gelu", method="untied", device=(9, 0, 1, 232448, 8))
+
+
+def fails(edit: Edit, runner, folder) -> bool:
+    try:
+        return not max(worst_excess(edit, edit.run(runner, folder)).values()) <= 1
+    except RuntimeError:
+        return True
+
+
+def noticed(kwargs: dict, runner, folder, plant: str = "") -> bool:
+    return any(fails(Edit(**kwargs, order=order, plant=plant), runner, folder) for order in range(1, 6))
+
+
+@pytest.mark.parametrize("kwargs", [TILED, SUMS, {}], ids=["clusters", "sums", "CUDA cores"])
+def test_without_faults_all_is_well(kwargs, runner, tmp_path):
+    assert not noticed(kwargs, runner, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("plant", "kwargs"),
+    [
+        pytest.param("0 -1 -1 0", TILED, id="the first CTA barrier"),
+        pytest.param("-1 0 -1 0", TILED, id="the first cluster barrier"),
+        pytest.param("-1 1 -1 0", TILED, id="the second cluster barrier"),
+        pytest.param("-1 2 -1 0", TILED, id="the third cluster barrier"),
+        pytest.param("-1 -1 0 0", TILED, id="the first wait for a copy"),
+        pytest.param("-1 -1 1 0", TILED, id="the second wait for a copy"),
+        pytest.param("-1 1 -1 1", TILED, id="one pass: the second cluster barrier"),
+        pytest.param("-1 -1 0 1", TILED, id="one pass: the first wait for a copy"),
+        pytest.param("0 -1 -1 2", SUMS, id="sums: the CTA barrier after the wait"),
+        pytest.param("1 -1 -1 2", SUMS, id="sums: the CTA barrier before a stage is filled again"),
+        pytest.param("0 -1 -1 0", dict(), id="CUDA cores: the first CTA barrier"),
+    ],
+)
+def test_a_barrier_or_wait_left_out_is_noticed(plant, kwargs, runner, tmp_path):
+    assert noticed(kwargs, runner, tmp_path, plant)
+
+
+@pytest.mark.parametrize(
+    "patches",
+    [
+        {"edit_fused.cuh": ("const int m = e / sums, k = e % sums;", "const int m = e / sums, k = (e + 1) % sums;")},
+        {"edit_fused.cuh": ("e < s.rows * at.coordinate_pitch; e +=", "e <= s.rows * at.coordinate_pitch; e +=")},
+    ],
+    ids=["a coordinate", "one past the end of shared memory"],
+)
+def test_an_index_shifted_by_one_is_noticed(patches, runner, tmp_path):
+    faulty = harness.build(tmp_path / "build", patches=patches, reuse=runner.parent)
+    assert noticed(TILED, faulty, tmp_path)
+
+
+# Retraction and the optimizer step.
+def items(case: harness.Case, **columns) -> None:
+    """One field of every item from each list of tensors."""
+    for key, tensors in columns.items():
+        for i, tensor in enumerate(tensors):
+            case.set(**{f"{key}__{i}": case.load(f"{key}{i}", tensor)})
+    for i, tensor in enumerate(columns["param"]):
+        case.set(**{f"r__{i}": tensor.shape[0], f"d__{i}": tensor.shape[1], f"type__{i}": harness.TYPES[tensor.dtype]})
+    case.set(count=len(columns["param"]))
+
+
+def statuses(got, count):
+    return got.pop("SCRATCH")[:count].tolist()
+
+
+def retract(matrices, runner, folder, **kwargs):
+    case = harness.Case(runner, folder, **kwargs)
+    items(case, param=matrices)
+    case.call("retract")
+    case.tensors["SCRATCH"] = (torch.int32, (-1,))
+    case.want(*(f"param{i}" for i in range(len(matrices))), "SCRATCH")
+    got = case.run()
+    status = statuses(got, len(matrices))
+    return list(got.values()), status
+
+
+def skewed(r, d, dtype, seed=0):
+    torch.manual_seed(seed)
+    return (torch.linalg.qr(torch.randn(d, r, dtype=F64))[0].T + 0.3 * torch.randn(r, d) / d**0.5).to(dtype)
+
+
+@pytest.mark.parametrize("device", [harness.H200, harness.A100], ids=["clusters", "single CTAs"])
+@pytest.mark.parametrize(
+    "shapes", [[(4, 1100), (1, 64), (7, 33)], [(64, 600)], [(16, 2048), (3, 8)], [(70, 80)], [(32, 32)]], ids=str
+)
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_retraction(dtype, shapes, device, runner, tmp_path):
+    given = [skewed(r, d, dtype) for r, d in shapes]
+    got, status = retract(given, runner, tmp_path, device=device)
+    again, _ = retract(given, runner, tmp_path, device=device, seed=2)
+    exact = [m.double() for m in given]
+    reference.retract_(exact)
+    eps = torch.finfo(dtype).eps
+    for R, Q, same in zip(got, exact, again, strict=True):
+        # The condition of these matrices is below 10; a square one's is not bounded that way.
+        slack = 100 if R.shape[0] * 2 > R.shape[1] else 4
+        assert (R.double() - Q).abs().max() <= slack * eps
+        if dtype != BF16:
+            # fp64 sums of d terms round like sqrt(d); fp32's are summed in fp64.
+            terms = R.shape[1] if dtype == F64 else 1
+            assert (R.double() @ R.double().T - torch.eye(len(R))).abs().max() <= (8 + terms**0.5) * eps
+        assert torch.equal(R, same)
+    assert status == [0] * len(shapes)
+
+
+def test_retraction_of_dependent_rows_and_of_what_is_not_finite(runner, tmp_path):
+    dependent, broken = skewed(6, 40, F32), skewed(3, 300, F32)
+    dependent[2], dependent[4] = 0, dependent[1]
+    broken[1, 2] = float("nan")
+    got, status = retract([dependent, broken, skewed(5, 50, BF16)], runner, tmp_path)
+    assert status == [1, 2, 0]
+    assert (got[0] @ got[0].T - torch.eye(6)).abs().max() < 1e-6
+    assert (got[0][:2] - reference_q(dependent[:2])).abs().max() < 1e-6
+    assert torch.equal(got[1].nan_to_num(7.0), broken.nan_to_num(7.0))
+
+
+def reference_q(R):
+    R = R.double()
+    reference.retract_([R])
+    return R
+
+
+STEP = dict(lr=0.02, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, correction1=0.271, correction2=0.0297)
+
+
+def step_reference(R, g, m, v, orthonormal):
+    """The step of csrc/edit.h (StepItem) in fp64."""
+    R, g, m, v = (x.double() for x in (R, g, m, v))
+    if orthonormal:
+        A = g @ R.T
+        g = g - 0.5 * (A + A.T) @ R
+    else:
+        R = R * (1 - STEP["lr"] * STEP["weight_decay"])
+    m = STEP["beta1"] * m + (1 - STEP["beta1"]) * g
+    v = STEP["beta2"] * v + (1 - STEP["beta2"]) * g * g
+    Y = R - STEP["lr"] * (m / STEP["correction1"]) / ((v / STEP["correction2"]).sqrt() + STEP["eps"])
+    return (reference_q(Y) if orthonormal else Y), m, v
+
+
+@pytest.mark.parametrize("device", [harness.H200, harness.A100], ids=["clusters", "single CTAs"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_step(dtype, device, runner, tmp_path):
+    torch.manual_seed(3)
+    shapes = [(4, 1100), (4, 1100), (4, 1), (20, 64), (70, 130)]
+    orthonormal = [True, False, False, True, True]
+    moments = F64 if dtype == F64 else F32
+    param = [
+        (reference_q(torch.randn(*s)) if o else torch.randn(*s, dtype=F64)).to(dtype)
+        for s, o in zip(shapes, orthonormal, strict=True)
+    ]
+    g = [torch.randn(*s, dtype=F64).to(dtype) for s in shapes]
+    m = [0.1 * torch.randn(*s, dtype=F64).to(moments) for s in shapes]
+    v = [torch.rand(*s, dtype=F64).to(moments) + 0.01 for s in shapes]
+    case = harness.Case(runner, tmp_path, device=device)
+    items(case, param=param, g=g, m=m, v=v)
+    case.set(**STEP, **{f"orthonormal__{i}": int(o) for i, o in enumerate(orthonormal)})
+    case.call("step")
+    case.tensors["SCRATCH"] = (torch.int32, (-1,))
+    case.want(*(f"{k}{i}" for k in ("param", "m", "v") for i in range(len(shapes))), "SCRATCH")
+    got = case.run()
+    assert statuses(got, len(shapes)) == [0] * len(shapes)
+    eps = torch.finfo(dtype).eps
+    for i, o in enumerate(orthonormal):
+        want = step_reference(param[i], g[i], m[i], v[i], o)
+        for key, x in zip(("param", "m", "v"), want, strict=True):
+            error = (got[f"{key}{i}"].double() - x).abs().max() / x.abs().max()
+            # m and v are fp32 whatever the parameter is; 32 roundings for the r-term products before them.
+            assert error <= 32 * (eps if key == "param" else torch.finfo(moments).eps), (key, i, float(error))
+
+
+def test_step_leaves_an_item_alone_whose_gradient_is_not_finite_and_shortens_a_step_that_is_singular(runner, tmp_path):
+    torch.manual_seed(4)
+    good, bad = reference_q(torch.randn(3, 50)).float(), reference_q(torch.randn(3, 50)).float()
+    g = torch.randn(3, 50)
+    g[2, 7] = float("inf")
+    case = harness.Case(runner, tmp_path)
+    # The direction U is R itself in the first row: Y = R - lr U has a vanishing first row at lr = 1.
+    m, v = torch.zeros(3, 50), torch.full((3, 50), 1e-12)
+    m[0] = good[0] * 1e-6
+    items(case, param=[bad, good], g=[g, torch.zeros(3, 50)], m=[m, m.clone()], v=[v, v.clone()])
+    case.set(lr=1.0, beta1=1, beta2=1, eps=0, orthonormal__0=1, orthonormal__1=1)
+    case.call("step")
+    case.tensors["SCRATCH"] = (torch.int32, (-1,))
+    case.want("param0", "m0", "v0", "param1", "SCRATCH")
+    got = case.run()
+    assert statuses(got, 2) == [2, 1]
+    assert torch.equal(got["param0"], bad) and torch.equal(got["m0"], m) and torch.equal(got["v0"], v)
+    assert (got["param1"] - good).abs().max() < 1e-6  # half of R along R: retracted to R again
