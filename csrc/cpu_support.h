@@ -47,10 +47,10 @@ struct Packed {
   int64_t r, d, padded_d;
   int64_t projections = 0;  // rows of A: 0, r or 2 r
   bool has_v = false, has_p = false, linear = false;
-  Scratch A, U, b, c;
+  const char* U = nullptr;
+  Scratch A, own_U, b, c;
 
   Packed(const Weights& w, DType type, int64_t r, int64_t d, const CpuKernels& kernels);
-  const char* row_of_A(int64_t j) const { return A.get() + j * padded_d * size_of(compute); }
 };
 
 }  // namespace fastreft

@@ -37,8 +37,13 @@ Packed::Packed(const Weights& w, DType type, int64_t r_, int64_t d_, const CpuKe
   has_v = w.V.p != nullptr;
   has_p = w.P.p != nullptr;
   linear = w.act == Act::identity;
-  U = matrix(r);
-  copy(U.get(), w.U, 1, false);
+  if (w.U.type == compute && padded_d == d) {
+    U = static_cast<const char*>(w.U.p);  // as it is
+  } else {
+    own_U = matrix(r);
+    copy(own_U.get(), w.U, 1, false);
+    U = own_U.get();
+  }
   if (linear && (has_v || has_p)) {
     projections = r;
     A = matrix(r);
@@ -138,7 +143,7 @@ void forward(const EditArgs& args, ParallelFor run, const CpuKernels& k) {
                          keep && !w.linear ? keep + args.r : nullptr);
           if (keep) std::memcpy(keep, z + q * args.r, args.r * sizeof(C));
         }
-        k.expand(args.type, src + i, dst + i, some, z, args.r, w.U.get(), args.r, args.d, past_caches);
+        k.expand(args.type, src + i, dst + i, some, z, args.r, w.U, args.r, args.d, past_caches);
       }
     }
   });
@@ -189,7 +194,7 @@ void backward(const EditGradArgs& args, ParallelFor run, const CpuKernels& k) {
           h[i] = row_address(args.h, slot, e);
           std::memcpy(z + i * r, static_cast<const C*>(args.z) + slot * kept, r * sizeof(C));
         }
-        k.project(args.type, g, m, w.U.get(), r, args.d, gz, r);
+        k.project(args.type, g, m, w.U, r, args.d, gz, r);
         for (int i = 0; i < m; ++i) {
           const int64_t slot = args.index ? slots[from + i] : from + i;
           const C* a = static_cast<const C*>(args.z) + slot * kept + r;

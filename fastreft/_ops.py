@@ -102,6 +102,17 @@ def check_matrices(matrices: Sequence[Tensor]) -> None:
             raise TypeError(f"matrices[{i}] is {R.dtype}; it must be float32, bfloat16, float16 or float64")
 
 
+class _Native:
+    """The ops' entry points, looked up once; ``_op`` is what an OpOverload calls."""
+
+    if _CPU:
+        edit_rows_ = torch.ops.fastreft.edit_rows_.default._op
+        edit_rows_backward_ = torch.ops.fastreft.edit_rows_backward_.default._op
+
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
 # ---- what functional.py calls --------------------------------------------------------------------------------------
 #
 # An edit of a few rows costs less than Python's checks of its arguments would. The ops check theirs in C++; where they
@@ -174,9 +185,10 @@ def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
     rows = _listed(rows, unique)
     try:
         if _wants_grad(h, U, V, P, b, c):
-            return _EditRows.apply(h, rows, U, V, own_P, b, c, act, tied)
-        with torch._C._AutoDispatchBelowAutograd():
-            torch.ops.fastreft.edit_rows_.default(h, rows, U, V, own_P, b, c, act, tied, False)
+            apply = _EditRows.apply if torch._C._are_functorch_transforms_active() else _apply_edit_rows
+            return apply(h, rows, U, V, own_P, b, c, act, tied)
+        with _below_autograd():
+            _Native.edit_rows_(h, rows, U, V, own_P, b, c, act, tied, False)
         return h
     except RuntimeError as error:
         raise _explain(error, h, U, V, P, b, c, rows) from None
@@ -235,7 +247,6 @@ class _Probe(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
         _Probe.alone = _holders(g)
         return g
@@ -252,31 +263,41 @@ class _EditRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, rows, U, V, P, b, c, act, tied):
-        with torch._C._AutoDispatchBelowAutograd():
-            saved, z = torch.ops.fastreft.edit_rows_.default(h, rows, U, V, P, b, c, act, tied, True)
+        with _below_autograd():
+            saved, z = _Native.edit_rows_(h, rows, U, V, P, b, c, act, tied, True)
         ctx.mark_dirty(h)
         ctx.save_for_backward(rows, saved, z, U, V, P, b, c)
         ctx.act, ctx.tied = act, tied
         return h
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        if torch.is_grad_enabled():  # create_graph: a copy, and an error when it is differentiated again
+            return _edit_rows_once(ctx, g)
         rows, saved, z, U, V, P, b, c = ctx.saved_tensors
         need_dh = ctx.needs_input_grad[0]
         # The gradient of the whole state is passed on as it is, save the edited rows. Where nobody else holds it,
         # those rows are changed in place and nothing of size [B*S, d] is copied.
         if need_dh and not (g.is_contiguous() and _holders(g) == _Probe.alone):
-            dh, *grads = torch.ops.fastreft.edit_rows_backward.default(
-                g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied
-            )
-        else:
-            grads = torch.ops.fastreft.edit_rows_backward_.default(
+            g = g.clone(memory_format=torch.contiguous_format)
+        with _below_autograd():
+            dU, dV, dP, db, dc = _Native.edit_rows_backward_(
                 g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied, need_dh
             )
-            dh = g if need_dh else None
-        dU, dV, dP, db, dc = grads
-        return dh, None, dU, _present(dV, V), _present(dP, P), _present(db, b), _present(dc, c), None, None
+        return (
+            *(g if need_dh else None, None, dU, None if V is None else dV, None if P is None else dP),
+            *(None if b is None else db, None if c is None else dc, None, None),
+        )
+
+
+@once_differentiable
+def _edit_rows_once(ctx, g):
+    rows, saved, z, U, V, P, b, c = ctx.saved_tensors
+    return _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied)[:-1]
+
+
+# Function.apply looks at every argument for functorch's wrappers first; what it then calls is this.
+_apply_edit_rows = super(torch.autograd.Function, _EditRows).apply
 
 
 def _save_edit(ctx, inputs, output):
@@ -312,8 +333,13 @@ def _edit_rows_backward(ctx, g, _saved, _z):
     if g is None:
         return (None,) * 10
     rows, saved, z, U, V, P, b, c = ctx.saved_tensors
+    return _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied)
+
+
+def _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, act, tied):
+    """The gradients of edit_rows's ten arguments, g left alone."""
     dh, dU, dV, dP, db, dc = torch.ops.fastreft.edit_rows_backward.default(
-        g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied
+        g, rows, saved, z, U, V, P, b, c, act, tied
     )
     return (
         *(dh, None, dU, _present(dV, V), _present(dP, P), _present(db, b), _present(dc, c)),

@@ -216,4 +216,5 @@ INTERVENTIONS: dict[str, type[Intervention]] = {
 
 def orthonormal_parameters() -> dict[int, nn.Parameter]:
     """id -> R of every orthonormal intervention alive in this process."""
-    return {id(m.R): m.R for m in _alive if m.orthonormal}  # type: ignore[misc]
+    Rs = [m._parameters["R"] for m in _alive if m.orthonormal]
+    return {id(R): R for R in Rs if R is not None}

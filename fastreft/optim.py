@@ -89,25 +89,32 @@ class ReftAdamW(torch.optim.Optimizer):
         Rs = orthonormal_parameters()
         for group in self.param_groups:
             # One call takes parameters of one kind, device and age.
-            calls: dict[tuple[bool, torch.device, int], list[nn.Parameter]] = {}
+            calls: dict[tuple[bool, torch.device, int], list[tuple[Tensor, ...]]] = {}
             for p in group["params"]:
-                if p.grad is None:
+                grad = p.grad
+                if grad is None:
                     continue
-                if p.grad.is_sparse:
-                    raise ValueError("ReftAdamW does not take sparse gradients")
                 state = self.state[p]
                 if not state:
-                    wide = torch.promote_types(p.dtype, torch.float32)
-                    state["step"] = 0
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = torch.zeros_like(p, dtype=wide, memory_format=torch.contiguous_format)
-                state["step"] += 1
-                calls.setdefault((id(p) in Rs, p.device, int(state["step"])), []).append(p)
-            for (orthonormal, _, age), params in calls.items():
-                self._update(params, orthonormal, age, group)
+                    self._begin(p, state)
+                state["step"] = age = int(state["step"]) + 1
+                if not grad.is_contiguous():
+                    grad = grad.contiguous()
+                call = (id(p) in Rs, p.device, age)
+                calls.setdefault(call, []).append((p, grad, state["exp_avg"], state["exp_avg_sq"]))
+            for (orthonormal, _, age), items in calls.items():
+                self._update(items, orthonormal, age, group)
         return loss
 
-    def _update(self, params: list[nn.Parameter], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
+    def _begin(self, p: Tensor, state: dict[str, Any]) -> None:
+        if p.grad is not None and p.grad.is_sparse:
+            raise ValueError("ReftAdamW does not take sparse gradients")
+        wide = torch.promote_types(p.dtype, torch.float32)
+        state["step"] = 0
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(p, dtype=wide, memory_format=torch.contiguous_format)
+
+    def _update(self, items: list[tuple[Tensor, ...]], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         settings = {
             "lr": float(group["lr"]) * (group["r_lr_scale"] if orthonormal else 1.0),
@@ -118,13 +125,11 @@ class ReftAdamW(torch.optim.Optimizer):
             "correction1": 1 - beta1**age,
             "correction2": 1 - beta2**age,
         }
+        params, grads, m, v = (list(column) for column in zip(*items, strict=True))
         if orthonormal:
             for p in params:
                 _refuse_sharded(p)
-        grads = [_plain(p.grad) for p in params]
-        m = [self.state[p]["exp_avg"] for p in params]
-        v = [self.state[p]["exp_avg_sq"] for p in params]
-        if all(_ops.runs_natively(p) and p.is_contiguous() for p in params):
+        if _ops.runs_natively(params[0]) and all(p.is_contiguous() for p in params):
             self._status = _ops.step_(params, grads, m, v, orthonormal, settings)
             return
         for i, g in enumerate(grads):
@@ -132,11 +137,6 @@ class ReftAdamW(torch.optim.Optimizer):
                 raise FloatingPointError(f"the gradient of params[{i}] {tuple(g.shape)} is not finite")
         for p, g, m_, v_ in zip(params, grads, m, v, strict=True):
             reference.step_(p, g, m_, v_, orthonormal=orthonormal, **settings)
-
-
-def _plain(grad: Tensor | None) -> Tensor:
-    assert grad is not None
-    return grad.contiguous()
 
 
 # Optimizers that keep their Rs orthonormal already.

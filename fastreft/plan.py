@@ -37,7 +37,7 @@ class Plan:
 
     def rows(self, spec: Positions, tied: bool, hidden: Tensor) -> tuple[Tensor | None, ...]:
         """The rows of each intervention, int64 on the device of ``hidden`` (B, S, d); None for every row."""
-        key = (spec, tied, hidden.device)
+        key = (spec, tied, hidden.get_device())
         found = self._found.get(key)
         if found is None:
             found = self._found[key] = tuple(self._compute(spec, tied, hidden))

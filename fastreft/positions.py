@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 ACCEPTED = "'fN', 'lM', 'fN+lM' (N, M >= 1, such as 'f5+l5'), 'prompt' or 'all'"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # parse() gives one object a text, so that telling two apart costs nothing
 class Positions:
     """``first`` N and ``last`` M tokens of the prompt; where both are 0, all of it; or ``everywhere``: every token."""
 
@@ -36,6 +37,7 @@ class Positions:
         return self.first > 0 and self.last > 0
 
 
+@lru_cache
 def parse(text: str, *, pyreft_compat: bool = False) -> Positions:
     """The :class:`Positions` of fN, lM, fN+lM (in either order), prompt or all; ``ValueError`` for another text."""
     if text == "all":

@@ -82,7 +82,8 @@ def test_everywhere_is_every_row():
     ],
 )
 def test_parse(text, wanted):
-    assert parse(text) == wanted
+    assert vars(parse(text)) == vars(wanted)
+    assert parse(text) is parse(text)  # blocks share the rows of one Positions
 
 
 @pytest.mark.parametrize(
