@@ -349,6 +349,10 @@ Tensor step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<
 STABLE_TORCH_LIBRARY(fastreft, m) {
   m.def("edit(Tensor h, " FASTREFT_WEIGHTS ", bool save) -> (Tensor, Tensor)");
   m.def("edit_rows_(Tensor(a!) h, Tensor rows, " FASTREFT_WEIGHTS ", bool save) -> (Tensor, Tensor)");
+  // The same without a guard against gradients, for the autograd functions that have just seen to them.
+  m.def("unguarded_edit_rows_(Tensor(a!) h, Tensor rows, " FASTREFT_WEIGHTS ", bool save) -> (Tensor, Tensor)");
+  m.def("unguarded_edit_rows_backward_(Tensor(a!) g, Tensor rows, Tensor saved, Tensor z, " FASTREFT_WEIGHTS
+        ", bool need_dh) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("edit_rows(Tensor h, Tensor rows, " FASTREFT_WEIGHTS ", bool save) -> (Tensor, Tensor, Tensor)");
   m.def("edit_backward(Tensor g, Tensor h, Tensor z, " FASTREFT_WEIGHTS
         ", bool need_dh) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -366,6 +370,8 @@ STABLE_TORCH_LIBRARY(fastreft, m) {
 static void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("edit", TORCH_BOX(&fastreft::edit));
   m.impl("edit_rows_", TORCH_BOX(&fastreft::edit_rows_));
+  m.impl("unguarded_edit_rows_", TORCH_BOX(&fastreft::edit_rows_));
+  m.impl("unguarded_edit_rows_backward_", TORCH_BOX(&fastreft::edit_rows_backward_));
   m.impl("edit_rows", TORCH_BOX(&fastreft::edit_rows));
   m.impl("edit_backward", TORCH_BOX(&fastreft::edit_backward));
   m.impl("edit_rows_backward_", TORCH_BOX(&fastreft::edit_rows_backward_));

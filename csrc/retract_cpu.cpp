@@ -188,7 +188,7 @@ bool all_finite(const void* p, const Matrix& M, Workspace& own, const CpuKernels
 template <typename F>
 int64_t first_failure(int64_t count, int64_t size, ParallelFor run, const F& f) {
   std::atomic<int64_t> first{count};
-  const int64_t worth_a_thread = 1 << 17;
+  const int64_t worth_a_thread = 1 << 14;
   parallel(run, count, std::max<int64_t>(1, count * worth_a_thread / std::max<int64_t>(1, size)),
            [&](int64_t begin, int64_t end) {
              Workspace own;

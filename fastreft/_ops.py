@@ -106,11 +106,8 @@ class _Native:
     """The ops' entry points, looked up once; ``_op`` is what an OpOverload calls."""
 
     if _CPU:
-        edit_rows_ = torch.ops.fastreft.edit_rows_.default._op
-        edit_rows_backward_ = torch.ops.fastreft.edit_rows_backward_.default._op
-
-
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+        edit_rows_ = torch.ops.fastreft.unguarded_edit_rows_.default._op
+        edit_rows_backward_ = torch.ops.fastreft.unguarded_edit_rows_backward_.default._op
 
 
 # ---- what functional.py calls --------------------------------------------------------------------------------------
@@ -187,8 +184,7 @@ def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
         if _wants_grad(h, U, V, P, b, c):
             apply = _EditRows.apply if torch._C._are_functorch_transforms_active() else _apply_edit_rows
             return apply(h, rows, U, V, own_P, b, c, act, tied)
-        with _below_autograd():
-            _Native.edit_rows_(h, rows, U, V, own_P, b, c, act, tied, False)
+        _Native.edit_rows_(h, rows, U, V, own_P, b, c, act, tied, False)
         return h
     except RuntimeError as error:
         raise _explain(error, h, U, V, P, b, c, rows) from None
@@ -263,8 +259,7 @@ class _EditRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, rows, U, V, P, b, c, act, tied):
-        with _below_autograd():
-            saved, z = _Native.edit_rows_(h, rows, U, V, P, b, c, act, tied, True)
+        saved, z = _Native.edit_rows_(h, rows, U, V, P, b, c, act, tied, True)
         ctx.mark_dirty(h)
         ctx.save_for_backward(rows, saved, z, U, V, P, b, c)
         ctx.act, ctx.tied = act, tied
@@ -280,10 +275,9 @@ class _EditRows(torch.autograd.Function):
         # those rows are changed in place and nothing of size [B*S, d] is copied.
         if need_dh and not (g.is_contiguous() and _holders(g) == _Probe.alone):
             g = g.clone(memory_format=torch.contiguous_format)
-        with _below_autograd():
-            dU, dV, dP, db, dc = _Native.edit_rows_backward_(
-                g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied, need_dh
-            )
+        dU, dV, dP, db, dc = _Native.edit_rows_backward_(
+            g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied, need_dh
+        )
         return (
             *(g if need_dh else None, None, dU, None if V is None else dV, None if P is None else dP),
             *(None if b is None else db, None if c is None else dc, None, None),
@@ -415,9 +409,11 @@ def _register() -> None:
     for name, fake in (
         ("edit", _fake_edit),
         ("edit_rows_", _fake_edit_rows_),
+        ("unguarded_edit_rows_", _fake_edit_rows_),
         ("edit_rows", _fake_edit_rows),
         ("edit_backward", _fake_edit_backward),
         ("edit_rows_backward_", _fake_edit_rows_backward_),
+        ("unguarded_edit_rows_backward_", _fake_edit_rows_backward_),
         ("edit_rows_backward", _fake_edit_rows_backward),
         ("retract_", lambda matrices: matrices[0].new_empty((0,), dtype=torch.uint8)),
         ("step_", lambda params, *rest: params[0].new_empty((0,), dtype=torch.uint8)),
@@ -427,6 +423,8 @@ def _register() -> None:
     torch.library.register_autograd("fastreft::edit_rows", _edit_rows_backward, setup_context=_save_edit_rows)
     for name in ("edit_rows_", "edit_rows_backward_", "retract_", "step_"):
         _library.impl(name, _refuse_gradients(getattr(ops, name).default), "Autograd", with_keyset=True)
+    for name in ("unguarded_edit_rows_", "unguarded_edit_rows_backward_"):
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 if _BACKEND == "native":

@@ -76,12 +76,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
                 container[adapter_name].to(device)
 
-    def edits(self) -> list[tuple[list[Any], Positions, bool]]:
-        """(interventions by group, positions, tied) of every active adapter that edits this block."""
-        groups = [self._modules[group]._modules for group in _GROUPS]  # type: ignore[union-attr]
-        active = [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
-        return [([group.get(name) for group in groups], *self.specs[name]) for name in active if name in self.specs]
-
     def detach(self) -> None:
         """Take the hook and this layer off the block."""
         self._hook.remove()
@@ -106,9 +100,12 @@ def _edit_output(block: nn.Module, args: Any, output: Any) -> Any:
     if plan is None or plan.idle or layer._disable_adapters:
         return None
     given = hidden = output if isinstance(output, Tensor) else output[0]
-    for edits, spec, tied in layer.edits():
-        for intervention, rows in zip(edits, plan.rows(spec, tied, hidden), strict=False):
-            hidden = _edit(intervention, hidden, rows)
+    active = layer._active_adapter
+    for name in (active,) if isinstance(active, str) else active:
+        positions_of = layer.specs.get(name)
+        if positions_of is not None:
+            for group, rows in zip(_GROUPS, plan.rows(*positions_of, hidden), strict=False):
+                hidden = _edit(layer._modules[group]._modules[name], hidden, rows)
     if hidden is given:
         return None
     if isinstance(output, Tensor):
