@@ -26,6 +26,10 @@ struct CpuKernels {
   // acc[j] += sum_i coef[i * ld + j] rows[i]      acc (k, padded d)
   void (*accumulate)(DType type, const void* const* rows, int m, const void* coef, int64_t ld, int64_t k, void* acc,
                      int64_t d);
+  // Is every one of `count` values finite?
+  bool (*finite)(DType type, const void* p, int64_t count);
+  // y = x + a u, fp64
+  void (*move)(double* y, const double* x, double a, const double* u, int64_t count);
   // total[j] += part[j], compute type
   void (*add)(DType compute, void* total, const void* part, int64_t count);
   // S (r, r) = X Y^T of fp64 rows; `symmetric`: the lower triangle is enough

@@ -233,6 +233,26 @@ static void add(DType compute, void* total, const void* part, int64_t count) {
     for (int64_t i = 0; i < count; ++i) ((float*)total)[i] += ((const float*)part)[i];
 }
 
+// x * 0 is 0 for a finite x and NaN for any other, and a sum keeps a NaN.
+template <typename C, typename T>
+static bool finite_as(const T* p, int64_t count) {
+  constexpr int L = lanes<C>;
+  Vec<C> poison[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= count; i += 4 * L)
+    for (int q = 0; q < 4; ++q) poison[q] += load<C>(p + i + q * L) * (C)0;
+  for (; i < count; i += L) poison[0] += load_some<C>(p + i, count - i < L ? count - i : L) * (C)0;
+  return sum_lanes<C>((poison[0] + poison[1]) + (poison[2] + poison[3])) == 0;
+}
+static bool finite(DType type, const void* p, int64_t count) {
+  FASTREFT_FOR_TYPE(type, return finite_as<C>((const T*)p, count));
+  return false;
+}
+
+static void move(double* y, const double* x, double a, const double* u, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = x[i] + a * u[i];
+}
+
 // ---- the optimizer step and the retraction: all in fp64
 // -----------------------------------------------------------------
 template <int M, int K>
@@ -323,8 +343,8 @@ static void adam(DType type, const double* g, void* m, void* v, int64_t count, c
 
 extern const CpuKernels FASTREFT_TABLE;
 const CpuKernels FASTREFT_TABLE = {
-    FASTREFT_NAME,         FASTREFT_ISA::padded,  FASTREFT_ISA::widen,      FASTREFT_ISA::narrow,
-    FASTREFT_ISA::project, FASTREFT_ISA::expand,  FASTREFT_ISA::accumulate, FASTREFT_ISA::add,
-    FASTREFT_ISA::gram,    FASTREFT_ISA::combine, FASTREFT_ISA::adam,
+    FASTREFT_NAME,        FASTREFT_ISA::padded,     FASTREFT_ISA::widen,  FASTREFT_ISA::narrow, FASTREFT_ISA::project,
+    FASTREFT_ISA::expand, FASTREFT_ISA::accumulate, FASTREFT_ISA::finite, FASTREFT_ISA::move,   FASTREFT_ISA::add,
+    FASTREFT_ISA::gram,   FASTREFT_ISA::combine,    FASTREFT_ISA::adam,
 };
 }  // namespace fastreft

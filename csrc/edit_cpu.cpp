@@ -61,6 +61,9 @@ Packed::Packed(const Weights& w, DType type, int64_t r_, int64_t d_, const CpuKe
 
 namespace {
 
+// A result of this size is out of every cache before anyone reads it.
+constexpr int64_t kPastCaches = int64_t{32} << 20;
+
 // The places of `index` that are edited: negative entries are left out, of repeated ones the first stays.
 std::vector<int64_t> edited_slots(const int64_t* index, int64_t n, int64_t total) {
   std::vector<int64_t> slots;
@@ -114,7 +117,7 @@ void forward(const EditArgs& args, ParallelFor run, const CpuKernels& k) {
     }
   }
   const int64_t n = args.index ? slots.size() : args.n;
-  const bool past_caches = !args.index && n * args.d * e > (int64_t{4} << 20);
+  const bool past_caches = !args.index && n * args.d * e >= kPastCaches;
   const int64_t grain = kBlock * std::max<int64_t>(1, kGrainOperations / (args.d * (w.projections + args.r)) / kBlock);
   parallel(run, (n + kBlock - 1) / kBlock, std::max<int64_t>(1, grain / kBlock), [&](int64_t first, int64_t last) {
     Scratch memory = scratch(kBlock * (width + args.r) * sizeof(C));
@@ -169,7 +172,7 @@ void backward(const EditGradArgs& args, ParallelFor run, const CpuKernels& k) {
   const int64_t parts = parts_of(n, sums, matrix, sizeof(C)), blocks = (n + kBlock - 1) / kBlock;
   Scratch memory = scratch(parts * part_size * sizeof(C));
   C* partial = reinterpret_cast<C*>(memory.get());
-  const bool past_caches = !args.index && n * args.d * e > (int64_t{4} << 20);
+  const bool past_caches = !args.index && n * args.d * e >= kPastCaches;
 
   parallel(run, parts, 1, [&](int64_t first, int64_t last) {
     Scratch own = scratch(kBlock * (2 * r + w.projections) * sizeof(C));

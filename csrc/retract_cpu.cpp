@@ -40,12 +40,6 @@ struct Workspace {
   Doubles S, part;                            // (r, r)
 };
 
-bool finite(const double* x, int64_t count) {
-  double poison = 0;  // 0 as long as everything is finite
-  for (int64_t i = 0; i < count; ++i) poison += x[i] * 0.0;
-  return poison == 0;
-}
-
 // The columns of block b of a stored matrix, as fp64, and back.
 void load_block(double* to, const void* p, const Matrix& M, int64_t from, int64_t columns, const CpuKernels& k) {
   for (int64_t j = 0; j < M.r; ++j)
@@ -172,18 +166,6 @@ Outcome orthonormalise(const Matrix& M, Workspace& own, const CpuKernels& k) {
   return Outcome::done;
 }
 
-bool all_finite(const void* p, const Matrix& M, Workspace& own, const CpuKernels& k) {
-  constexpr int64_t piece = 4096;
-  own.value.resize(piece);
-  for (int64_t from = 0; from < M.r * M.d; from += piece) {
-    const int64_t count = std::min(piece, M.r * M.d - from);
-    k.widen(DType::f64, own.value.data(), static_cast<const char*>(p) + from * size_of(M.type), M.type, count, 1,
-            false);
-    if (!finite(own.value.data(), count)) return false;
-  }
-  return true;
-}
-
 // The first i for which f(i, workspace) is false, or -1; f runs in parallel, where `size` elements in all are worth it.
 template <typename F>
 int64_t first_failure(int64_t count, int64_t size, ParallelFor run, const F& f) {
@@ -213,8 +195,9 @@ bool step_plain(const StepItem& item, const StepArgs& step, Workspace& own, cons
     k.widen(DType::f64, g, static_cast<const char*>(item.g) + from * e, M.type, count, 1, false);
     k.adam(M.type, g, static_cast<char*>(item.m) + from * kept, static_cast<char*>(item.v) + from * kept, count, step,
            u);
-    for (int64_t q = 0; q < count; ++q) p[q] = p[q] * keep - step.lr * u[q];
-    if (!finite(p, count)) return false;
+    for (int64_t q = 0; q < count; ++q) p[q] *= keep;
+    k.move(p, p, -step.lr, u, count);
+    if (!k.finite(DType::f64, p, count)) return false;
     k.narrow(DType::f64, at, M.type, p, count);
   }
   return true;
@@ -253,7 +236,7 @@ bool step_orthonormal(const StepItem& item, const StepArgs& step, Workspace& own
              u + j * columns);
     }
     double* y = Y.at(b);
-    for (int64_t q = 0; q < r * columns; ++q) y[q] = R[q] - step.lr * u[q];
+    k.move(y, R, -step.lr, u, r * columns);
     add_gram(own.S, own.part, y, y, r, columns, true, k);
   }
   // A step so long that the rows become dependent is halved, Y <- (Y + R) / 2, until they are not.
@@ -277,8 +260,9 @@ int64_t retract_cpu(const Matrix* matrices, int64_t count, ParallelFor run) {
   const CpuKernels& k = cpu_kernels();
   int64_t size = 0;
   for (int64_t i = 0; i < count; ++i) size += matrices[i].r * matrices[i].d;
-  const int64_t bad = first_failure(
-      count, size, run, [&](int64_t i, Workspace& own) { return all_finite(matrices[i].p, matrices[i], own, k); });
+  const int64_t bad = first_failure(count, size, run, [&](int64_t i, Workspace&) {
+    return k.finite(matrices[i].type, matrices[i].p, matrices[i].r * matrices[i].d);
+  });
   if (bad >= 0) return bad;
   return first_failure(count, size, run, [&](int64_t i, Workspace& own) {
     const Matrix& M = matrices[i];
@@ -301,8 +285,10 @@ int64_t step_cpu(const StepItem* items, int64_t count, const StepArgs& step, Par
   const CpuKernels& k = cpu_kernels();
   int64_t size = 0;
   for (int64_t i = 0; i < count; ++i) size += items[i].param.r * items[i].param.d;
-  const int64_t bad = first_failure(
-      count, size, run, [&](int64_t i, Workspace& own) { return all_finite(items[i].g, items[i].param, own, k); });
+  const int64_t bad = first_failure(count, size, run, [&](int64_t i, Workspace&) {
+    const Matrix& M = items[i].param;
+    return k.finite(M.type, items[i].g, M.r * M.d);
+  });
   if (bad >= 0) return bad;
   return first_failure(count, size, run, [&](int64_t i, Workspace& own) {
     return items[i].orthonormal ? step_orthonormal(items[i], step, own, k) : step_plain(items[i], step, own, k);

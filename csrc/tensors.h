@@ -99,7 +99,10 @@ inline int32_t raw_dtype(const Tensor& t) {
   return dtype;
 }
 
-// A large result will be written once, front to back: in huge pages its first touch costs a fraction.
+// From this size on the allocator maps fresh memory for every tensor (glibc's largest mmap threshold). In huge pages
+// its first touch costs a fraction.
+constexpr uintptr_t kFreshMemory = uintptr_t{32} << 20;
+
 inline Tensor result_like(const Tensor& t) {
   const auto sizes = t.sizes();
   Tensor out = empty_as(t, {sizes.begin(), sizes.end()}, raw_dtype(t));
@@ -107,7 +110,7 @@ inline Tensor result_like(const Tensor& t) {
   constexpr uintptr_t page = uintptr_t{2} << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr()), end = begin + out.numel() * out.element_size();
   const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (t.is_cpu() && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (t.is_cpu() && end - begin >= kFreshMemory) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return out;
 }
