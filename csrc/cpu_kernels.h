@@ -32,8 +32,8 @@ struct CpuKernels {
   void (*move)(double* y, const double* x, double a, const double* u, int64_t count);
   // total[j] += part[j], compute type
   void (*add)(DType compute, void* total, const void* part, int64_t count);
-  // S (r, r) = X Y^T of fp64 rows; `symmetric`: the lower triangle is enough
-  void (*gram)(const double* X, const double* Y, int64_t r, int64_t d, bool symmetric, double* S);
+  // S (r, r) = X Y^T of (r, d) matrices of `type`, products and sums in fp64; `symmetric`: the lower triangle is enough
+  void (*gram)(DType type, const void* X, const void* Y, int64_t r, int64_t d, bool symmetric, double* S);
   // out = L X, L (r, r) row-major; `lower` says that L is lower triangular. In place is not allowed.
   void (*combine)(const double* L, bool lower, const double* X, int64_t r, int64_t d, double* out);
   // Adam's direction u = (m / correction1) / (sqrt(v / correction2) + eps) of `count` elements; moves m and v (fp32,

@@ -255,30 +255,55 @@ static void move(double* y, const double* x, double a, const double* u, int64_t 
 
 // ---- the optimizer step and the retraction: all in fp64
 // -----------------------------------------------------------------
-template <int M, int K>
-static void gram_tile(const double* X, const double* Y, int64_t r, int64_t d, double* S) {
+// lanes<double> stored values as fp64.
+template <typename T>
+static inline Vec<double> load_wide(const T* p) {
+  constexpr int L = lanes<double>;
+  typedef float Narrow __attribute__((vector_size(kBytes / 2)));
+  if constexpr (sizeof(T) == 8) {
+    return load<double>((const double*)p);
+  } else if constexpr (sizeof(T) == 4) {
+    return __builtin_convertvector(load_bytes<Narrow>(p), Vec<double>);
+  } else {
+    Vec<double> v;
+    for (int i = 0; i < L; ++i) v[i] = to_scalar(p[i]);
+    return v;
+  }
+}
+template <typename T>
+static inline Vec<double> load_wide_some(const T* p, int64_t count) {
+  T buffer[lanes<double>] = {};
+  memcpy(buffer, p, (size_t)count * sizeof(T));
+  return load_wide(buffer);
+}
+
+template <int M, int K, typename T>
+static void gram_tile(const T* X, const T* Y, int64_t r, int64_t d, double* S) {
   constexpr int L = lanes<double>;
   Vec<double> acc[M][K] = {};
   const int64_t whole = d / L * L;
-  for (int64_t c = 0; c < d; c += L) {
-    const bool part = c == whole;
+  for (int64_t c = 0; c < whole; c += L) {
     Vec<double> y[K];
-    for (int j = 0; j < K; ++j) y[j] = part ? load_some<double>(Y + j * d + c, d - c) : load(Y + j * d + c);
+    for (int j = 0; j < K; ++j) y[j] = load_wide(Y + j * d + c);
     for (int i = 0; i < M; ++i) {
-      const Vec<double> x = part ? load_some<double>(X + i * d + c, d - c) : load(X + i * d + c);
+      const Vec<double> x = load_wide(X + i * d + c);
       for (int j = 0; j < K; ++j) acc[i][j] += x * y[j];
     }
   }
+  for (int i = 0; whole < d && i < M; ++i)
+    for (int j = 0; j < K; ++j)
+      acc[i][j] += load_wide_some(X + i * d + whole, d - whole) * load_wide_some(Y + j * d + whole, d - whole);
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < K; ++j) S[i * r + j] = sum_lanes<double>(acc[i][j]);
 }
-static void gram(const double* X, const double* Y, int64_t r, int64_t d, bool symmetric, double* S) {
+template <typename T>
+static void gram_as(const T* X, const T* Y, int64_t r, int64_t d, bool symmetric, double* S) {
   for (int64_t i = 0; i < r;) {
     const int64_t m = i + 4 <= r ? 4 : 1;
     const int64_t end = symmetric ? i + m : r;
     for (int64_t j = 0; j < end;) {
       const int64_t k = j + 4 <= end ? 4 : 1;
-      const double *x = X + i * d, *y = Y + j * d;
+      const T *x = X + i * d, *y = Y + j * d;
       double* s = S + i * r + j;
       if (m == 4 && k == 4) gram_tile<4, 4>(x, y, r, d, s);
       else if (m == 4) gram_tile<4, 1>(x, y, r, d, s);
@@ -288,6 +313,9 @@ static void gram(const double* X, const double* Y, int64_t r, int64_t d, bool sy
     }
     i += m;
   }
+}
+static void gram(DType type, const void* X, const void* Y, int64_t r, int64_t d, bool symmetric, double* S) {
+  FASTREFT_FOR_TYPE(type, gram_as((const T*)X, (const T*)Y, r, d, symmetric, S));
 }
 
 template <int M>

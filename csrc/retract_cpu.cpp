@@ -128,13 +128,12 @@ void householder(Doubles& Y, int64_t r, int64_t d) {
   Y.swap(Q);
 }
 
-// S += X Y^T of one block; `part` is scratch.
-void add_gram(Doubles& S, Doubles& part, const double* X, const double* Y, int64_t r, int64_t columns, bool symmetric,
-              const CpuKernels& k) {
+// S += X X^T of one block, lower triangle; `part` is scratch.
+void add_gram(Doubles& S, Doubles& part, const double* X, int64_t r, int64_t columns, const CpuKernels& k) {
   part.resize(r * r);
-  k.gram(X, Y, r, columns, symmetric, part.data());
+  k.gram(DType::f64, X, X, r, columns, true, part.data());
   for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = 0; j < (symmetric ? i + 1 : r); ++j) S[i * r + j] += part[i * r + j];
+    for (int64_t j = 0; j <= i; ++j) S[i * r + j] += part[i * r + j];
 }
 
 enum class Outcome { done, dependent, not_finite };
@@ -159,7 +158,7 @@ Outcome orthonormalise(const Matrix& M, Workspace& own, const CpuKernels& k) {
         store_block(M, own.other.data(), b * Y.width, columns, k);
       } else {
         std::copy(own.other.begin(), own.other.end(), Y.at(b));
-        add_gram(own.S, own.part, Y.at(b), Y.at(b), r, columns, true, k);
+        add_gram(own.S, own.part, Y.at(b), r, columns, k);
       }
     }
   }
@@ -203,23 +202,25 @@ bool step_plain(const StepItem& item, const StepArgs& step, Workspace& own, cons
   return true;
 }
 
+// A <- -1/2 (G R^T + R G^T); false where it is not finite, which it is not if G or R is not.
+bool normal_part(const StepItem& item, Doubles& A, const CpuKernels& k) {
+  const int64_t r = item.param.r;
+  A.resize(r * r);
+  k.gram(item.param.type, item.g, item.param.p, r, item.param.d, false, A.data());
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j <= i; ++j) A[i * r + j] = A[j * r + i] = -0.5 * (A[i * r + j] + A[j * r + i]);
+  return k.finite(DType::f64, A.data(), r * r);
+}
+
 // A step of an R; false, and R as it was, where the result would not be finite.
-bool step_orthonormal(const StepItem& item, const StepArgs& step, Workspace& own, const CpuKernels& k) {
+bool step_orthonormal(const StepItem& item, const Doubles& A, const StepArgs& step, Workspace& own,
+                      const CpuKernels& k) {
   const Matrix& M = item.param;
   const int64_t r = M.r, d = M.d, kept = size_of(compute_type(M.type));
   Blocked& Y = own.Y;
   Y.shape(M);
   for (Doubles* buffer : {&own.value, &own.gradient, &own.direction, &own.other}) buffer->resize(r * Y.width);
   double *R = own.value.data(), *G = own.gradient.data(), *u = own.direction.data();
-
-  Doubles A(r * r, 0.0);
-  for (int64_t b = 0; b < Y.count(); ++b) {
-    load_block(G, item.g, M, b * Y.width, Y.columns(b), k);
-    load_block(R, M.p, M, b * Y.width, Y.columns(b), k);
-    add_gram(A, own.part, G, R, r, Y.columns(b), false, k);
-  }
-  for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = 0; j <= i; ++j) A[i * r + j] = A[j * r + i] = -0.5 * (A[i * r + j] + A[j * r + i]);
 
   // The part of the gradient along the manifold, G - 1/2 (A + A^T) R, through Adam; then Y = R - lr u.
   own.S.assign(r * r, 0.0);
@@ -237,7 +238,7 @@ bool step_orthonormal(const StepItem& item, const StepArgs& step, Workspace& own
     }
     double* y = Y.at(b);
     k.move(y, R, -step.lr, u, r * columns);
-    add_gram(own.S, own.part, y, y, r, columns, true, k);
+    add_gram(own.S, own.part, y, r, columns, k);
   }
   // A step so long that the rows become dependent is halved, Y <- (Y + R) / 2, until they are not.
   for (int attempt = 0; attempt < 20; ++attempt) {
@@ -248,7 +249,7 @@ bool step_orthonormal(const StepItem& item, const StepArgs& step, Workspace& own
       double* y = Y.at(b);
       load_block(R, M.p, M, b * Y.width, Y.columns(b), k);
       for (int64_t q = 0; q < r * Y.columns(b); ++q) y[q] = 0.5 * (y[q] + R[q]);
-      add_gram(own.S, own.part, y, y, r, Y.columns(b), true, k);
+      add_gram(own.S, own.part, y, r, Y.columns(b), k);
     }
   }
   return false;
@@ -270,7 +271,7 @@ int64_t retract_cpu(const Matrix* matrices, int64_t count, ParallelFor run) {
     own.S.assign(M.r * M.r, 0.0);
     for (int64_t b = 0; b < own.Y.count(); ++b) {
       load_block(own.Y.at(b), M.p, M, b * own.Y.width, own.Y.columns(b), k);
-      add_gram(own.S, own.part, own.Y.at(b), own.Y.at(b), M.r, own.Y.columns(b), true, k);
+      add_gram(own.S, own.part, own.Y.at(b), M.r, own.Y.columns(b), k);
     }
     if (orthonormalise(M, own, k) == Outcome::done) return true;
     own.other.resize(M.r * M.d);
@@ -285,13 +286,17 @@ int64_t step_cpu(const StepItem* items, int64_t count, const StepArgs& step, Par
   const CpuKernels& k = cpu_kernels();
   int64_t size = 0;
   for (int64_t i = 0; i < count; ++i) size += items[i].param.r * items[i].param.d;
+  // Every gradient is looked at before any parameter changes; for an R the look is the first half of its projection.
+  std::vector<Doubles> normal(count);
   const int64_t bad = first_failure(count, size, run, [&](int64_t i, Workspace&) {
-    const Matrix& M = items[i].param;
-    return k.finite(M.type, items[i].g, M.r * M.d);
+    const StepItem& item = items[i];
+    return item.orthonormal ? normal_part(item, normal[i], k)
+                            : k.finite(item.param.type, item.g, item.param.r * item.param.d);
   });
   if (bad >= 0) return bad;
   return first_failure(count, size, run, [&](int64_t i, Workspace& own) {
-    return items[i].orthonormal ? step_orthonormal(items[i], step, own, k) : step_plain(items[i], step, own, k);
+    return items[i].orthonormal ? step_orthonormal(items[i], normal[i], step, own, k)
+                                : step_plain(items[i], step, own, k);
   });
 }
 

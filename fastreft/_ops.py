@@ -275,9 +275,7 @@ class _EditRows(torch.autograd.Function):
         # those rows are changed in place and nothing of size [B*S, d] is copied.
         if need_dh and not (g.is_contiguous() and _holders(g) == _Probe.alone):
             g = g.clone(memory_format=torch.contiguous_format)
-        dU, dV, dP, db, dc = _Native.edit_rows_backward_(
-            g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied, need_dh
-        )
+        dU, dV, dP, db, dc = _Native.edit_rows_backward_(g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied, need_dh)
         return (
             *(g if need_dh else None, None, dU, None if V is None else dV, None if P is None else dP),
             *(None if b is None else db, None if c is None else dc, None, None),
@@ -332,9 +330,7 @@ def _edit_rows_backward(ctx, g, _saved, _z):
 
 def _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, act, tied):
     """The gradients of edit_rows's ten arguments, g left alone."""
-    dh, dU, dV, dP, db, dc = torch.ops.fastreft.edit_rows_backward.default(
-        g, rows, saved, z, U, V, P, b, c, act, tied
-    )
+    dh, dU, dV, dP, db, dc = torch.ops.fastreft.edit_rows_backward.default(g, rows, saved, z, U, V, P, b, c, act, tied)
     return (
         *(dh, None, dU, _present(dV, V), _present(dP, P), _present(db, b), _present(dc, c)),
         *(None, None, None),

@@ -55,7 +55,9 @@ class Intervention(nn.Module):
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; it must be a floating-point dtype")
         self.embed_dim, self.r = embed_dim, low_rank_dimension
-        self.dropout = dropout  # a number and not a module: an edit costs microseconds, and so does a module's attribute
+        self.dropout = (
+            dropout  # a number and not a module: an edit costs microseconds, and so does a module's attribute
+        )
         self.act_fn = act_fn
         # An activation with parameters of its own, or one unknown to the kernels, becomes a submodule.
         self.act = None if activations.native_id(act_fn) is not None else activations.module(str(act_fn))
