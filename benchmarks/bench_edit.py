@@ -81,7 +81,7 @@ def case(kind: str, n: int, d: int, r: int, dtype: torch.dtype, wide: torch.dtyp
                 "compiled": lambda h, *w, i=every: index_copy(h, i, compiled(h[i], *w)),
             }
             runs = {name: pair(run, x, gx, weights, True) for name, run in variants.items()}
-        times = measure(runs, rounds)
+        times = measure(runs, rounds, settle=4)
         label = "fwd+bwd" if trains else "fwd"
         best = min(times[name] for name in ("eager", "function", "compiled"))
         out |= {f"{label} ms": times["ours"], f"best torch {label}": best, f"torch/ours {label}": best / times["ours"]}
