@@ -21,6 +21,24 @@ inline Scratch scratch(int64_t bytes) {
   return Scratch(static_cast<char*>(p));
 }
 
+// Memory for one call at a time on this thread, kept for the next one up to a size. Given back and taken anew each
+// time, it would lie above the results in the heap, and freeing it would make the heap shrink and every result fault in
+// again.
+inline char* kept_scratch(int64_t bytes, Scratch& own) {
+  constexpr int64_t largest = int64_t{16} << 20;
+  thread_local Scratch kept;
+  thread_local int64_t size = 0;
+  if (bytes > largest) {
+    own = scratch(bytes);
+    return own.get();
+  }
+  if (bytes > size) {
+    kept = scratch(bytes);
+    size = bytes;
+  }
+  return kept.get();
+}
+
 inline int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 inline DType compute_type(DType type) { return type == DType::f64 ? DType::f64 : DType::f32; }
 

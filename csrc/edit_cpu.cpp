@@ -170,8 +170,8 @@ void backward(const EditGradArgs& args, ParallelFor run, const CpuKernels& k) {
   const int64_t matrix = w.padded_d, sums = r + w.projections;
   const int64_t part_size = sums * matrix + 2 * r;
   const int64_t parts = parts_of(n, sums, matrix, sizeof(C)), blocks = (n + kBlock - 1) / kBlock;
-  Scratch memory = scratch(parts * part_size * sizeof(C));
-  C* partial = reinterpret_cast<C*>(memory.get());
+  Scratch own_memory;
+  C* partial = reinterpret_cast<C*>(kept_scratch(parts * part_size * sizeof(C), own_memory));
   const bool past_caches = !args.index && n * args.d * e >= kPastCaches;
 
   parallel(run, parts, 1, [&](int64_t first, int64_t last) {

@@ -99,9 +99,9 @@ inline int32_t raw_dtype(const Tensor& t) {
   return dtype;
 }
 
-// From this size on the allocator maps fresh memory for every tensor (glibc's largest mmap threshold). In huge pages
-// its first touch costs a fraction.
-constexpr uintptr_t kFreshMemory = uintptr_t{32} << 20;
+// From about this size on a result is often fresh memory: mapped anew, or on a heap that shrank when the last one was
+// freed. In huge pages its first touch costs a fraction.
+constexpr uintptr_t kFreshMemory = uintptr_t{8} << 20;
 
 inline Tensor result_like(const Tensor& t) {
   const auto sizes = t.sizes();

@@ -55,7 +55,8 @@ class ReftAdamW(torch.optim.Optimizer):
 
     An R is recognised by its module, in whatever group it is. ``r_lr_scale`` times the group's lr is R's. Moments are fp32
     (fp64 for fp64). ``ValueError`` for a hyperparameter out of range; ``FloatingPointError`` naming the parameter, with no
-    parameter of its group changed, for a gradient that is not finite. Survives deepcopy, pickling and state_dict.
+    parameter of its group changed, for a gradient that is not finite. On a GPU, where that would need a sync, an R with
+    such a gradient is left as it was, and :meth:`skipped` counts them. Survives deepcopy, pickling and state_dict.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class ReftAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         Rs = orthonormal_parameters()
+        self._status: list[Tensor | None] = []
         for group in self.param_groups:
             # One call takes parameters of one kind, device and age.
             calls: dict[tuple[bool, torch.device, int], list[tuple[Tensor, ...]]] = {}
@@ -105,6 +107,10 @@ class ReftAdamW(torch.optim.Optimizer):
             for (orthonormal, _, age), items in calls.items():
                 self._update(items, orthonormal, age, group)
         return loss
+
+    def skipped(self) -> int:
+        """How many Rs the last step left as they were, their gradient not being finite: waits for the GPU. 0 on a CPU."""
+        return sum(int((status == 2).sum()) for status in getattr(self, "_status", []) if status is not None)
 
     def _begin(self, p: Tensor, state: dict[str, Any]) -> None:
         if p.grad is not None and p.grad.is_sparse:
@@ -130,7 +136,7 @@ class ReftAdamW(torch.optim.Optimizer):
             for p in params:
                 _refuse_sharded(p)
         if _ops.runs_natively(params[0]) and all(p.is_contiguous() for p in params):
-            self._status = _ops.step_(params, grads, m, v, orthonormal, settings)
+            self._status.append(_ops.step_(params, grads, m, v, orthonormal, settings))
             return
         for i, g in enumerate(grads):
             if not bool(torch.isfinite(g).all()):

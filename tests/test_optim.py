@@ -239,6 +239,7 @@ def test_a_step_of_length_zero_moves_the_moments_alone():
     train(model, optimizer, torch.randn(4, 32), torch.randn(4, 32), 2)
     torch.testing.assert_close(model.R.detach(), before, rtol=0, atol=5e-7)
     assert optimizer.state[model.R]["exp_avg"].abs().sum() > 0
+    assert optimizer.skipped() == 0
 
 
 def test_errors_name_what_is_wrong_and_change_nothing():
