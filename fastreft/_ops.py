@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._fakes import FAKES
+
 _C: Any = None
 _load_error = ""
 try:
@@ -337,49 +339,7 @@ def _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, act, tied):
     )
 
 
-# ---- fakes: shapes and dtypes without work ---------------------------------------------------------------------------
-
-
-def _kept(h: Tensor, U: Tensor, act: int, n, save: bool) -> Tensor:
-    dtype = torch.float64 if h.dtype is torch.float64 else torch.float32
-    return h.new_empty((n if save else 0, U.shape[0] * (1 if act == 0 else 2)), dtype=dtype)
-
-
-def _rows_in(h: Tensor):
-    n = 1
-    for size in h.shape[:-1]:
-        n = n * size
-    return n
-
-
-def _like(weight: Tensor | None, U: Tensor) -> Tensor:
-    return U.new_empty((0,)) if weight is None else weight.new_empty(weight.shape)
-
-
-def _fake_edit(h, U, V, P, b, c, act, tied, save):
-    return h.new_empty(h.shape), _kept(h, U, act, _rows_in(h), save)
-
-
-def _fake_edit_rows_(h, rows, U, V, P, b, c, act, tied, save):
-    n = rows.shape[0]
-    return h.new_empty((n if save else 0, h.shape[-1])), _kept(h, U, act, n, save)
-
-
-def _fake_edit_rows(h, rows, U, V, P, b, c, act, tied, save):
-    return h.new_empty(h.shape), *_fake_edit_rows_(h, rows, U, V, P, b, c, act, tied, save)
-
-
-def _fake_edit_backward(g, h, z, U, V, P, b, c, act, tied, need_dh):
-    dh = h.new_empty(h.shape) if need_dh else h.new_empty((0,))
-    return dh, *(_like(weight, U) for weight in (U, V, P, b, c))
-
-
-def _fake_edit_rows_backward_(g, rows, saved, z, U, V, P, b, c, act, tied, need_dh):
-    return tuple(_like(weight, U) for weight in (U, V, P, b, c))
-
-
-def _fake_edit_rows_backward(g, rows, saved, z, U, V, P, b, c, act, tied):
-    return g.new_empty(g.shape), *(_like(weight, U) for weight in (U, V, P, b, c))
+# ---- registration ---------------------------------------------------------------------------------------------------
 
 
 def _refuse_gradients(op):
@@ -402,18 +362,7 @@ def _refuse_gradients(op):
 
 def _register() -> None:
     ops = torch.ops.fastreft
-    for name, fake in (
-        ("edit", _fake_edit),
-        ("edit_rows_", _fake_edit_rows_),
-        ("unguarded_edit_rows_", _fake_edit_rows_),
-        ("edit_rows", _fake_edit_rows),
-        ("edit_backward", _fake_edit_backward),
-        ("edit_rows_backward_", _fake_edit_rows_backward_),
-        ("unguarded_edit_rows_backward_", _fake_edit_rows_backward_),
-        ("edit_rows_backward", _fake_edit_rows_backward),
-        ("retract_", lambda matrices: matrices[0].new_empty((0,), dtype=torch.uint8)),
-        ("step_", lambda params, *rest: params[0].new_empty((0,), dtype=torch.uint8)),
-    ):
+    for name, fake in FAKES.items():
         torch.library.register_fake(f"fastreft::{name}", fake)
     torch.library.register_autograd("fastreft::edit", _edit_backward, setup_context=_save_edit)
     torch.library.register_autograd("fastreft::edit_rows", _edit_rows_backward, setup_context=_save_edit_rows)
