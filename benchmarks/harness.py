@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -46,6 +47,17 @@ def measure(
             _sync()
             taken.append(1e3 * (time.perf_counter() - start))
     return {name: median(taken) for name, taken in times.items()}
+
+
+def keep_heap() -> bool:
+    """From here on glibc keeps freed memory for the next result; False where it is not glibc.
+
+    By default it hands the memory of a large result back, and the next one is made of fresh pages. What those cost is the
+    system's affair: in a virtual machine whose host has taken them back, many times more than the edit itself.
+    """
+    mmap_threshold, trim_threshold = -3, -1
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1))
 
 
 def _sync() -> None:

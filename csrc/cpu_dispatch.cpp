@@ -15,6 +15,14 @@ static const CpuKernels& choose() {
                     __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if FASTREFT_BF16_PAIRS
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && allowed("avx512_bf16")) {
+    static CpuKernels with_pairs = kAvx512Kernels;
+    with_pairs.name = "avx512_bf16";
+    with_pairs.pairs = &kBf16PairKernels;
+    return with_pairs;
+  }
+#endif
   if (avx512 && allowed("avx512")) return kAvx512Kernels;
   if (avx2 && allowed("avx2")) return kAvx2Kernels;
 #endif

@@ -371,8 +371,19 @@ static void adam(DType type, const double* g, void* m, void* v, int64_t count, c
 
 extern const CpuKernels FASTREFT_TABLE;
 const CpuKernels FASTREFT_TABLE = {
-    FASTREFT_NAME,        FASTREFT_ISA::padded,     FASTREFT_ISA::widen,  FASTREFT_ISA::narrow, FASTREFT_ISA::project,
-    FASTREFT_ISA::expand, FASTREFT_ISA::accumulate, FASTREFT_ISA::finite, FASTREFT_ISA::move,   FASTREFT_ISA::add,
-    FASTREFT_ISA::gram,   FASTREFT_ISA::combine,    FASTREFT_ISA::adam,
+    FASTREFT_NAME,
+    FASTREFT_ISA::padded,
+    FASTREFT_ISA::widen,
+    FASTREFT_ISA::narrow,
+    FASTREFT_ISA::project,
+    FASTREFT_ISA::expand,
+    FASTREFT_ISA::accumulate,
+    FASTREFT_ISA::finite,
+    FASTREFT_ISA::move,
+    FASTREFT_ISA::add,
+    FASTREFT_ISA::gram,
+    FASTREFT_ISA::combine,
+    FASTREFT_ISA::adam,
+    nullptr,
 };
 }  // namespace fastreft

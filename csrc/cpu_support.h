@@ -59,16 +59,30 @@ void parallel(ParallelFor run, int64_t count, int64_t grain, const F& f) {
 constexpr int64_t kGrainOperations = 200000;
 
 // Weights in the compute type, rows padded to whole vectors. A is what h is projected on:
-//   identity act: V - P, or V, or P (then `sign` is -1);   else V above P, as many as there are.
+//   identity act: V - P, or V, or -P;   else V above -P, as many as there are.
+// Forward: project on A, expand with U. Backward: project on U, expand with A. Where the processor multiplies bf16
+// pairs, both are packed for it.
 struct Packed {
   DType compute;
   int64_t r, d, padded_d;
   int64_t projections = 0;  // rows of A: 0, r or 2 r
   bool has_v = false, has_p = false, linear = false;
-  const char* U = nullptr;
-  Scratch A, own_U, b, c;
+  Scratch b, c;
 
-  Packed(const Weights& w, DType type, int64_t r, int64_t d, const CpuKernels& kernels);
+  Packed(const Weights& w, DType type, int64_t r, int64_t d, const CpuKernels& kernels, bool backward);
+
+  // Of m rows: out (m, ld) = rows . weights; dst = src + coef (m, ld) . weights; acc (k, padded d) += coef^T rows.
+  void project(const void* const* rows, int m, void* out, int64_t ld) const;
+  void expand(const void* const* src, void* const* dst, int m, const void* coef, int64_t ld, bool past_caches) const;
+  void accumulate(const void* const* rows, int m, const void* coef, int64_t ld, int64_t k, void* acc) const;
+
+ private:
+  const CpuKernels& kernels;
+  const PairKernels* pairs;
+  DType type;
+  int64_t project_k = 0, expand_k = 0;
+  const void *project_weights = nullptr, *expand_weights = nullptr;
+  Scratch A, U, packed;
 };
 
 }  // namespace fastreft

@@ -13,52 +13,6 @@
 
 namespace fastreft {
 
-Packed::Packed(const Weights& w, DType type, int64_t r_, int64_t d_, const CpuKernels& k)
-    : compute(compute_type(type)), r(r_), d(d_), padded_d(k.padded(compute, d_)) {
-  const int64_t e = size_of(compute);
-  auto matrix = [&](int64_t rows) {
-    Scratch s = scratch(rows * padded_d * e);
-    if (padded_d != d) std::memset(s.get(), 0, rows * padded_d * e);
-    return s;
-  };
-  auto copy = [&](char* to, const Weight& from, double sign, bool add) {
-    const char* p = static_cast<const char*>(from.p);
-    if (padded_d == d) return k.widen(compute, to, p, from.type, r * d, sign, add);
-    for (int64_t j = 0; j < r; ++j)
-      k.widen(compute, to + j * padded_d * e, p + j * d * size_of(from.type), from.type, d, sign, add);
-  };
-  auto vector = [&](const Weight& from) {
-    Scratch s;
-    if (!from.p) return s;
-    s = scratch(r * e);
-    k.widen(compute, s.get(), from.p, from.type, r, 1, false);
-    return s;
-  };
-  has_v = w.V.p != nullptr;
-  has_p = w.P.p != nullptr;
-  linear = w.act == Act::identity;
-  if (w.U.type == compute && padded_d == d) {
-    U = static_cast<const char*>(w.U.p);  // as it is
-  } else {
-    own_U = matrix(r);
-    copy(own_U.get(), w.U, 1, false);
-    U = own_U.get();
-  }
-  if (linear && (has_v || has_p)) {
-    projections = r;
-    A = matrix(r);
-    if (has_v) copy(A.get(), w.V, 1, false);
-    if (has_p) copy(A.get(), w.P, -1, has_v);
-  } else if (has_v || has_p) {
-    projections = r * (has_v + has_p);
-    A = matrix(projections);
-    if (has_v) copy(A.get(), w.V, 1, false);
-    if (has_p) copy(A.get() + (has_v ? r * padded_d * e : 0), w.P, -1, false);
-  }
-  b = vector(w.b);
-  c = vector(w.c);
-}
-
 namespace {
 
 // A result of this size is out of every cache before anyone reads it.
@@ -105,7 +59,7 @@ void coordinates(const Packed& w, Act act, const C* projected, C* z, C* a) {
 
 template <typename C>
 void forward(const EditArgs& args, ParallelFor run, const CpuKernels& k) {
-  const Packed w(args.w, args.type, args.r, args.d, k);
+  const Packed w(args.w, args.type, args.r, args.d, k, false);
   const int64_t e = size_of(args.type), kept = kept_per_row(args.w.act, args.r),
                 width = std::max<int64_t>(w.projections, 1);
   std::vector<int64_t> slots;
@@ -138,7 +92,7 @@ void forward(const EditArgs& args, ParallelFor run, const CpuKernels& k) {
       // Four rows at a time, so that they are still in the nearest cache when they are expanded.
       for (int i = 0; i < m; i += 4) {
         const int some = std::min(4, m - i);
-        if (w.projections) k.project(args.type, src + i, some, w.A.get(), w.projections, args.d, projected, width);
+        if (w.projections) w.project(src + i, some, projected, width);
         for (int q = 0; q < some; ++q) {
           const int64_t slot = args.index ? slots[from + i + q] : from + i + q;
           C* keep = args.z ? static_cast<C*>(args.z) + slot * kept : nullptr;
@@ -146,7 +100,7 @@ void forward(const EditArgs& args, ParallelFor run, const CpuKernels& k) {
                          keep && !w.linear ? keep + args.r : nullptr);
           if (keep) std::memcpy(keep, z + q * args.r, args.r * sizeof(C));
         }
-        k.expand(args.type, src + i, dst + i, some, z, args.r, w.U, args.r, args.d, past_caches);
+        w.expand(src + i, dst + i, some, z, args.r, past_caches);
       }
     }
   });
@@ -161,7 +115,7 @@ int64_t parts_of(int64_t n, int64_t sums, int64_t padded_d, int64_t element) {
 
 template <typename C>
 void backward(const EditGradArgs& args, ParallelFor run, const CpuKernels& k) {
-  const Packed w(args.w, args.type, args.r, args.d, k);
+  const Packed w(args.w, args.type, args.r, args.d, k, true);
   const int64_t e = size_of(args.type), r = args.r, kept = kept_per_row(args.w.act, r);
   std::vector<int64_t> slots;
   if (args.index) slots = edited_slots(args.index, args.n, args.total);
@@ -197,7 +151,7 @@ void backward(const EditGradArgs& args, ParallelFor run, const CpuKernels& k) {
           h[i] = row_address(args.h, slot, e);
           std::memcpy(z + i * r, static_cast<const C*>(args.z) + slot * kept, r * sizeof(C));
         }
-        k.project(args.type, g, m, w.U, r, args.d, gz, r);
+        w.project(g, m, gz, r);
         for (int i = 0; i < m; ++i) {
           const int64_t slot = args.index ? slots[from + i] : from + i;
           const C* a = static_cast<const C*>(args.z) + slot * kept + r;
@@ -215,10 +169,9 @@ void backward(const EditGradArgs& args, ParallelFor run, const CpuKernels& k) {
             }
           }
         }
-        k.accumulate(args.type, g, m, z, r, r, dU, args.d);
-        if (w.projections) k.accumulate(args.type, h, m, coef, w.projections, w.projections, dA, args.d);
-        if (args.dh.p)
-          k.expand(args.type, g, dh, m, coef, w.projections, w.A.get(), w.projections, args.d, past_caches);
+        w.accumulate(g, m, z, r, r, dU);
+        if (w.projections) w.accumulate(h, m, coef, w.projections, w.projections, dA);
+        if (args.dh.p) w.expand(g, dh, m, coef, w.projections, past_caches);
       }
       for (int64_t j = 0; j < r; ++j) {
         db[j] = static_cast<C>(sum_b[j]);

@@ -61,7 +61,7 @@ def test_switches_of_the_build():
 def test_build_info_says_which_why_and_what_would_change_it():
     info = _ops.build_info()
     assert info["backend"] == "native"
-    assert info["cpu_isa"] in ("baseline", "avx2", "avx512")
+    assert info["cpu_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
     assert info["devices"].split()[0] == "cpu"
     if "cuda" not in info["devices"]:
         assert info["cuda"].startswith("not built: ")
