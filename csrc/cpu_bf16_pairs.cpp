@@ -11,13 +11,9 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #endif
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC's own header leaves its "undefined" vectors uninitialised, and warns of it once inlined.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
 #include <string.h>
+
+#include "intrinsics.h"
 
 namespace fastreft {
 namespace {

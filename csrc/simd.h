@@ -4,9 +4,8 @@
 // linker would be free to keep the AVX-512 copy of it for everybody.
 #include <stdint.h>
 #include <string.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+
+#include "intrinsics.h"
 
 namespace fastreft {
 namespace FASTREFT_ISA {
