@@ -22,6 +22,8 @@ from .positions import Positions
 class Plan:
     """What one forward edits. Rows are computed when the first block asks and then shared by all."""
 
+    length: int | None = None  # S of the tokens or embeddings given, where there are some
+
     def __init__(
         self,
         owner: nn.Module,
@@ -122,6 +124,8 @@ class Shared:
             decoding,
             idle=decoding and not self.everywhere,
         )
+        tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+        self.local.plan.length = None if tokens is None else tokens.shape[1]
         if torch.is_grad_enabled() and module.training:
             self._watch_checkpoints()
         return args, kwargs
