@@ -12,7 +12,7 @@ from torch import nn
 # Models whose hints say nothing, or say it of something else: model type -> what their blocks are named.
 _ODD = {
     "blt": r"model\.local_decoder\.layers\.\d+",  # the only ones that are as many as bytes, and see all before them
-    "canine": r"(.*\.)?(initial|final)_char_encoder\.layer\.\d+",  # the others work on every fourth character
+    "canine": r"(.*\.)?initial_char_encoder\.layer\.\d+",  # others work on every fourth character
     "flaubert": r"(.*\.)?layer_norm2\.\d+",  # no blocks, but lists of their parts; this is the last
     "funnel": r"(.*\.)?(encoder\.blocks\.0|decoder\.layers)\.\d+",  # the others pool the tokens
     "xlm": r"(.*\.)?layer_norm2\.\d+",
@@ -23,6 +23,8 @@ _ODD = {
 # Models that cannot be edited: model type -> why.
 UNSUPPORTED = {
     "perceiver": "its blocks work on latents, not on tokens",
+    "qwen4_exp": "its hidden state is several residual streams side by side, wider than the hidden size",
+    "qwen4_exp_text": "its hidden state is several residual streams side by side, wider than the hidden size",
     "reformer": "its reversible blocks rebuild their inputs from their outputs, which an edit changes",
     "squeezebert": "it calls its blocks' forward past every hook",
 }
@@ -61,6 +63,9 @@ def find_blocks(model: nn.Module) -> Blocks:
     reason = UNSUPPORTED.get(_model_type(model))
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot be edited: {reason}")
+    tabled = _tabled(model)
+    if tabled:
+        return Blocks([name for name, _ in tabled], [module for _, module in tabled], "a table of odd models")
     sources = {source: [group for group in find(model) if group] for source, find in _SOURCES.items()}
     for root in dict.fromkeys((_root(model), "")):
         for source, groups in sources.items():
@@ -93,10 +98,9 @@ def _is_in(name: str, root: str) -> bool:
     return not root or name.startswith(f"{root}.")
 
 
-def _tabled(model: Any) -> Iterator[Group]:
+def _tabled(model: nn.Module) -> Group:
     pattern = _ODD.get(_model_type(model))
-    if pattern is not None:
-        yield [(name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+    return [(name, m) for name, m in model.named_modules() if pattern is not None and re.fullmatch(pattern, name)]
 
 
 def _recorded(model: nn.Module) -> Iterator[Group]:
@@ -154,7 +158,6 @@ def _alike(model: nn.Module) -> Iterator[Group]:
 
 
 _SOURCES = {
-    "a table of odd models": _tabled,
     "_can_record_outputs": _recorded,
     "_no_split_modules": _unsplit,
     "a list of equal modules": _alike,

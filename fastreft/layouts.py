@@ -21,8 +21,13 @@ def sequence_first(grid: Tensor, length: int | None) -> Tensor:
 
 
 def padded(grid: Tensor, length: int | None) -> Tensor:
-    """(B, S + more, d): the model pads what it is given to a multiple, or has further streams behind it."""
+    """(B, S + more, d): the model pads what it is given to a multiple."""
     return grid[:, :length, None]
+
+
+def streams_behind(grid: Tensor, length: int | None) -> Tensor:
+    """(B, k * S, d): k streams one after the other, all edited alike."""
+    return grid.view(grid.shape[0], -1, length or grid.shape[1]).transpose(1, 2)
 
 
 def prefixed(grid: Tensor, length: int | None) -> Tensor:
@@ -52,7 +57,8 @@ _LAYOUTS: dict[str, Layout] = {
     "hy_v4": many_streams,
     "led": padded,
     "longformer": padded,
-    "prophetnet": padded,
+    "pegasus_x": padded,
+    "prophetnet": streams_behind,
     "qwen4_exp_text": many_streams,
     "xlnet": sequence_first,
 }

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import platform
+import json
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from fastreft import _ops
 
 from .arguments import Parser
+
+# What tests/test_architectures.py found: model type -> the kinds of head tested and the blocks, or why not.
+TABLE = Path(__file__).parent.parent / "architectures.json"
 
 
 def facts() -> dict[str, str]:
