@@ -61,7 +61,6 @@ _MAMBA = {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_t
 _ODD: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_chunk_size": 8},
-    "blt": {"encoder_hash_byte_group_vocab": VOCAB, "num_hidden_layers": LAYERS},
     "bros": {"hidden_size": 64},
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _PLAIN_ROPE}},
@@ -83,7 +82,9 @@ _ODD: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lilt": {"hidden_size": 48},
     "luke": {"entity_emb_size": 16},
-    "mistral4": {"rope_parameters": _PLAIN_ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}},
+    "mistral4": {
+        "rope_parameters": _PLAIN_ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
+    },
     "mamba2": {"num_heads": 8, "n_groups": 1, "chunk_size": 8},
     "ministral": {"head_dim": 8},
     "neomme": {"head_dim": 16},
@@ -164,10 +165,7 @@ def build(model_type: str, kind: str, class_name: str) -> Any:
     if model_type == "encoder-decoder":
         config.decoder.is_decoder = config.decoder.add_cross_attention = True
     torch.manual_seed(0)
-    model = model_class(config).eval()
-    if model_type.startswith("musicgen"):
-        model.generation_config.guidance_scale = 1
-    return model
+    return model_class(config).eval()
 
 
 def inputs(model: Any) -> dict[str, torch.Tensor]:
