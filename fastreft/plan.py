@@ -188,8 +188,12 @@ def _entrances(model: nn.Module, block_names: list[str]) -> list[nn.Module]:
 def _cached_tokens(kwargs: dict[str, Any]) -> int:
     """How many tokens the key-value cache handed to a forward already holds; a ``Cache``, or tuples of (key, value)."""
     cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache_params") if cache is None else cache
     if cache is None or (not hasattr(cache, "get_seq_length") and not cache):
         return 0
     if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # none of its layers has attention, so none counts
+            return int(cache.has_previous_state())
     return 0 if cache[0] is None else cache[0][0].shape[-2]

@@ -13,6 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCAB, WIDTH, LAYERS, HEADS, BATCH, LENGTH = 99, 32, 2, 4, 3, 9
 
+torch.set_num_threads(1)
+
 # Kind of head -> the mapping of Transformers that lists its classes.
 KINDS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
