@@ -1,0 +1,86 @@
+"""ReFT beside what else people do to a model: LoRA, offloading, quantisation, hooks of their own, autocast, copies."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from tiny import batch, blocks, logits, make
+from torch import nn
+
+from fastreft import ReftConfig, get_reft_model
+
+
+def test_lora_and_reft_on_one_model():
+    inputs = batch("left")
+    base = peft.get_peft_model(make("llama"), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    with_lora = logits(base, inputs)
+    model = peft.inject_adapter_in_model(ReftConfig(positions="f1+l1"), base.get_base_model())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".reft." in name or "lora_" in name)
+    out = model(**inputs).logits
+    assert not torch.equal(out, with_lora)
+    out.square().sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trained)
+    assert any("lora_" in n for n, _ in model.named_parameters()) and any(
+        ".reft." in n for n, _ in model.named_parameters()
+    )
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_an_offloaded_model(where, tmp_path):
+    inputs = batch("left")
+    plain, base = make("llama"), make("llama")
+    torch.manual_seed(7)
+    wanted = logits(get_reft_model(plain, ReftConfig()), inputs)
+    if where == "cpu":
+        cpu_offload(base, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(base, tmp_path, execution_device=torch.device("cpu"))
+    assert any(hasattr(m, "_hf_hook") for m in base.modules())
+    torch.manual_seed(7)
+    model = get_reft_model(base, ReftConfig())
+    assert torch.equal(logits(model, inputs), wanted)
+    assert any(hasattr(m, "_hf_hook") for m in base.modules())
+
+
+def test_a_quantised_base():
+    inputs = batch("left")
+    base = torch.ao.quantization.quantize_dynamic(make("bert"), {nn.Linear}, dtype=torch.qint8)
+    plain = logits(base, inputs)
+    model = get_reft_model(base, ReftConfig())
+    assert not torch.equal(logits(model, inputs), plain)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), plain)
+
+
+def test_hooks_of_others_stay_and_see_the_edit():
+    inputs, seen = batch("left"), []
+    base = make("llama")
+    base.model.layers[0].register_forward_hook(lambda _m, _a, output: seen.append(output.clone()))
+    logits(base, inputs)
+    model = get_reft_model(base, ReftConfig(positions="all"))
+    logits(model, inputs)
+    model.unload()
+    logits(base, inputs)
+    assert len(seen) == 3
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
+def test_autocast():
+    inputs = batch("left")
+    model = get_reft_model(make("llama"), ReftConfig())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**inputs).logits
+    torch.testing.assert_close(out.float(), logits(model, inputs), rtol=0.1, atol=0.1)
+    out.float().square().sum().backward()
+    assert bool(blocks(model)[0].reft.reft_edit["default"].R.grad.isfinite().all())
+
+
+def test_a_configuration_survives_a_pickle_and_a_copy():
+    config = ReftConfig(component="mlp_output", layers_to_transform="1:")
+    assert pickle.loads(pickle.dumps(config)).to_dict() == copy.deepcopy(config).to_dict() == config.to_dict()
