@@ -165,7 +165,8 @@ def _ours(state: dict[str, Tensor], kind: str, where: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{where} is not a {kind} intervention: it {verb} {odd!r}")
     ours = {name: state[theirs] for name, theirs in names.items() if theirs in given}
     if "rotate_layer" in rotation:
-        ours["R"] = state["rotate_layer"].T
+        Q = state["rotate_layer"]
+        ours["R"] = Q.T if Q.ndim == 2 else Q
     elif rotation:
         ours["R"] = materialise(state[_ROTATE + "original"], state[_ROTATE + "0.base"], where)
     return ours
