@@ -39,7 +39,7 @@ class ReftTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """:class:`fastreft.ReftAdamW` where the arguments ask for AdamW, else Trainer's choice."""
-        if self.optimizer is None and str(self.args.optim).startswith("adamw_torch"):
+        if self.optimizer is None and self.args.optim in ("adamw_torch", "adamw_torch_fused"):
             self.optimizer = ReftAdamW(
                 param_groups(self.model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay),
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
