@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..files import staged
 from ..interventions import Intervention
 from . import format
 from .format import CheckpointError
@@ -181,16 +181,13 @@ def write(path: str | os.PathLike, entries: Sequence[Entry], model_weights: dict
         "sorted_keys": keys([(entry.layer, entry.component) for entry in entries]),
     }
     tensors = [format.to_tensors(entry.intervention) for entry in entries]
-    folder.mkdir(parents=True, exist_ok=True)
-    written = {f"intkey_{key}.bin" for key in settings["sorted_keys"]}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+    with staged(folder, last=CONFIG) as staging:
         for key, state in zip(settings["sorted_keys"], tensors, strict=True):
-            torch.save(state, Path(staging, f"intkey_{key}.bin"))
+            torch.save(state, staging / f"intkey_{key}.bin")
         if model_weights is not None:
-            torch.save(model_weights, Path(staging, MODEL_WEIGHTS))
-        Path(staging, CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        for name in sorted(os.listdir(staging), key=lambda name: (name == CONFIG, name)):
-            os.replace(Path(staging, name), folder / name)
+            torch.save(model_weights, staging / MODEL_WEIGHTS)
+        (staging / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    written = {f"intkey_{key}.bin" for key in settings["sorted_keys"]}
     for file in folder.glob("intkey_*.bin"):
         if file.name not in written:
             file.unlink()
