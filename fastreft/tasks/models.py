@@ -97,7 +97,7 @@ def load_adapter(base: Any, adapter: str) -> PeftModel:
 
 
 def save_adapter(model: Any, tokenizer: Any, base: str, output_dir: str) -> None:
-    """Adapter and tokenizer, where there is one, into ``output_dir``, each file whole or not at all, the adapter's configuration last."""
+    """Adapter and tokenizer, if any, into ``output_dir``, each file whole or not at all, the adapter's configuration last."""
     if base == EMBEDDED:  # a name that holds on every machine, where the package's folder does not
         model.peft_config[model.active_adapter].base_model_name_or_path = EMBEDDED
     with staged(output_dir, last=ADAPTER_CONFIG) as staging:
