@@ -123,9 +123,7 @@ def main() -> None:
     options = arguments.parse_args()
     pyreft = real_pyreft()
     if pyreft is None:
-        raise SystemExit(
-            "pyreft is not installed here: pip install --no-deps pyreft==0.1.0 pyvene==0.1.8, see make test-pyreft"
-        )
+        raise SystemExit("pyreft is not installed here: make test-pyreft makes an environment that has it")
     batches = data(load_tokenizer("embedded"))
     rows, curves = [], {}
     for lr in options.lr:
