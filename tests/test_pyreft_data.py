@@ -150,7 +150,7 @@ def test_rows_of_all_interventions_at_once():
     assert [sorted(r[r >= 0].tolist()) for r in rows] == [[0, 2, 6, 8], [4, 9]]
     beams = [where.rows(i, (4, 5), torch.device("cpu")) for i in range(2)]
     assert [sorted(r[r >= 0].tolist()) for r in beams] == [[0, 2, 5, 7, 11, 13, 16, 18], [4, 9, 14, 19]]
-    with pytest.raises(IndexError, match="reft_positions holds 4, past the last of 3 tokens"):
+    with pytest.raises(IndexError, match="unit_locations holds column 4, past the last of 3 tokens"):
         where.rows(0, (2, 3), torch.device("cpu"))
 
 

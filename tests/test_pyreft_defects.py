@@ -149,10 +149,11 @@ def test_8_other_peoples_hooks_stay():
     assert len(seen) == 3
 
 
-def test_9_gradient_checkpointing(tmp_path):
-    found = []
+@pytest.mark.parametrize("part", ["", ".mlp"])
+def test_9_gradient_checkpointing(part, tmp_path):
+    found, places = [], [(i, f"model.layers[{i}]{part}.output") for i in range(LAYERS)]
     for checkpointing in (False, True):
-        trainer = trainer_of(tmp_path, gradient_checkpointing=checkpointing, full_determinism=False)
+        trainer = trainer_of(tmp_path, model_of(places), gradient_checkpointing=checkpointing)
         trainer.train()
         assert trainer.model.model.is_gradient_checkpointing == checkpointing
         found.append([p.detach().clone() for p in trainer.model.interventions.parameters()])

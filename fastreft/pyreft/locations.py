@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import positions
-
 
 class Locations:
     """What one forward or generate edits: ``index`` (interventions, B, n) columns of the input, -1 = none; None: every token.
@@ -23,21 +21,28 @@ class Locations:
     def rows(self, i: int, shape: tuple[int, int], device: torch.device) -> Tensor | None:
         """The rows (n,) of intervention i in a hidden state of ``shape`` (B, S), each once; None for every row.
 
-        Computed for all interventions at once. Fewer samples than B are beams' prompts, as in ``positions.explicit_rows``.
+        Computed for all interventions at once. With fewer samples than B each stands for as many beams, one after the other.
+        A column past the end is an ``IndexError`` on a CPU, and skipped on a GPU, where a report would wait.
         """
         if self.index is None:
             return None
         key = (shape, device)
         found = self._rows.get(key)
         if found is None:
-            count, batch = len(self.index), shape[0]
-            # Each intervention sees the batch again, as if they were samples of one larger batch ...
-            stacked = positions.explicit_rows(self.index.flatten(0, 1).to(device), (count * batch, shape[1]))
-            stacked = stacked.view(count, -1)
-            # ... and then counts from its own first row.
-            start = torch.arange(count, device=device)[:, None] * (batch * shape[1])
-            found = self._rows[key] = (stacked - start).masked_fill_(stacked < 0, -1).unbind()
+            found = self._rows[key] = self._compute(self.index.to(device).long(), *shape)
         return found[i]
+
+    def _compute(self, index: Tensor, batch: int, length: int) -> tuple[Tensor, ...]:
+        samples = index.shape[1]
+        if batch % samples:
+            raise ValueError(f"unit_locations has locations for {samples} samples; the batch has {batch}")
+        if index.device.type == "cpu" and index.numel() and int(index.max()) >= length:
+            raise IndexError(f"unit_locations holds column {int(index.max())}, past the last of {length} tokens")
+        index = index.repeat_interleave(batch // samples, 1).sort(-1).values
+        skip = (index < 0) | (index >= length)
+        skip[..., 1:] |= index[..., 1:] == index[..., :-1]
+        start = torch.arange(0, batch * length, length, device=index.device)[:, None]
+        return (index + start).masked_fill_(skip, -1).flatten(1).unbind()
 
 
 def parse(unit_locations: Any, interventions: int, batch: int, prompt: bool | None = None) -> Locations:

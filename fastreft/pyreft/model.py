@@ -14,51 +14,14 @@ from torch import Tensor, nn
 
 from .. import optim
 from ..interventions import Intervention
-from ..plan import Shared
-from ..tuner import _edit
 from . import checkpoint, components, format, locations
 from .checkpoint import Entry
 from .config import ReftConfig, Representation
 from .format import CheckpointError
+from .hooks import Hooks
 from .locations import Locations
 
 _SOURCES = "sources are not supported: none of the six interventions has one"
-
-
-class _Hook:
-    """The edits at one place of the model, in their order; a forward hook or forward pre-hook."""
-
-    def __init__(self, shared: Shared, edits: list[tuple[int, Intervention]]):
-        self.shared, self.edits = shared, edits
-
-    def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            edited = self._edited(args[0])
-            return None if edited is None else ((edited, *args[1:]), kwargs)
-        name = next(iter(kwargs))
-        edited = self._edited(kwargs[name])
-        return None if edited is None else (args, {**kwargs, name: edited})
-
-    def after(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return self._edited(output)
-        name = next(iter(output)) if isinstance(output, dict) else 0
-        edited = self._edited(output[name])
-        if edited is None:
-            return None
-        if isinstance(output, dict):
-            output[name] = edited
-            return output
-        return type(output)((edited, *output[1:]))
-
-    def _edited(self, hidden: Tensor) -> Tensor | None:
-        plan = self.shared.local.plan
-        where = plan.explicit if plan is not None else None
-        if not isinstance(where, Locations) or where.prompt is plan.decoding:  # type: ignore[union-attr]
-            return None
-        for i, intervention in self.edits:
-            hidden = _edit(intervention, hidden, where.rows(i, (hidden.shape[0], hidden.shape[1]), hidden.device))
-        return hidden
 
 
 class ReftModel(nn.Module):
@@ -78,17 +41,7 @@ class ReftModel(nn.Module):
         self.interventions = nn.ModuleDict(
             {key: r.intervention for key, r in zip(names, self.representations, strict=True)}  # type: ignore[misc]
         )
-        edits: dict[components.Place, list[tuple[int, Any]]] = {}
-        for i, place in enumerate(places):
-            edits.setdefault(place, []).append((i, self.interventions[names[i]]))
-        self._shared = Shared(model, [place.name for place in places])
-        self._shared.warned = True  # positions are given, so labels from the first token on are nothing to warn of
-        for place, here in edits.items():
-            module, hook = model.get_submodule(place.name), _Hook(self._shared, here)
-            if place.side == "output":
-                self._shared.handles.append(module.register_forward_hook(hook.after))
-            else:
-                self._shared.handles.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
+        self._hooks = Hooks(model, places, list(self.interventions.values()))  # type: ignore[arg-type]
         optim.guard_optimizers()
 
     @property
@@ -128,7 +81,7 @@ class ReftModel(nn.Module):
         where = self._located(base, unit_locations, None, (sources, source_representations, subspaces))
         original = self.model(**base) if output_original_output else None
         more = {name: value for name, value in (("labels", labels), ("use_cache", use_cache)) if value is not None}
-        return original, self._within(where, self.model, {**base, **more})
+        return original, self._hooks.run(where, self.model, {**base, **more})
 
     def generate(
         self,
@@ -151,15 +104,7 @@ class ReftModel(nn.Module):
         prompt = intervene_on_prompt if unit_locations is not None else None
         where = self._located(base, unit_locations, prompt, (sources, source_representations, subspaces))
         original = self.model.generate(**base, **kwargs) if output_original_output else None  # type: ignore[operator]
-        return original, self._within(where, self.model.generate, {**base, **kwargs})  # type: ignore[arg-type]
-
-    def _within(self, where: Locations, call: Any, arguments: dict[str, Any]) -> Any:
-        local = self._shared.local
-        outer, local.explicit = local.explicit, where  # type: ignore[assignment]
-        try:
-            return call(**arguments)
-        finally:
-            local.explicit = outer
+        return original, self._hooks.run(where, self.model.generate, {**base, **kwargs})  # type: ignore[arg-type]
 
     # ---- what a training loop asks for ------------------------------------------------------------------------------
 
