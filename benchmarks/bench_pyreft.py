@@ -4,8 +4,8 @@
 
 The floor trains one bias vector at the output of layer 0. "ours" is the PEFT method, "drop-in" fastreft.pyreft in pyreft's
 calling convention, "guest" our modules inside the real pyreft. Memory is the bytes of parameters and buffers of all
-interventions, and the peak resident memory of a process of its own that takes three steps, over the floor's. pyreft and pyvene are needed
-for theirs (pip install --no-deps pyreft==0.1.0 pyvene==0.1.8, see `make test-pyreft`); without them ours is measured alone.
+interventions, and the peak resident memory of a process of its own that takes three steps, over the floor's. Theirs needs
+pyreft and pyvene, see `make test-pyreft`; without them ours is measured alone.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def peak_mib(name: str, shape: tuple[int, int], kind: str) -> float:
 
 
 def child(name: str, shape: str, kind: str) -> None:
-    """Three steps, then the peak in KiB on stdout. Every kind imports pyreft where it is, so that they differ in the run alone."""
+    """Three steps, then the peak in KiB on stdout. Every kind imports pyreft, so that they differ in the run alone."""
     real_pyreft()
     step, _ = variant(kind, *prepare(name, SHAPES[int(shape)]))
     for _ in range(3):
