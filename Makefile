@@ -7,13 +7,26 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := $(wildcard csrc/*) setup.py
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-pyreft check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastreft demo
 
 test: $(VENV)/.installed check
 	$(BIN)/python -m pytest
+
+# Against the real pyreft and pyvene, which pin a Transformers they no longer need: installed without their dependencies.
+test-pyreft: .venv-pyreft/.installed
+	.venv-pyreft/bin/python -m pytest -rs tests/pyreft tests/test_pyreft_docs.py
+
+.venv-pyreft/.installed: constraints.txt pyproject.toml requirements-pyreft.txt $(NATIVE)
+	$(PYTHON) -m venv .venv-pyreft
+	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel pybind11 ninja
+	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-pyreft.txt
+	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check --no-deps pyreft==0.1.0 pyvene==0.1.8
+	touch $@
 
 # What needs no model: style, types.
 check: $(VENV)/.installed
@@ -39,4 +52,4 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info fastreft/_C*.so
+	rm -rf $(VENV) .venv-pyreft build *.egg-info fastreft/_C*.so

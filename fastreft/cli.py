@@ -17,6 +17,8 @@ COMMANDS = {
     "demo": "memorise a passage, learn a behaviour beside LoRA, save, reload (under two minutes on a CPU)",
     "train": "train an adapter on a file of prompts and completions",
     "generate": "write text with a trained adapter",
+    "convert": "turn a pyreft checkpoint into an adapter, or back",
+    "inspect": "what a pyreft checkpoint or an adapter holds",
     "info": "versions, the native core in use, and why",
 }
 

@@ -11,6 +11,7 @@ Dropout is on the whole output, as in pyreft. Source: ReFT (Wu et al. 2024, arXi
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -42,7 +43,7 @@ class Intervention(nn.Module):
         dropout: float = 0.0,
         act_fn: str | None = None,
         add_bias: bool = False,
-        **_: Any,
+        **others: Any,
     ):
         super().__init__()
         if not 1 <= low_rank_dimension <= embed_dim:
@@ -64,6 +65,21 @@ class Intervention(nn.Module):
         self._build(dtype, add_bias)
         self.reset_parameters()
         _alive.add(self)
+        if "use_fast" in others:
+            self.use_fast = others["use_fast"]
+
+    @property
+    def use_fast(self) -> bool:
+        """pyvene's mark on an intervention that it has taken. Setting it makes this one of pyvene's classes, too."""
+        return False
+
+    @use_fast.setter
+    def use_fast(self, value: bool) -> None:
+        if "pyvene" in sys.modules:
+            from .pyreft.guests import adopt  # the one arrow upwards: only here is it known that pyvene wants it
+
+            adopt(self)
+            self.use_fast = value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastreft.files import staged
 
 from .errors import UserError, user_errors
 
@@ -97,12 +97,10 @@ def load_adapter(base: Any, adapter: str) -> PeftModel:
 
 
 def save_adapter(model: Any, tokenizer: Any, base: str, output_dir: str) -> None:
-    """Adapter and tokenizer into ``output_dir``, each file whole or not at all, the adapter's configuration last."""
+    """Adapter and tokenizer, if any, into ``output_dir``, each file whole or not at all, the adapter's configuration last."""
     if base == EMBEDDED:  # a name that holds on every machine, where the package's folder does not
         model.peft_config[model.active_adapter].base_model_name_or_path = EMBEDDED
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as staging:
+    with staged(output_dir, last=ADAPTER_CONFIG) as staging:
         model.save_pretrained(staging, save_embedding_layers=False)
-        tokenizer.save_pretrained(staging)
-        for name in sorted(os.listdir(staging), key=lambda name: (name == ADAPTER_CONFIG, name)):
-            os.replace(Path(staging, name), Path(output_dir, name))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)

@@ -1,0 +1,103 @@
+"""pyreft's words for places in a model: "block_output", "mlp_output", "model.layers[3].self_attn.output".
+
+A place is a module's name and a side of it; the words are read for the model at hand.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..blocks import find_blocks
+from .format import CheckpointError
+
+# What a block's parts are called; the first that a block has is the one.
+_PARTS = {
+    "mlp": ("mlp", "feed_forward", "ffn"),
+    "attention": ("self_attn", "attn", "attention", "self_attention"),
+}
+_SIDES = ("output", "input")
+# The model classes for which pyvene knows "block_output"; for others it needs a path. By the start of their names.
+_KNOWN = re.compile(r"(GPT2|GPTNeoX|GPTNeo|Llama|Mistral|Gemma2|Gemma|Olmo|Qwen2)(Model|For|LMHead)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A side, "output" or "input", of the module of that name."""
+
+    name: str
+    side: str
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The names of a model's blocks, in order."""
+    return [name for name, _ in find_blocks(model)]
+
+
+def locate(model: nn.Module, layer: int | None, component: str) -> Place:
+    """The place that a representation means; ``ValueError`` where the model has no such place."""
+    path, _, side = component.rpartition(".")
+    if path:
+        name = re.sub(r"\[(\d+)\]", r".\1", path)
+        if side not in _SIDES or not _has(model, name):
+            raise CheckpointError(
+                f"component is {component!r}; {type(model).__name__} has no such module, "
+                "or the path does not end in .output or .input"
+            )
+        return Place(name, side)
+    part, _, side = component.rpartition("_")
+    if side not in _SIDES or part not in ("block", *_PARTS):
+        raise CheckpointError(
+            f"component is {component!r}; it must be block, mlp or attention with _output or _input, "
+            "or a module's path with .output or .input, such as 'model.layers[3].self_attn.o_proj.output'"
+        )
+    names = block_names(model)
+    if not isinstance(layer, int) or not 0 <= layer < len(names):
+        raise CheckpointError(f"layer is {layer!r}; {type(model).__name__} has layers 0 to {len(names) - 1}")
+    name = names[layer]
+    if part != "block":
+        inner = next((inner for inner in _PARTS[part] if _has(model, f"{name}.{inner}")), None)
+        if inner is None:
+            raise CheckpointError(
+                f"component is {component!r}; {name} of {type(model).__name__} has none of {', '.join(_PARTS[part])}: "
+                "give the module's path instead"
+            )
+        name = f"{name}.{inner}"
+    return Place(name, side)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def unflatten(model: nn.Module, flat: str) -> str:
+    """The path whose dots became underscores in a file's name: "model_layers[3]_output" -> "model.layers[3].output"."""
+    for name, _ in model.named_modules():
+        path = bracketed(name)
+        for side in _SIDES:
+            if f"{path}.{side}".replace(".", "_") == flat:
+                return f"{path}.{side}"
+    raise CheckpointError(f"a file is named for the component {flat!r}, which {type(model).__name__} does not have")
+
+
+def bracketed(name: str) -> str:
+    """A module's name as pyvene writes it: "model.layers.3.mlp" -> "model.layers[3].mlp"."""
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name)
+
+
+def describe(model: nn.Module, place: Place) -> tuple[int, str]:
+    """(layer, component) of a place, in the words that pyvene knows for this model."""
+    names = block_names(model)
+    if place.name in names:
+        layer = names.index(place.name)
+        if _KNOWN.match(type(model).__name__):
+            return layer, f"block_{place.side}"
+        return layer, f"{bracketed(place.name)}.{place.side}"
+    number = re.search(r"\.(\d+)(?:\.|$)", place.name)
+    return int(number[1]) if number else 0, f"{bracketed(place.name)}.{place.side}"

@@ -1,0 +1,165 @@
+"""pyreft's checkpoints as PEFT adapters of fastreft, and back: ``load`` and ``save``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..blocks import hidden_size
+from ..config import ReftConfig
+from ..tuner import ReftLayer, get_reft_model
+from . import checkpoint, components, format
+from .checkpoint import Entry
+from .format import CheckpointError
+from .model import ReftModel
+
+
+def load(
+    path: str | os.PathLike,
+    model: nn.Module,
+    *,
+    positions: str | None = None,
+    act_fn: str | None = None,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    intervention_type: str | None = None,
+    orthonormalise: bool = False,
+    adapter_name: str = "default",
+    task_type: str | None = None,
+) -> PeftModel:
+    """A pyreft checkpoint as a PEFT adapter on ``model``, ready to use, to train on and to ``save_pretrained``.
+
+    ``model`` is a base model, or a PEFT model that gets one more adapter.
+
+    What pyreft's files do not say is asked for here: ``positions`` (default "l1", and "f1+l1" where prefix and suffix have an
+    intervention each), ``act_fn`` (default linear), ``dropout``, the ``dtype`` of W, b and P (default fp32, which holds bf16
+    files exactly) and, for a trainer's checkpoint without config.json, the ``intervention_type`` where two kinds look the same.
+    ``task_type`` is PEFT's, by default CAUSAL_LM for a model that generates.
+    Positions of short prompts are counted as pyreft counts them. ``orthonormalise`` gives an R that pyreft let drift
+    orthonormal rows without changing the edit; without it such an R is kept, with a warning.
+    Raises :class:`CheckpointError`, a ``ValueError``, and then ``model`` is as it was.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    entries = checkpoint.read(
+        path,
+        intervention_type=intervention_type,
+        act_fn=act_fn,
+        dropout=dropout,
+        dtype=dtype,
+        orthonormalise=orthonormalise,
+    )
+    groups = _group(base, entries)
+    tied = len(groups) == 1
+    first = entries[0].intervention
+    kinds = {(format.kind_of(entry.intervention), entry.intervention.r) for entry in entries}
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"'{path}' mixes {', '.join(f'{kind} of rank {r}' for kind, r in sorted(kinds))}; one adapter has one kind and "
+            "rank, so use fastreft.pyreft.ReftModel.load, which keeps one intervention a representation"
+        )
+    _check_widths(base, {entry.intervention.embed_dim for entry in entries})
+    names = components.block_names(base)
+    chosen = list(groups[0])
+    blocks_only = set(chosen) <= set(names)
+    generates = getattr(base, "can_generate", bool)() and not base.config.is_encoder_decoder  # type: ignore[union-attr]
+    config = ReftConfig(
+        task_type=task_type or ("CAUSAL_LM" if generates else None),
+        intervention_type=format.kind_of(first),
+        r=first.r,
+        positions=positions or ("l1" if tied else "f1+l1"),
+        tied=tied,
+        layers_to_transform=sorted(map(names.index, chosen)) if blocks_only else None,
+        target_modules=None if blocks_only else chosen,
+        dropout=dropout,
+        act_fn=act_fn,
+        add_bias="c" in first._parameters,
+        pyreft_compat=True,
+    )
+    if not tied and "+" not in config.positions:
+        raise CheckpointError(
+            f"positions is {positions!r}; this checkpoint has one intervention for the prefix and one for the suffix, "
+            "so it must be 'fN+lM'"
+        )
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        made = model
+    else:
+        made = get_reft_model(model, config, adapter_name=adapter_name)
+    layers = dict(_layers(made))
+    for containers, group in zip(("reft_edit", "reft_suffix"), groups, strict=False):
+        for name, intervention in group.items():
+            held = getattr(layers[name], containers)[adapter_name]
+            for own, parameter in intervention.named_parameters(recurse=False):
+                new = held._parameters[own]
+                held._parameters[own] = nn.Parameter(parameter.detach().to(new.device), requires_grad=new.requires_grad)
+    return made
+
+
+def _check_widths(model: nn.Module, widths: set[int]) -> None:
+    """:class:`CheckpointError` where interventions were made for another hidden size."""
+    wanted = hidden_size(model)
+    if widths != {wanted}:
+        raise CheckpointError(
+            f"the checkpoint was made for a hidden size of {', '.join(map(str, sorted(widths)))}; "
+            f"this {type(model).__name__} has {wanted}"
+        )
+
+
+def _group(model: nn.Module, entries: list[Entry]) -> list[dict[str, Any]]:
+    """Module name -> intervention, for the only or first one of a place, and for the second one."""
+    groups: list[dict[str, Any]] = [{}, {}]
+    for entry in entries:
+        component = components.unflatten(model, entry.component) if entry.flat else entry.component
+        place = components.locate(model, entry.layer, component)
+        if place.side != "output":
+            raise CheckpointError(
+                f"component is {component!r}; an adapter edits outputs: use fastreft.pyreft.ReftModel.load, "
+                "which edits inputs, too"
+            )
+        group = next((group for group in groups if place.name not in group), None)
+        if group is None:
+            raise CheckpointError(
+                f"{place.name} has more than two interventions; use fastreft.pyreft.ReftModel.load, which takes any number"
+            )
+        group[place.name] = entry.intervention
+    if groups[1] and groups[0].keys() != groups[1].keys():
+        odd = min(groups[0].keys() ^ groups[1].keys())
+        raise CheckpointError(
+            f"some places have one intervention and some two, see {odd}; use fastreft.pyreft.ReftModel.load, "
+            "which takes any number"
+        )
+    return groups if groups[1] else groups[:1]
+
+
+def save(model: nn.Module, path: str | os.PathLike, *, adapter_name: str | None = None) -> None:
+    """An adapter of ours, or a :class:`fastreft.pyreft.ReftModel`, as a folder that pyreft loads.
+
+    Positions, act_fn and dropout have no place in pyreft's files. ``ValueError`` for a model without a ReFT adapter.
+    """
+    if isinstance(model, ReftModel):
+        model.save(path)
+        return
+    layers = _layers(model)
+    active = adapter_name or next((name for _, layer in layers for name in layer.reft_edit), None)
+    if active is None or not any(active in layer.reft_edit for _, layer in layers):
+        raise ValueError(f"adapter_name is {adapter_name!r}; this {type(model).__name__} has no such ReFT adapter")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    entries = []
+    for containers in ("reft_edit", "reft_suffix"):
+        for name, layer in layers:
+            if active in getattr(layer, containers):
+                place = components.Place(name, "output")
+                entries.append(Entry(*components.describe(base, place), getattr(layer, containers)[active]))
+    checkpoint.write(path, entries)
+
+
+def _layers(model: nn.Module) -> list[tuple[str, ReftLayer]]:
+    """Every edited module's name in the base model, and its layer, in the model's order."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return [
+        (name.removesuffix(".reft"), module) for name, module in base.named_modules() if isinstance(module, ReftLayer)
+    ]

@@ -1,0 +1,131 @@
+"""``fastreft convert``: a pyreft checkpoint to an adapter of ours, or an adapter of ours to a pyreft checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastreft import pyreft
+
+from .arguments import Parser
+from .errors import UserError, user_errors
+from .models import ADAPTER_CONFIG, adapter_config, find_model, save_adapter
+
+
+@dataclass
+class ConvertArguments:
+    """What to convert, and what pyreft's files do not say."""
+
+    source: str = field(metadata={"help": "a folder: a pyreft checkpoint, or an adapter of ours to convert back"})
+    output_dir: str = field(metadata={"help": "the folder to write"})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "the base model, of which only config.json is read; an adapter of ours names its own"},
+    )
+    positions: str | None = field(
+        default=None,
+        metadata={"help": "the tokens to edit; 'l1' if not given, and 'f1+l1' for prefix and suffix apart"},
+    )
+    act_fn: str | None = field(
+        default=None, metadata={"help": "the activation it was trained with; linear if not given"}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "the dropout to train on with"})
+    dtype: str = field(default="float32", metadata={"help": "the dtype of W, b and P to write; R is kept in float32"})
+    intervention_type: str | None = field(
+        default=None, metadata={"help": "the kind, for a trainer's checkpoint without config.json that does not tell"}
+    )
+    orthonormalise: bool = field(
+        default=False, metadata={"help": "give an R that pyreft let drift orthonormal rows, with the same edit"}
+    )
+
+
+def skeleton(model: str) -> Any:
+    """The base model without its weights, of the class that its config.json names."""
+    source, keywords = find_model(model)
+    with user_errors(OSError, ValueError, prefix=f"cannot read the configuration of '{model}': "):
+        config = AutoConfig.from_pretrained(source, **keywords)
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        with torch.device("meta"):
+            made = named(config) if named is not None else AutoModelForCausalLM.from_config(config)
+    made.name_or_path = model
+    return made
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"'{name}' is not a dtype; give 'float32', 'bfloat16' or 'float16'")
+    return found
+
+
+def from_pyreft(arguments: ConvertArguments) -> str:
+    """Write an adapter of ours; a line about it."""
+    if arguments.model is None:
+        raise UserError("give the base model with --model: a pyreft checkpoint does not name it")
+    dtype, base = _dtype(arguments.dtype), skeleton(arguments.model)
+    with user_errors(ValueError, TypeError), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        model = pyreft.load(
+            arguments.source,
+            base,
+            positions=arguments.positions,
+            act_fn=arguments.act_fn,
+            dropout=arguments.dropout,
+            dtype=dtype,
+            intervention_type=arguments.intervention_type,
+            orthonormalise=arguments.orthonormalise,
+        )
+    notes = [f"note: {warning.message}\n" for warning in said if "orthonormal" in str(warning.message)]
+    config: Any = model.peft_config["default"]
+    config.base_model_name_or_path = find_model(arguments.model)[0]
+    save_adapter(model, None, arguments.model, arguments.output_dir)
+    given = "" if arguments.positions else " (the default; pyreft's files do not say: --positions)"
+    return (
+        f"{''.join(notes)}{config.intervention_type} of rank {config.r}, positions {config.positions}{given}, "
+        f"act_fn {config.act_fn or 'linear'}"
+    )
+
+
+def to_pyreft(arguments: ConvertArguments) -> str:
+    """Write a pyreft checkpoint; a line about it."""
+    config: Any = adapter_config(arguments.source)
+    name = arguments.model or config.base_model_name_or_path
+    if name is None:
+        raise UserError("give the base model with --model: the adapter does not name it")
+    base = skeleton(name)
+    with user_errors(
+        ValueError, RuntimeError, TypeError, prefix=f"the adapter in '{arguments.source}' does not fit '{name}': "
+    ):
+        model = PeftModel.from_pretrained(base, str(Path(arguments.source).expanduser()), torch_device="cpu")
+    pyreft.save(model, arguments.output_dir)
+    return (
+        f"{config.intervention_type} of rank {config.r}; pyreft's files have no place for its positions ({config.positions}) "
+        f"and act_fn ({config.act_fn or 'linear'})"
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Convert in the direction that the source's folder tells."""
+    parser = Parser(
+        [ConvertArguments],
+        command="fastreft convert",
+        description="Convert a pyreft checkpoint to an adapter of ours, or one of ours to pyreft's.",
+    )
+    (arguments,) = parser.parse(argv)
+    source, target = Path(arguments.source).expanduser(), Path(arguments.output_dir).expanduser()
+    if target.exists() and (not target.is_dir() or target.resolve() == source.resolve()):
+        raise UserError(f"output_dir '{arguments.output_dir}' is a file or the source itself; give another folder")
+    back = (source / ADAPTER_CONFIG).is_file()
+    if back and not isinstance(adapter_config(arguments.source), pyreft.convert.ReftConfig):
+        raise UserError(f"the adapter in '{arguments.source}' is not a ReFT adapter")
+    line = to_pyreft(arguments) if back else from_pyreft(arguments)
+    print(f"{line}\nwrote {arguments.output_dir}")
+    return 0
