@@ -274,9 +274,9 @@ class _EditRows(torch.autograd.Function):
         rows, saved, z, U, V, P, b, c = ctx.saved_tensors
         need_dh = ctx.needs_input_grad[0]
         # The gradient of the whole state is passed on as it is, save the edited rows. Where nobody else holds it,
-        # those rows are changed in place and nothing of size [B*S, d] is copied.
+        # those rows are changed in place and nothing of size [B*S, d] is copied; else it is copied and edited in one go.
         if need_dh and not (g.is_contiguous() and _holders(g) == _Probe.alone):
-            g = g.clone(memory_format=torch.contiguous_format)
+            return _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied)[:-1]
         dU, dV, dP, db, dc = _Native.edit_rows_backward_(g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied, need_dh)
         return (
             *(g if need_dh else None, None, dU, None if V is None else dV, None if P is None else dP),
