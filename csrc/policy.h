@@ -92,7 +92,7 @@ struct FusedPlan {
 // Clusters that run at once. A persistent grid larger than that would take twice the time. Not asked: clusters stay
 // inside a group of at least 16 multiprocessors, pairs inside a pair of them.
 inline int64_t resident_clusters(const Device& device, int cluster, int per_sm) {
-  if (device.asked) return device.resident[per_sm - 1][cluster];
+  if (device.asked && cluster > 1) return device.resident[per_sm - 1][cluster];
   const int64_t count =
       cluster <= 2 ? device.multiprocessors * per_sm / cluster : device.multiprocessors / 16 * (16 * per_sm / cluster);
   return count > 0 ? count : 1;
