@@ -195,8 +195,9 @@ def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
 def retract_(matrices: list[Tensor]) -> None:
     """Orthonormal rows for each matrix; ``ValueError``, with nothing changed, for one that is not finite."""
     matrices = [R.detach() for R in matrices]
-    if matrices[0].is_cuda:
-        finite = torch.stack([torch.isfinite(R).all() for R in matrices]).tolist()
+    # While a graph is captured nothing can be asked: the kernel leaves a matrix alone that is not finite.
+    if matrices[0].is_cuda and not torch.cuda.is_current_stream_capturing():
+        finite = torch.stack([norm.isfinite() for norm in torch._foreach_norm(matrices, float("inf"))]).tolist()
         if not all(finite):
             raise ValueError(f"matrices[{finite.index(False)}] holds a value that is not finite")
     targets = [R if R.is_contiguous() else R.contiguous() for R in matrices]
@@ -211,6 +212,11 @@ def retract_(matrices: list[Tensor]) -> None:
 
 def step_(params, grads, m, v, orthonormal: bool, settings: dict[str, float]) -> Tensor | None:
     """One optimizer step. On a GPU: what became of each parameter, int32 [len(params)], 2 = left alone as not finite."""
+    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "an optimizer step is being captured in a CUDA graph, which would repeat its learning rate and its age for ever; "
+            "capture the forward and the backward and take the step outside the graph"
+        )
     try:
         with torch._C._AutoDispatchBelowAutograd():
             status = torch.ops.fastreft.step_.default(params, grads, m, v, orthonormal, **settings)
