@@ -26,8 +26,11 @@ from fastreft import functional as F
 BF16 = torch.bfloat16
 
 
-def gpu_ms(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds on the GPU; the variants take turns."""
+AHEAD = 4_000_000  # cycles, about 2 ms, that the GPU sleeps before a timed call, so that Python's share is over by then
+
+
+def gpu_ms(variants: dict[str, Callable[[], object]], rounds: int, ahead: int = AHEAD) -> dict[str, float]:
+    """Median milliseconds on the GPU, launches queued beforehand; the variants take turns."""
     for run in variants.values():
         for _ in range(3):
             run()
@@ -35,6 +38,7 @@ def gpu_ms(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     for _ in range(rounds):
         for name, run in variants.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(ahead)
             start.record()
             run()
             end.record()
@@ -180,6 +184,11 @@ def rows(rounds: int) -> list[dict[str, object]]:
     state, g = (torch.randn(batch, length, d, device="cuda").to(BF16) for _ in range(2))
     at = torch.cat([torch.arange(each // 2), torch.arange(length - each // 2, length)]).cuda().expand(batch, -1)
     listed = (at + length * torch.arange(batch, device="cuda")[:, None]).reshape(-1).contiguous()
+
+    def edit(state: Tensor, params: list[Tensor]) -> Tensor:
+        R, W, b = params
+        return F.edit_rows_(state, listed, R, W, R, b, unique=True)  # as the tuner calls it: a plan lists no row twice
+
     out = []
     for r in (4, 8):
         params = [w.requires_grad_() for w in weights(d, r)]
@@ -187,10 +196,10 @@ def rows(rounds: int) -> list[dict[str, object]]:
 
         def forward(params=params):
             with torch.no_grad():
-                return F.loreft_rows_(state, listed, *params)
+                return edit(state, params)
 
         def both(params=params):
-            return torch.autograd.grad(F.loreft_rows_(state.detach(), listed, *params), params, g)
+            return torch.autograd.grad(edit(state.detach(), params), params, g)
 
         def their_forward(theirs=theirs):
             with torch.no_grad():
@@ -215,18 +224,35 @@ def rows(rounds: int) -> list[dict[str, object]]:
                     "verdict": f"{verdict(graph, wanted, True)}/{verdict(wall_theirs / wall, 10)}",
                 }
             )
+        out += held_gradient(state, g, listed, r, rounds)
     return out
 
 
-def kernel_us(run: Callable[[], object], calls: int = 10) -> float:
-    """Microseconds of kernel time a call, gaps between kernels not counted."""
-    run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(calls):
-            run()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in seen.key_averages()) / calls
+def held_gradient(state: Tensor, g: Tensor, listed: Tensor, r: int, rounds: int) -> list[dict[str, object]]:
+    """The backward with dh where somebody else holds the gradient: copied and edited in one launch, or one after the other."""
+    ops, (R, W, b) = torch.ops.fastreft, weights(state.shape[-1], r)
+    given = (R, W, None, b, None, 0, True)
+    with torch.no_grad():
+        saved, z = ops.edit_rows_.default(state.clone(), listed, *given, True)
+        ms = gpu_ms(
+            {
+                "fused": lambda: ops.edit_rows_backward.default(g, listed, saved, z, *given),
+                "apart": lambda: ops.edit_rows_backward_.default(g.clone(), listed, saved, z, *given, True),
+                "in place": lambda: ops.edit_rows_backward_.default(g, listed, saved, z, *given, True),
+                "copy": g.clone,
+            },
+            rounds,
+        )
+    return [
+        {
+            "what": "rows backward with dh, gradient held by others",
+            "r": r,
+            "us": 1e3 * ms["fused"],
+            "us clone, then in place": 1e3 * ms["apart"],
+            "us in place, held by nobody": 1e3 * ms["in place"],
+            "us of a copy": 1e3 * ms["copy"],
+        }
+    ]
 
 
 def optimizer() -> list[dict[str, object]]:
@@ -246,12 +272,13 @@ def optimizer() -> list[dict[str, object]]:
         theirs.rotate.weight.backward(g)
         their_step.step()
 
-    us, wall = kernel_us(step.step), wall_us(step.step, 20)
+    # Queued behind a longer sleep: a step of 192 parameters is some milliseconds of Python.
+    us, wall = 1e3 * gpu_ms({"step": step.step}, 20, 10 * AHEAD)["step"], wall_us(step.step, 20)
     wall_theirs = count * wall_us(their_whole, 5)
     return [
         {
             "what": f"AdamW + retraction, {count} x ({r} x {d})",
-            "us of kernels": us,
+            "us on the GPU": us,
             "us wanted": 40,
             "us eager": wall,
             "parametrization / ours": wall_theirs / wall,
@@ -284,11 +311,11 @@ def main() -> None:
         if options.only in (None, name):
             tables[name] = part()
             print(f"measured: {name}", flush=True)
+            if options.save:  # after each part: what comes next may run out of time
+                save(__file__, results | tables)
     for name, lines in tables.items():
         for what in dict.fromkeys(str(line["what"]).split(",")[0] for line in lines):
             table(f"{name}: {what}", [line for line in lines if str(line["what"]).split(",")[0] == what])
-    if options.save:
-        save(__file__, results | tables)
 
 
 if __name__ == "__main__":

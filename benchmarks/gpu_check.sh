@@ -11,6 +11,7 @@ python=${PYTHON:-python3}
 parts=("$@")
 [ ${#parts[@]} -eq 0 ] && parts=(build suite verify sanitize bench)
 status=0
+summary=()
 export PYTHONUNBUFFERED=1
 
 run() { # name, seconds, command...
@@ -20,6 +21,7 @@ run() { # name, seconds, command...
   timeout "$limit" "$@"
   local code=$?
   echo "=== $name: exit $code after $((SECONDS - start)) s"
+  summary+=("$(printf '%-22s %-8s %4d s' "$name" "$([ $code -eq 0 ] && echo ok || echo "FAILED $code")" $((SECONDS - start)))")
   [ $code -ne 0 ] && [ $status -eq 0 ] && status=$code
   return 0
 }
@@ -38,11 +40,12 @@ for part in "${parts[@]}"; do
         FASTREFT_BUILD_CUDA=1 MAX_JOBS=${MAX_JOBS:-16} \
         run build 120 "$python" -m pip install --no-build-isolation --no-deps --no-index -q -e .
       ;;
-    suite) run suite 120 "$python" -m pytest -q -x tests --ignore tests/test_nvcc.py --ignore tests/test_simt.py ;;
+    suite) run suite 120 "$python" -m pytest -q tests --ignore tests/test_nvcc.py --ignore tests/test_simt.py ;;
     verify) run verify 45 "$python" benchmarks/gpu_verify.py ;;
     sanitize)
       if ! command -v compute-sanitizer >/dev/null; then
-        echo "=== sanitize: there is no compute-sanitizer here; left out"
+        summary+=("sanitize               NOT RUN: there is no compute-sanitizer here")
+        [ $status -eq 0 ] && status=1
         continue
       fi
       for tool in memcheck racecheck synccheck initcheck; do
@@ -55,4 +58,9 @@ for part in "${parts[@]}"; do
     *) echo "unknown part: $part" >&2; exit 2 ;;
   esac
 done
+for part in build suite verify sanitize bench; do
+  [[ " ${parts[*]} " == *" $part "* ]] || summary+=("$(printf '%-22s not asked for' "$part")")
+done
+printf '\n=== summary\n'
+printf '  %s\n' "${summary[@]}"
 exit $status

@@ -41,6 +41,11 @@ def on_rows(rows: Tensor, act: str | None = None):
     return lambda h, R, W, b: F.loreft_rows_(h.clone(), rows, R, W, b, act_fn=act)
 
 
+def apart_on_rows(rows: Tensor, act: str | None = None):
+    """The same into other memory: the launch that edits also copies."""
+    return lambda h, R, W, b: F.edit_rows(h, rows, R, W, R, b, act_fn=act)
+
+
 def exact_rows(rows: Tensor, act=None):
     return lambda h, R, W, b: reference.edit_rows(h, rows, R, W, R, b, act=act)
 
@@ -69,6 +74,8 @@ def check(
     exact = gradients(oracle, h.double(), g.double(), *(w.double() for w in weights))
     plain = gradients(oracle, h, g, *(w.to(dtype) for w in weights))
     result = {"fp64": as_good(got, plain, exact)}
+    if rows is not None:
+        result["apart"] = all(map(torch.equal, got, gradients(apart_on_rows(rows, act), h, g, *weights)))
     result["again"] = all(map(torch.equal, got, gradients(ours, h, g, *weights)))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

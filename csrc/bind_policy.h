@@ -1,6 +1,9 @@
 // The launch policy (policy.h) as Python functions, so that tests can look at every decision with no GPU at hand.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
 
 #include "policy.h"
 
@@ -9,12 +12,17 @@ namespace fastreft {
 inline void bind_policy(pybind11::module_& module) {
   namespace py = pybind11;
   py::module_ policy = module.def_submodule("policy", "CUDA launch policy: pure functions of shapes and device.");
-  const auto device = [](int major, int minor, int multiprocessors, int64_t shared, int largest_cluster) {
-    return Device{major, minor, multiprocessors, shared, largest_cluster, false, {}};
+  // `resident`: clusters of 1, 2, ... CTAs that run at once, [one, two CTAs a multiprocessor]; empty: never asked.
+  const auto device = [](int major, int minor, int multiprocessors, int64_t shared, int largest_cluster,
+                         const std::vector<std::vector<int>>& resident) {
+    Device made{major, minor, multiprocessors, shared, largest_cluster, !resident.empty(), {}};
+    for (size_t i = 0; i < resident.size() && i < 2; ++i)
+      for (size_t c = 0; c < resident[i].size() && c < 16; ++c) made.resident[i][c + 1] = resident[i][c];
+    return made;
   };
   py::class_<Device>(policy, "Device")
       .def(py::init(device), py::arg("major"), py::arg("minor"), py::arg("multiprocessors"), py::arg("shared"),
-           py::arg("largest_cluster"))
+           py::arg("largest_cluster"), py::arg("resident") = std::vector<std::vector<int>>())
       .def_readonly("major", &Device::major)
       .def_readonly("multiprocessors", &Device::multiprocessors)
       .def_readonly("shared", &Device::shared)
@@ -40,6 +48,13 @@ inline void bind_policy(pybind11::module_& module) {
       },
       py::arg("n"), py::arg("d"), py::arg("r"), py::arg("shrinks"), py::arg("expands"), py::arg("both"),
       py::arg("device"), "A pass on tensor cores; `both`: the one-pass backward.");
+  policy.def(
+      "copy",
+      [](int64_t total, int cluster, const Device& device) {
+        const int rows = plan_copy(total, device);
+        return py::make_tuple(rows, copy_blocks(total, rows, cluster));
+      },
+      py::arg("total"), py::arg("cluster"), py::arg("device"), "(rows a copying CTA owns, copying CTAs).");
   policy.def(
       "simple",
       [](int64_t n, int64_t r, int64_t size, const Device& device) {

@@ -71,7 +71,8 @@ struct EditArgs {
   int64_t d = 0, r = 0;
   DType type = DType::f32;         // of h and out
   Rows h;                          // [total, d]
-  Rows out;                        // [total, d]; with `index` the same memory as h (in place)
+  Rows out;                        // [total, d]; with `index` h's own memory (in place), or other memory (CUDA only)
+                                   // into which the rows that are not listed are copied
   const int64_t* index = nullptr;  // [n] rows to edit, -1 = skip; nullptr = every row, n == total
   Weights w;
   void* saved = nullptr;   // [n, d] of `type`: the rows before the edit, or none; only with `index`
@@ -84,7 +85,7 @@ struct EditGradArgs {
   int64_t n = 0, total = 0, d = 0, r = 0;
   DType type = DType::f32;         // of g, h and dh
   Rows g;                          // [total, d]
-  Rows dh;                         // [total, d], or p == nullptr where not wanted; with `index` the same memory as g
+  Rows dh;                         // [total, d], or p == nullptr where not wanted; with `index` as EditArgs::out to h
   const int64_t* index = nullptr;  // as in EditArgs
   Rows h;                          // [n, d]: the rows before the edit
   const void* z = nullptr;         // [n, k] as EditArgs::z left it

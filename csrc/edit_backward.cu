@@ -3,7 +3,8 @@
 //     two passes (edit_sums.cuh, tensor cores) coordinates and dh; sums; finish
 //     CUDA cores (edit_simple.cuh)             the same steps for every dtype, width and rank
 // finish adds the partial sums in order and rounds to each weight's dtype. Where dh takes g's own memory, the roads
-// with a separate sums kernel write dh last, when g has been read. What is not asked for is not launched.
+// with a separate sums kernel write dh last, when g has been read; where it takes other memory, the launch that writes
+// it copies the rows that are not listed. What is not asked for is not launched.
 #include "edit_both.cuh"
 #include "edit_host.h"
 #include "edit_sums.cuh"
@@ -56,7 +57,7 @@ Plan make_plan(const EditGradArgs& args, const Pass& p, const Device& device) {
   const Weights& w = args.w;
   plan.in_place = args.dh.p != nullptr && args.dh.p == args.g.p;
   plan.fused = fused_plan_of(p, args.type, device);
-  if (!(args.dU || args.dV || args.dP || args.db || args.dc)) return plan;
+  if (args.r == 0 || !(args.dU || args.dV || args.dP || args.db || args.dc)) return plan;
 
   const bool third = args.dP != nullptr || (w.tied && args.dU != nullptr && w.P.p != nullptr);
   if (args.dU != nullptr) plan.slot[0] = plan.slots++;
@@ -111,18 +112,12 @@ int both_as(const Both& both, const Grid& grid, void* stream) {
 
 int one_pass(const Pass& p, const EditGradArgs& args, const Plan& plan) {
   Both both;
-  both.f.pass = p;
-  both.f.shape = plan.fused.shape;
-  both.f.tiles = plan.fused.tiles;
+  both.f = fused_of(p, plan.fused);
   if (plan.slot[1] >= 0) both.h = args.h;
   both.wants_first = plan.slot[0] >= 0;
   both.partial = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + plan.partial);
   both.vectors = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + plan.vectors);
-  Grid grid;
-  grid.x = plan.fused.clusters * plan.fused.shape.cluster;
-  grid.threads = kFusedWarps * 32;
-  grid.cluster = plan.fused.shape.cluster;
-  grid.shared = plan.fused.shared;
+  const Grid grid = fused_grid(p, plan.fused);
   return args.type == DType::bf16 ? both_as<bf16>(both, grid, args.stream) : both_as<f16>(both, grid, args.stream);
 }
 
@@ -215,14 +210,16 @@ int64_t edit_backward_scratch_bytes(const EditGradArgs& args) {
 }
 
 int edit_backward_cuda(const EditGradArgs& args) {
-  if (args.d <= 0 || args.r <= 0) return 0;
+  if (args.d <= 0) return 0;
   Device device;
   if (int error = current_device(device)) return error;
   Pass p = make_pass(args);
   const Plan plan = make_plan(args, p, device);
-  if (plan.road == Road::no_gradients)
-    return args.n > 0 && args.dh.p != nullptr ? run_pass(p, args, plan, true, device) : 0;
-  if (args.n <= 0) return finish(args, plan);
+  if (args.index != nullptr && args.dh.p != nullptr && !plan.in_place) p.copy_rows = plan_copy(args.total, device);
+  if (args.n <= 0 || plan.road == Road::no_gradients) {  // one pass, if any, and sums of nothing, if any
+    const int error = p.out.p != nullptr ? run_pass(p, args, plan, true, device) : 0;
+    return error || plan.road == Road::no_gradients ? error : finish(args, plan);
+  }
   if (plan.road == Road::one_pass) {
     if (int error = one_pass(p, args, plan)) return error;
     return finish(args, plan);

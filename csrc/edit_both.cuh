@@ -70,6 +70,8 @@ __global__ void __launch_bounds__(kFusedWarps * 32, 1) both_kernel(const __grid_
   constexpr int Depth = both_depth(Rank), Pairs = kBothColumns / kFusedWarps / 16;
   const Pass& p = both.f.pass;
   const FusedShape& s = both.f.shape;
+  if (blockIdx.x >= both.f.clusters * s.cluster)
+    return copy_unlisted<T, 8, kFusedWarps * 32>(p, blockIdx.x - both.f.clusters * s.cluster);
   const FusedLayout at = fused_layout(s);
   char* shared = shared_memory();
   T* shrink = reinterpret_cast<T*>(shared + at.shrink);
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kFusedWarps * 32, 1) both_kernel(const __grid_
   T* coordinates = reinterpret_cast<T*>(shared + at.coordinates);
 
   const int warp = threadIdx.x / 32, rank = s.cluster > 1 ? cluster_rank() : 0;
-  const int64_t cluster = blockIdx.x / s.cluster, clusters = gridDim.x / s.cluster;
+  const int64_t cluster = blockIdx.x / s.cluster, clusters = both.f.clusters;
   const int columns = s.width / kFusedWarps;
   const int64_t slice = static_cast<int64_t>(rank) * s.width, column = slice + warp * columns;
   const int64_t tile_size = s.rows * at.pitch;

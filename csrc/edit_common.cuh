@@ -103,6 +103,7 @@ struct Pass {
   void* gz = nullptr;      // [n, r] likewise
   void* packed = nullptr;  // [n, 3, packed_depth] of the rows' type: z, gp, gz; backward on tensor cores, or none
   int packed_depth = 0;
+  int copy_rows = 0;  // rows a copying CTA owns (edit_copy.cuh); 0: none, all rows are edited or `out` is `in`
 };
 
 // z from the two products; a is what the activation saw.

@@ -6,7 +6,7 @@
 namespace fastreft {
 
 int edit_forward_cuda(const EditArgs& args) {
-  if (args.n <= 0 || args.d <= 0) return 0;
+  if (args.d <= 0) return 0;
   Device device;
   if (int error = current_device(device)) return error;
   const Weights& w = args.w;
@@ -18,6 +18,7 @@ int edit_forward_cuda(const EditArgs& args) {
   p.in = args.h;
   p.out = args.out;
   p.index = args.index;
+  if (args.index != nullptr && args.out.p != args.h.p) p.copy_rows = plan_copy(args.total, device);
   p.act = w.act;
   p.b = w.b;
   p.c = w.c;

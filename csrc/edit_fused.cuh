@@ -13,8 +13,7 @@
 //
 // Padding: coordinates past r, columns past d and rows past n are zeros in shared memory, never poison.
 #pragma once
-#include "edit_common.cuh"
-#include "policy.h"
+#include "edit_copy.cuh"
 
 namespace fastreft {
 
@@ -22,6 +21,7 @@ struct Fused {
   Pass pass;
   FusedShape shape;
   int64_t tiles = 0;
+  int64_t clusters = 0;  // that edit; CTAs behind them copy
 };
 
 // Waits for the oldest of `stages` copies in flight.
@@ -256,6 +256,8 @@ __global__ void __launch_bounds__(kFusedWarps * 32, per_sm_of_rank(Rank))
     fused_kernel(const __grid_constant__ Fused f) {
   const Pass& p = f.pass;
   const FusedShape& s = f.shape;
+  if (blockIdx.x >= f.clusters * s.cluster)
+    return copy_unlisted<T, 8, kFusedWarps * 32>(p, blockIdx.x - f.clusters * s.cluster);
   const FusedLayout at = fused_layout(s);
   char* shared = shared_memory();
   T* shrink = reinterpret_cast<T*>(shared + at.shrink);
@@ -266,7 +268,7 @@ __global__ void __launch_bounds__(kFusedWarps * 32, per_sm_of_rank(Rank))
   T* coordinates = reinterpret_cast<T*>(shared + at.coordinates);
 
   const int warp = threadIdx.x / 32, rank = s.cluster > 1 ? cluster_rank() : 0;
-  const int64_t cluster = blockIdx.x / s.cluster, clusters = gridDim.x / s.cluster;
+  const int64_t cluster = blockIdx.x / s.cluster, clusters = f.clusters;
   const int columns = s.width / kFusedWarps;
   const int64_t slice = static_cast<int64_t>(rank) * s.width, column = slice + warp * columns;
   const int64_t tile_size = s.rows * at.pitch;

@@ -32,7 +32,8 @@ int simple_pass_as(const Pass& p, bool vector, bool shrinks, void* stream, const
   const SimplePlan plan = plan_simple(p.n, p.r, sizeof(accum_t<T>), device);
   if (!plan.fits) return kInvalidValue;
   Grid grid;
-  grid.x = plan.blocks;
+  grid.x = plan.blocks + copy_blocks(p.total, p.copy_rows, 1);
+  if (grid.x == 0) return 0;
   grid.threads = kSimpleThreads;
   grid.shared = plan.shared;
   return vector ? launch<pass_kernel<T, kVector<T>, Backward>>(grid, stream, p, shrinks)
@@ -68,17 +69,28 @@ inline FusedPlan fused_plan_of(const Pass& p, DType type, const Device& device) 
   return plan_pass(p.n, p.d, p.r, present(p.shrink), present(p.expand), device);
 }
 
-template <bool Backward>
-int fused_pass(const Pass& p, DType type, const FusedPlan& plan, void* stream) {
+// The argument and the grid of a pass on tensor cores.
+inline Fused fused_of(const Pass& p, const FusedPlan& plan) {
   Fused f;
   f.pass = p;
   f.shape = plan.shape;
   f.tiles = plan.tiles;
+  f.clusters = plan.clusters;
+  return f;
+}
+inline Grid fused_grid(const Pass& p, const FusedPlan& plan) {
   Grid grid;
-  grid.x = plan.clusters * plan.shape.cluster;
-  grid.threads = kFusedWarps * 32;
   grid.cluster = plan.shape.cluster;
+  grid.x = plan.clusters * grid.cluster + copy_blocks(p.total, p.copy_rows, grid.cluster);
+  grid.threads = kFusedWarps * 32;
   grid.shared = plan.shared;
+  return grid;
+}
+
+template <bool Backward>
+int fused_pass(const Pass& p, DType type, const FusedPlan& plan, void* stream) {
+  const Fused f = fused_of(p, plan);
+  const Grid grid = fused_grid(p, plan);
   return type == DType::bf16 ? fused_pass_as<bf16, Backward>(f, grid, stream)
                              : fused_pass_as<f16, Backward>(f, grid, stream);
 }

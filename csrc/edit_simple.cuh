@@ -6,8 +6,7 @@
 // gradient_kernel: a thread owns a column and eight coordinates, a CTA 128 columns and one range of rows; each range
 // leaves one partial sum. finish_kernel adds the partial sums in order and rounds to the weight's dtype.
 #pragma once
-#include "edit_common.cuh"
-#include "policy.h"
+#include "edit_copy.cuh"
 
 namespace fastreft {
 
@@ -16,6 +15,8 @@ __global__ void __launch_bounds__(kSimpleThreads, 2) pass_kernel(const Pass p, c
   using C = accum_t<T>;
   constexpr int R = kSimpleRows, K = kSimpleChunk;
   const int d = p.d, r = p.r, thread = threadIdx.x, warp = thread / 32;
+  const int64_t editors = (p.n + R - 1) / R;  // CTAs; those behind them copy
+  if (blockIdx.x >= editors) return copy_unlisted<T, V, kSimpleThreads>(p, blockIdx.x - editors);
   C* u0 = reinterpret_cast<C*>(shared_memory());  // [R, r] s0, then the first expand's coordinates
   C* u1 = u0 + R * r;                             // [R, r] s1, then the second expand's
   C* sums = u1 + R * r;                           // [8 warps, 2, K, R]

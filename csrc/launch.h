@@ -43,17 +43,23 @@ inline int current_device_index(int& index) { return static_cast<int>(cudaGetDev
 
 template <auto Kernel, typename... Args>
 int launch(const Grid& grid, void* stream, const Args&... args) {
-  // More than 48 KB of shared memory has to be asked for, once a kernel and device.
+  // More than 48 KB of shared memory has to be asked for, once a kernel and device. Under a lock: of two threads that
+  // ask at once, the one with less must not come last.
   static std::atomic<int64_t> allowed[kDevices];  // bytes allowed so far
+  static std::mutex asking;
   if (grid.shared > 48 * 1024) {
     int index = 0;
     if (int error = current_device_index(index)) return error;
-    std::atomic<int64_t>& seen = allowed[index % kDevices];
-    if (index >= kDevices || seen.load(std::memory_order_relaxed) < grid.shared) {
-      const cudaError_t error =
-          cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared));
-      if (error != cudaSuccess) return static_cast<int>(error);
-      seen.store(grid.shared, std::memory_order_relaxed);
+    if (index >= kDevices) return kInvalidValue;
+    std::atomic<int64_t>& seen = allowed[index];
+    if (seen.load(std::memory_order_acquire) < grid.shared) {
+      const std::lock_guard<std::mutex> lock(asking);
+      if (seen.load(std::memory_order_relaxed) < grid.shared) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared));
+        if (error != cudaSuccess) return static_cast<int>(error);
+        seen.store(grid.shared, std::memory_order_release);
+      }
     }
   }
   if (grid.cluster > 8) {
@@ -117,7 +123,7 @@ inline int ask_device(int index, Device& device) {
   device.largest_cluster = 8;
   if (cudaFuncSetAttribute(probe_kernel<0>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
     static_cast<void>(cudaGetLastError());
-  for (int cluster = 1; cluster <= 16; ++cluster) {
+  for (int cluster = 2; cluster <= 16; ++cluster) {
     device.resident[0][cluster] = resident(cluster, shared);
     device.resident[1][cluster] = resident(cluster, half_of_shared(shared));
     if (cluster > 8 && device.resident[0][cluster] > 0) device.largest_cluster = 16;

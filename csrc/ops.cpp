@@ -5,6 +5,7 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -177,12 +178,12 @@ std::tuple<Tensor, Tensor> edit(Tensor h, Tensor U, MaybeTensor V, MaybeTensor P
   return {out, z};
 }
 
-// Edits the listed rows of `h`; returns (saved, z), empty without `save`.
-std::tuple<Tensor, Tensor> edit_rows_(Tensor h, Tensor rows, Tensor U, MaybeTensor V, MaybeTensor P, MaybeTensor b,
-                                      MaybeTensor c, int64_t act, bool tied, bool save) {
+// Edits the listed rows of `h` into `out`, h itself or what edited_apart gave; returns (saved, z), empty without
+// `save`.
+std::tuple<Tensor, Tensor> edit_listed(const Tensor& h, const Tensor& out, Tensor& rows, Tensor& U, MaybeTensor& V,
+                                       MaybeTensor& P, MaybeTensor& b, MaybeTensor& c, int64_t act, bool tied,
+                                       bool save) {
   const Shape s = check(h, U, V, P, b, c, act, tied);
-  const auto in_place = addressable(h);
-  const Tensor target = in_place ? h : torch::stable::contiguous(h);
   EditArgs args;
   args.n = rows.numel();
   args.total = rows_in(h);
@@ -193,19 +194,35 @@ std::tuple<Tensor, Tensor> edit_rows_(Tensor h, Tensor rows, Tensor U, MaybeTens
   args.w = weights(U, V, P, b, c, act, tied);
   Tensor saved = empty_as(h, {save ? args.n : 0, s.d}, raw_dtype(h));
   Tensor z = empty_as(h, {save ? args.n : 0, kept_per_row(args.w.act, s.r)}, kept_type(h));
-  args.h = args.out = *addressable(target);
+  args.h = *addressable(h);
+  args.out = out.get() == h.get() ? args.h : *addressable(out);
   args.saved = save ? saved.data_ptr() : nullptr;
   args.z = save ? z.data_ptr() : nullptr;
   run(args, h);
-  if (!in_place) torch::stable::copy_(h, target);
   return {saved, z};
+}
+
+std::tuple<Tensor, Tensor> edit_rows_(Tensor h, Tensor rows, Tensor U, MaybeTensor V, MaybeTensor P, MaybeTensor b,
+                                      MaybeTensor c, int64_t act, bool tied, bool save) {
+  const Tensor target = readable(h);
+  auto result = edit_listed(target, target, rows, U, V, P, b, c, act, tied, save);
+  if (target.data_ptr() != h.data_ptr()) torch::stable::copy_(h, target);
+  return result;
+}
+
+// Where an op that leaves `t` alone reads, and where it writes. A GPU's kernels copy the rows they do not edit; on a
+// CPU, and where t's rows cannot be addressed, a copy is edited in place.
+std::pair<Tensor, Tensor> edited_apart(const Tensor& t) {
+  Tensor out = result_like(t);
+  if (!t.is_cpu() && addressable(t)) return {t, out};
+  torch::stable::copy_(out, t);
+  return {out, out};
 }
 
 std::tuple<Tensor, Tensor, Tensor> edit_rows(Tensor h, Tensor rows, Tensor U, MaybeTensor V, MaybeTensor P,
                                              MaybeTensor b, MaybeTensor c, int64_t act, bool tied, bool save) {
-  Tensor out = result_like(h);
-  torch::stable::copy_(out, h);
-  auto [saved, z] = edit_rows_(out, rows, U, V, P, b, c, act, tied, save);
+  const auto [from, out] = edited_apart(h);
+  const auto [saved, z] = edit_listed(from, out, rows, U, V, P, b, c, act, tied, save);
   return {out, saved, z};
 }
 
@@ -252,9 +269,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edit_backward(Tensor 
   return {dh, dU, dV, dP, db, dc};
 }
 
-// Turns the listed rows of g from d loss / d out into d loss / d h, in place; with need_dh false g is only read.
-Gradients edit_rows_backward_(Tensor g, Tensor rows, Tensor saved, Tensor z, Tensor U, MaybeTensor V, MaybeTensor P,
-                              MaybeTensor b, MaybeTensor c, int64_t act, bool tied, bool need_dh) {
+// Turns the listed rows of g from d loss / d out into d loss / d h, in dh: g itself or what edited_apart gave. Without
+// dh g is only read.
+Gradients edit_listed_backward(const Tensor& g, const MaybeTensor& dh, Tensor& rows, Tensor& saved, Tensor& z,
+                               Tensor& U, MaybeTensor& V, MaybeTensor& P, MaybeTensor& b, MaybeTensor& c, int64_t act,
+                               bool tied) {
   const Shape s = check(g, U, V, P, b, c, act, tied);
   EditGradArgs args;
   args.n = rows.numel();
@@ -266,13 +285,18 @@ Gradients edit_rows_backward_(Tensor g, Tensor rows, Tensor saved, Tensor z, Ten
   STD_TORCH_CHECK(saved.scalar_type() == g.scalar_type() && saved.is_contiguous() && saved.dim() == 2 &&
                       saved.size(0) == args.n && saved.size(1) == s.d,
                   "saved must be what the forward saved");
-  const auto in_place = addressable(g);
-  const Tensor target = in_place ? g : torch::stable::contiguous(g);
-  args.g = *addressable(target);
-  if (need_dh) args.dh = args.g;
+  args.g = *addressable(g);
+  if (dh) args.dh = dh->get() == g.get() ? args.g : *addressable(*dh);
   args.h = *addressable(saved);
-  Gradients out = gradients(args, z, U, V, P, b, c, act, tied);
-  if (!in_place && need_dh) torch::stable::copy_(g, target);
+  return gradients(args, z, U, V, P, b, c, act, tied);
+}
+
+Gradients edit_rows_backward_(Tensor g, Tensor rows, Tensor saved, Tensor z, Tensor U, MaybeTensor V, MaybeTensor P,
+                              MaybeTensor b, MaybeTensor c, int64_t act, bool tied, bool need_dh) {
+  const Tensor target = readable(g);
+  const MaybeTensor dh = need_dh ? MaybeTensor(target) : std::nullopt;
+  Gradients out = edit_listed_backward(target, dh, rows, saved, z, U, V, P, b, c, act, tied);
+  if (need_dh && target.data_ptr() != g.data_ptr()) torch::stable::copy_(g, target);
   return out;
 }
 
@@ -280,9 +304,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edit_rows_backward(Te
                                                                               Tensor z, Tensor U, MaybeTensor V,
                                                                               MaybeTensor P, MaybeTensor b,
                                                                               MaybeTensor c, int64_t act, bool tied) {
-  Tensor dh = result_like(g);
-  torch::stable::copy_(dh, g);
-  auto [dU, dV, dP, db, dc] = edit_rows_backward_(dh, rows, saved, z, U, V, P, b, c, act, tied, true);
+  const auto [from, dh] = edited_apart(g);
+  auto [dU, dV, dP, db, dc] = edit_listed_backward(from, dh, rows, saved, z, U, V, P, b, c, act, tied);
   return {dh, dU, dV, dP, db, dc};
 }
 

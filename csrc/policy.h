@@ -92,7 +92,7 @@ struct FusedPlan {
 // Clusters that run at once. A persistent grid larger than that would take twice the time. Not asked: clusters stay
 // inside a group of at least 16 multiprocessors, pairs inside a pair of them.
 inline int64_t resident_clusters(const Device& device, int cluster, int per_sm) {
-  if (device.asked) return device.resident[per_sm - 1][cluster];
+  if (device.asked && cluster > 1) return device.resident[per_sm - 1][cluster];
   const int64_t count =
       cluster <= 2 ? device.multiprocessors * per_sm / cluster : device.multiprocessors / 16 * (16 * per_sm / cluster);
   return count > 0 ? count : 1;
@@ -128,7 +128,9 @@ inline FusedPlan plan_fused(int64_t n, int64_t d, int64_t r, int shrinks, int ex
         if (per_sm == 2 && rows < 32 && ceil_div(n, rows) > clusters)
           continue;  // a whole SM for one tall tile is better
         s.rows = rows;
-        s.stages = 4;
+        // No more than there are tiles for: memory left over is room for a CTA that copies (edit_copy.cuh).
+        const int64_t turns = ceil_div(ceil_div(n, rows), clusters);
+        s.stages = turns < 2 ? 2 : turns < 4 ? static_cast<int>(turns) : 4;
         while (s.stages > 2 && fused_layout(s).bytes > limit) --s.stages;
         if (fused_layout(s).bytes > limit) continue;
         plan.fits = true;
@@ -158,6 +160,19 @@ inline FusedPlan plan_both(int64_t n, int64_t d, int64_t r, int expands, const D
   const int rank = padded_rank(r);
   if (rank > 32) return {};
   return plan_fused(n, d, r, 1, expands, 2 * both_depth(rank), 2, kBothColumns, 1, device);
+}
+
+// ---- copying what is not edited (edit_copy.cuh) --------------------------------------------------------------------
+
+constexpr int kCopyRows = 256;  // of a CTA at most, a byte of shared memory each: less than any pass has
+
+// About four CTAs a multiprocessor, each of which reads the whole index.
+inline int plan_copy(int64_t total, const Device& device) {
+  const int64_t rows = ceil_div(total, 4 * device.multiprocessors);
+  return static_cast<int>(rows < kCopyRows ? rows : kCopyRows);
+}
+inline int64_t copy_blocks(int64_t total, int copy_rows, int cluster) {
+  return copy_rows > 0 ? round_up(ceil_div(total, copy_rows), cluster) : 0;
 }
 
 // ---- CUDA cores: one pass over rows (edit_simple.cuh) -------------------------------------------------------------

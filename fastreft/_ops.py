@@ -195,8 +195,9 @@ def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
 def retract_(matrices: list[Tensor]) -> None:
     """Orthonormal rows for each matrix; ``ValueError``, with nothing changed, for one that is not finite."""
     matrices = [R.detach() for R in matrices]
-    if matrices[0].is_cuda:
-        finite = torch.stack([torch.isfinite(R).all() for R in matrices]).tolist()
+    # While a graph is captured nothing can be asked: the kernel leaves a matrix alone that is not finite.
+    if matrices[0].is_cuda and not torch.cuda.is_current_stream_capturing():
+        finite = torch.stack([norm.isfinite() for norm in torch._foreach_norm(matrices, float("inf"))]).tolist()
         if not all(finite):
             raise ValueError(f"matrices[{finite.index(False)}] holds a value that is not finite")
     targets = [R if R.is_contiguous() else R.contiguous() for R in matrices]
@@ -211,6 +212,11 @@ def retract_(matrices: list[Tensor]) -> None:
 
 def step_(params, grads, m, v, orthonormal: bool, settings: dict[str, float]) -> Tensor | None:
     """One optimizer step. On a GPU: what became of each parameter, int32 [len(params)], 2 = left alone as not finite."""
+    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "an optimizer step is being captured in a CUDA graph, which would repeat its learning rate and its age for ever; "
+            "capture the forward and the backward and take the step outside the graph"
+        )
     try:
         with torch._C._AutoDispatchBelowAutograd():
             status = torch.ops.fastreft.step_.default(params, grads, m, v, orthonormal, **settings)
@@ -274,9 +280,9 @@ class _EditRows(torch.autograd.Function):
         rows, saved, z, U, V, P, b, c = ctx.saved_tensors
         need_dh = ctx.needs_input_grad[0]
         # The gradient of the whole state is passed on as it is, save the edited rows. Where nobody else holds it,
-        # those rows are changed in place and nothing of size [B*S, d] is copied.
+        # those rows are changed in place and nothing of size [B*S, d] is copied; else it is copied and edited in one go.
         if need_dh and not (g.is_contiguous() and _holders(g) == _Probe.alone):
-            g = g.clone(memory_format=torch.contiguous_format)
+            return _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied)[:-1]
         dU, dV, dP, db, dc = _Native.edit_rows_backward_(g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied, need_dh)
         return (
             *(g if need_dh else None, None, dU, None if V is None else dV, None if P is None else dP),

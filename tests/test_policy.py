@@ -85,6 +85,29 @@ def test_one_pass_backward(expands, device):
             assert plan["width"] <= 512 and plan["rank"] <= 32 and plan["per_sm"] == 1  # its sums are in registers
 
 
+def test_a_device_that_was_asked_gets_no_more_clusters_than_it_runs():
+    """Clusters that the device does not run are not used, and never more at once than it said."""
+    for refused in ((), (7,), (7, 8), tuple(range(2, 17))):
+        resident = [[0 if c in refused else 132 * per_sm // c - (c > 4) for c in range(1, 17)] for per_sm in (1, 2)]
+        device = policy.Device(9, 0, *DEVICES[9, 0], resident)
+        for n, d, r in itertools.product(ROWS, WIDTHS, RANKS):
+            plan = policy.fused(n, d, r, 1, 1, False, device)
+            if plan["fits"]:
+                check_fused(plan, n, d, r, device)
+                assert plan["cluster"] not in refused
+                assert plan["clusters"] <= resident[plan["per_sm"] - 1][plan["cluster"] - 1]
+            assert plan["fits"] or d > 512
+
+
+def test_copy(device):
+    for total, cluster in itertools.product([0, *ROWS], (1, 3, 8)):
+        rows, blocks = policy.copy(total, cluster, device)
+        assert 0 <= rows <= 256 and blocks % cluster == 0
+        assert total <= rows * blocks < total + rows * cluster or total == 0 == blocks
+        # a mark a row must fit into the shared memory of whatever pass it goes with
+        assert rows <= policy.simple(1, 1, 4, device)["shared"]
+
+
 def test_what_tensor_cores_must_take():
     h200 = policy.Device(9, 0, *DEVICES[9, 0])
     for n, r in itertools.product(ROWS, RANKS):

@@ -79,6 +79,37 @@ def test_edit_on_tensor_cores(kwargs, runner, tmp_path):
     check(Edit(**kwargs), runner, tmp_path)
 
 
+# Into other memory, the rows that are not listed copied by the same launch.
+APART = [
+    dict(dtype=BF16, d=2048, r=8),  # one pass, clusters
+    dict(dtype=BF16, d=1024, r=50),  # two passes
+    dict(dtype=F16, d=520, r=5, act="silu", method="untied"),
+    dict(dtype=BF16, d=64, r=4, total=600, device=(9, 0, 1, 232448, 8)),  # 256 rows a copying CTA
+    dict(dtype=BF16, d=64, r=4, total=24, batch_inner=4),
+    dict(d=61, r=7, skew=4),
+    dict(dtype=F64, weights=F64, d=36, r=5, act="gelu", method="untied"),
+    dict(dtype=BF16, d=512, r=8, frozen="UVPbc"),
+    dict(d=64, r=4, frozen="UVPbc"),
+    dict(dtype=BF16, d=512, r=8, want_dh=False),
+    dict(dtype=BF16, d=512, r=8, rows=[-1, -1]),
+    dict(dtype=BF16, d=512, r=8, rows=[]),
+    dict(d=60, r=2, rows=list(range(20))),
+]
+
+
+@pytest.mark.parametrize("kwargs", APART, ids=str)
+def test_edit_of_rows_apart(kwargs, runner, tmp_path):
+    edit = Edit(**{"rows": ROWS, "total": 20, "apart": True} | kwargs)
+    got = check(edit, runner, tmp_path)
+    left = [i for i in range(edit.total) if i not in edit.rows]
+    assert torch.equal(got["out"][left], edit.state[left])
+    assert not edit.want_dh or torch.equal(got["dh"][left], edit.grad[left])
+    if not edit.batch_inner and not edit.skew and len(edit.rows) == len(ROWS):  # in place it gives the same bits
+        edit.apart = False
+        there = check(edit, runner, tmp_path / "in_place")
+        assert all(torch.equal(got[name], there[name]) for name in got)
+
+
 ACTS = (
     "relu gelu gelu_new silu sigmoid tanh relu2 relu6 leaky_relu quick_gelu mish laplace gelu_10 hardswish sqrtsoftplus"
 )
@@ -113,6 +144,7 @@ def test_skipped_rows_are_not_touched(runner, tmp_path):
 
 # Faults on purpose: what is left out must be noticed, in some order of the threads.
 TILED = dict(dtype=BF16, d=1024, r=8, n=70, device=(9, 0, 2, 100_000, 8))
+COPY = dict(dtype=BF16, d=64, r=4, rows=ROWS, total=20, apart=True)
 SUMS = dict(dtype=BF16, d=128, r=8, n=300, act="gelu", method="untied", device=(9, 0, 1, 232448, 8))
 
 
@@ -127,7 +159,7 @@ def noticed(kwargs: dict, runner, folder, plant: str = "") -> bool:
     return any(fails(Edit(**kwargs, order=order, plant=plant), runner, folder) for order in range(1, 6))
 
 
-@pytest.mark.parametrize("kwargs", [TILED, SUMS, {}], ids=["clusters", "sums", "CUDA cores"])
+@pytest.mark.parametrize("kwargs", [TILED, SUMS, COPY, {}], ids=["clusters", "sums", "copy", "CUDA cores"])
 def test_without_faults_all_is_well(kwargs, runner, tmp_path):
     assert not noticed(kwargs, runner, tmp_path)
 
@@ -146,6 +178,7 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
         pytest.param("0 -1 -1 2", SUMS, id="sums: the CTA barrier after the wait"),
         pytest.param("1 -1 -1 2", SUMS, id="sums: the CTA barrier before a stage is filled again"),
         pytest.param("0 -1 -1 0", dict(), id="CUDA cores: the first CTA barrier"),
+        pytest.param("1 -1 -1 0", COPY, id="copy: the CTA barrier before the marks are read"),
     ],
 )
 def test_a_barrier_or_wait_left_out_is_noticed(plant, kwargs, runner, tmp_path):

@@ -30,6 +30,7 @@ class Edit:
     weights: torch.dtype = torch.float32
     act: str = "linear"
     rows: list[int] | None = None  # positions in a state of `total` rows, edited in place
+    apart: bool = False  # with rows: edited into other memory, which the launch fills
     total: int = 0
     batch_inner: int = 0  # > 0: the state is a transposed [inner, outer, d] view
     skew: int = 0
@@ -78,7 +79,7 @@ class Edit:
         if self.rows is None:
             out = reference.edit(h, *args, act=act)
         else:
-            rows = torch.tensor([r if r < self.total else -1 for r in self.rows])
+            rows = torch.tensor([r if r < self.total else -1 for r in self.rows], dtype=torch.int64)
             out = reference.edit_rows(h, rows, *args, act=act)
         out.backward(self.grad.to(dtype))
         result = {"out": out.detach(), "dh": h.grad}
@@ -91,7 +92,7 @@ class Edit:
         total, d, r, n, dtype = self.total, self.d, self.r, self.n, self.dtype
         accumulation = torch.float64 if dtype == torch.float64 else torch.float32
         kept = r if self.act == "linear" else 2 * r
-        in_place = self.rows is not None
+        listed = self.rows is not None
         strides = {}
         if self.batch_inner:
             strides = {"inner": self.batch_inner, "outer_stride": d, "inner_stride": total // self.batch_inner * d}
@@ -105,24 +106,24 @@ class Edit:
         def common() -> None:
             case.set(n=n, total=total, d=d, r=r, type=harness.TYPES[dtype])
             case.set(act=activations.native_id(self.act), tied=int(self.tied))
-            case.set(index="index" if in_place else None)
+            case.set(index="index" if listed else None)
             for k in self.tensors:
                 case.set(**{k: "w" + ("U" if k == "P" and self.tied else k), f"{k}__type": harness.TYPES[self.weights]})
 
         for k, v in self.tensors.items():
             case.load("w" + k, v, skew=self.skew and max(self.skew, v.element_size()))
-        if in_place:
-            case.load("index", torch.tensor(self.rows))
+        if listed:
+            case.load("index", torch.tensor(self.rows, dtype=torch.int64))
         case.load("h", laid_out(self.state), skew=self.skew)
         case.load("g", laid_out(self.grad), skew=self.skew)
         case.make("z", (n, kept), accumulation)
-        if in_place:
+        out, dh, saved = "h", "g", "saved" if listed else None
+        if listed:
             case.make("saved", (n, d), dtype)
-            out, saved, dh = "h", "saved", "g"
-        else:
+        if self.apart or not listed:
             case.make("out", (total, d), dtype)
             case.make("dh", (total, d), dtype)
-            out, saved, dh = "out", None, "dh"
+            out, dh = "out", "dh"
         common()
         rows_of("h", "h")
         rows_of("out", out)
@@ -132,7 +133,7 @@ class Edit:
         rows_of("g", "g")
         if self.want_dh:
             rows_of("dh", dh)
-        if in_place:
+        if listed:
             case.set(h="saved")
         else:
             rows_of("h", "h")
@@ -142,10 +143,12 @@ class Edit:
             case.make("d" + k, tuple(self.tensors[k].shape), self.weights)
             case.set(**{"d" + k: "d" + k})
         case.call("backward")
-        case.want(out, "z", *("d" + k for k in wanted))
+        case.want(out, "z", "g", *("d" + k for k in wanted))
         if self.want_dh:
             case.want(dh)
         got = case.run()
+        if dh != "g" or not self.want_dh:
+            assert torch.equal(got["g"], laid_out(self.grad)), "g was only to be read"
         result = {"out": got[out], "z": got["z"]} | {"d" + k: got["d" + k] for k in wanted}
         if self.want_dh:
             result["dh"] = got[dh]
@@ -167,5 +170,5 @@ def worst_excess(edit: Edit, got: dict[str, Tensor]) -> dict[str, float]:
         if edit.dtype == torch.float64:  # nothing here is more exact than fp64: allow its own sums' rounding
             plain = {name: exact[name] + torch.finfo(torch.float64).eps * edit.d**0.5 * scale}
         allowed = 2 * (plain[name].double() - exact[name]).abs().max().item() + torch.finfo(x.dtype).eps * scale
-        result[name] = error / allowed if error == error else float("inf")
+        result[name] = 0.0 if error == 0 else error / allowed if allowed and error == error else float("inf")
     return result
