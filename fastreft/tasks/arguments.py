@@ -76,6 +76,8 @@ def _argument_type(hint: Any) -> Any:
         return hint
     members = [member for member in get_args(hint) if member is not type(None)]
     chosen = next((member for member in members if get_origin(member) is list), members[0])
+    if get_origin(chosen) is list and str in members:
+        chosen = list[str]  # takes whatever the others take
     return chosen | None if len(members) < len(get_args(hint)) else chosen
 
 

@@ -52,7 +52,11 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, fastreft.
 
 
 def _names(value: Any) -> Any:
-    """A flag's list of one regular expression as that expression: PEFT takes lists for name endings only."""
+    """A flag's list as what it means: numbers, name endings, or one regular expression or slice, which stands alone."""
+    if isinstance(value, list) and value and all(re.fullmatch(r"\d+", str(item)) for item in value):
+        return [int(item) for item in value]
+    if value == ["all"]:
+        return "all"
     alone = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
     return value[0] if alone and not re.fullmatch(r"[\w.]+", value[0]) else value
 
