@@ -145,7 +145,7 @@ def case(name: str, shape: tuple[int, int], rounds: int) -> dict[str, object]:
     base, batch, columns = prepare(name, shape)
     kinds = ["floor", "ours", "drop-in"] + (["pyreft", "guest"] if real_pyreft() is not None else [])
     made = {kind: variant(kind, base, batch, columns) for kind in kinds}
-    times = measure({kind: step for kind, (step, _) in made.items()}, rounds, budget_s=100)
+    times = measure({kind: step for kind, (step, _) in made.items()}, rounds, budget_s=60)
     result: dict[str, object] = {"case": f"{MODELS[name][0]}, {shape[0]} x {shape[1]}", "floor ms": times["floor"]}
     result |= {f"{kind}/floor": times[kind] / times["floor"] for kind in kinds[1:]}
     held = {kind: bytes_of(made[kind][1].interventions.values()) for kind in kinds[2:]}
@@ -164,7 +164,11 @@ def main() -> None:
     arguments.add_argument("--only", choices=tuple(MODELS))
     options = arguments.parse_args()
     names = [options.only] if options.only else list(MODELS)
-    results = [case(name, shape, options.rounds) for name in names for shape in SHAPES]
+    results = []
+    for name in names:
+        for shape in SHAPES:
+            results.append(case(name, shape, options.rounds))
+            print(*(f"{key} {value}" for key, value in results[-1].items()), sep="\n  ", flush=True)
     table("A training step, over the same step with one trainable bias at layer 0 (medians)", results)
     if options.save:
         save(__file__, results)
