@@ -104,10 +104,10 @@ def case(name: str, rounds: int) -> dict[str, object]:
 
     floor = twin(base)
     bias = Bias(width)
-    find_blocks(floor)[0][1].register_forward_hook(bias)
+    find_blocks(floor).modules[0].register_forward_hook(bias)
     by_hand = twin(base)
-    edits = nn.ModuleList(TwoGemm(width, rows) for _ in find_blocks(by_hand))
-    for (_, block), edit in zip(find_blocks(by_hand), edits, strict=True):
+    edits = nn.ModuleList(TwoGemm(width, rows) for _ in find_blocks(by_hand).modules)
+    for block, edit in zip(find_blocks(by_hand).modules, edits, strict=True):
         block.register_forward_hook(edit)
     reft = get_reft_model(twin(base), ReftConfig(r=R, positions=f"f{PREFIX}+l{SUFFIX}"))
     lora = peft.get_peft_model(twin(base), peft.LoraConfig(r=R, target_modules=lora_targets))
@@ -133,7 +133,7 @@ def pyreft_step(base: PreTrainedModel, batch: dict[str, torch.Tensor], columns: 
     except ImportError:
         return None
     width = base.get_input_embeddings().weight.shape[1]
-    layers = range(len(find_blocks(base)))
+    layers = range(len(find_blocks(base).names))
     config = pyreft.ReftConfig(
         representations=[
             {

@@ -114,11 +114,11 @@ def _edit_output(block: nn.Module, args: Any, output: Any) -> Any:
     plan = layer._shared.local.plan
     if plan is None or plan.idle or layer._disable_adapters:
         return None
-    given = output if isinstance(output, Tensor) else _first(output)
+    given = output if isinstance(output, Tensor) else first(output)
     hidden = _edited(layer, plan, given, False)
     if hidden is given:
         return None
-    return hidden if isinstance(output, Tensor) else _with_first(output, hidden)
+    return hidden if isinstance(output, Tensor) else with_first(output, hidden)
 
 
 def _edit_input(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,14 +133,14 @@ def _edit_input(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs | {name: _edited(layer, plan, kwargs[name], True)}
 
 
-def _first(output: Any) -> Tensor:
+def first(output: Any) -> Tensor:
     """The hidden state of an output that holds more: its first entry."""
     if isinstance(output, dict):
         return next(iter(output.values()))
     return getattr(output, dataclasses.fields(output)[0].name) if dataclasses.is_dataclass(output) else output[0]
 
 
-def _with_first(output: Any, hidden: Tensor) -> Any:
+def with_first(output: Any, hidden: Tensor) -> Any:
     """The output with another first entry."""
     if isinstance(output, dict):
         output[next(iter(output))] = hidden
@@ -161,7 +161,7 @@ def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
         spec = layer.specs.get(name)
         if spec is not None and spec.at_input is at_input:
             for group, rows in zip(_GROUPS, _rows(layer, plan, spec, hidden), strict=False):
-                hidden = _edit(layer._modules[group]._modules[name], hidden, rows, inplace)
+                hidden = edit(layer._modules[group]._modules[name], hidden, rows, inplace)
     return hidden
 
 
@@ -184,7 +184,7 @@ def _rows(layer: Any, plan: Plan, spec: Spec, hidden: Tensor) -> Iterator[Tensor
     return [layouts.take(places, rows) for rows in plan.rows(spec.positions, spec.tied, places)]
 
 
-def _edit(intervention: Intervention, hidden: Tensor, rows: Tensor | None, inplace: bool) -> Tensor:
+def edit(intervention: Intervention, hidden: Tensor, rows: Tensor | None, inplace: bool) -> Tensor:
     """The edited hidden state, shape of ``hidden``: in place where autograd and the compiler allow, else a new tensor."""
     # forward() and not a call: an edit costs microseconds, and so does a module's call. A plan lists no row twice.
     if rows is None:

@@ -116,8 +116,8 @@ def test_gpt2_and_bert_have_the_same_places():
             with torch.no_grad():
                 changed = model(batch("right"), unit_locations=at([0, 2], 1))[1].logits
             assert not torch.allclose(changed, logits(make(kind), batch("right")))
-    with pytest.raises(ValueError, match="has none of mlp, feed_forward, ffn: give the module's path instead"):
-        model_of([(1, "mlp_output")], make("bert"))
+    with pytest.raises(ValueError, match="it must be block, mlp or attention with _output or _input"):
+        model_of([(1, "norm_output")], make("bert"))
 
 
 # ---- calls ---------------------------------------------------------------------------------------------------------
