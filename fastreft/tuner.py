@@ -55,7 +55,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: ReftConfig, hidden_size: int) -> None:
         """Add an adapter: one intervention, or one for the prefix and one for the suffix."""
         spec = positions.parse(config.positions, pyreft_compat=config.pyreft_compat)
-        tied = config.tied or not spec.two_sided
+        tied = spec.groups(config.tied) == 1
         for group in _GROUPS[: 1 if tied else 2]:
             getattr(self, group)[adapter_name] = INTERVENTIONS[config.intervention_type](
                 embed_dim=hidden_size,
@@ -161,14 +161,6 @@ class ReftModel(BaseTuner):
         """The model's forward, through its hooks (``model.forward`` would pass them by)."""
         return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, reft_positions: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's generate, with explicit positions in the prompt where given (beams share their sample's)."""
-        self._shared.local.explicit = reft_positions
-        try:
-            return self.model.generate(*args, **kwargs)
-        finally:
-            self._shared.local.explicit = None
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT takes adapter_names off the call and would say nothing where the tuner does not know them.
@@ -240,7 +232,7 @@ class ReftModel(BaseTuner):
             layer = ReftLayer(target, self._shared)
             target.add_module("reft", layer)
         layer.update_layer(adapter_name, peft_config, self._hidden_size)
-        self._shared.everywhere |= layer.specs[adapter_name][0].everywhere
+        self._shared.add(layer.specs[adapter_name][0])
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
