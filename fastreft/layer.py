@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +59,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: ReftConfig) -> None:
         """Add an adapter: one intervention, or one for the prefix and one for the suffix."""
         spec = positions.parse(config.positions, pyreft_compat=config.pyreft_compat)
-        tied = config.tied or not spec.two_sided
+        tied = spec.groups(config.tied) == 1
         for group in _GROUPS[: 1 if tied else 2]:
             getattr(self, group)[adapter_name] = INTERVENTIONS[config.intervention_type](
                 embed_dim=self.width,
@@ -176,7 +175,7 @@ def _check(layer: Any, hidden: Any) -> None:
     layer.checked = True
 
 
-def _rows(layer: Any, plan: Plan, spec: Spec, hidden: Tensor) -> Iterator[Tensor | None] | Any:
+def _rows(layer: Any, plan: Plan, spec: Spec, hidden: Tensor) -> list[Tensor | None]:
     """The rows of each intervention in the memory of ``hidden``; None for every row."""
     if layer.layout is None:
         return plan.rows(spec.positions, spec.tied, hidden)

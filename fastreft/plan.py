@@ -5,79 +5,82 @@ Knows torch and the calling conventions of Transformers' models (4.57 and 5), no
 
 from __future__ import annotations
 
-import inspect
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import positions
-from .positions import Positions
+from . import inputs, positions
+from .generation import Generate, Run
+from .inputs import Given
+from .positions import Positions, Tokens
+
+_NO_LABELS = (
+    "this forward in training has no labels, so all of its input is taken as the prompt, the answer too; Trainer keeps them "
+    "back for label smoothing and compute_loss_func, and some trainers compute their loss themselves: give the model the "
+    "labels as reft_labels as well (a key of the collator's batch)"
+)
+_NO_PROMPT = (
+    "no sample of this batch has a prompt: the labels start at the first token, so nothing is edited; "
+    "give prompt tokens the label -100, or use positions='all'"
+)
 
 
 class Plan:
-    """What one forward edits. Rows are computed when the first block asks and then shared by all."""
+    """What one forward edits. Rows are computed when the first block asks and then shared by all.
 
-    length: int | None = None  # S of the tokens or embeddings given, where there are some
+    ``tokens`` makes the forward's :class:`Tokens` from (B, S, device); None where all of its tokens are decoded ones.
+    """
+
+    length: int | None = None  # S of the tokens or embeddings given, where there are some and they are not decoded ones
 
     def __init__(
         self,
         owner: nn.Module,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        explicit: Tensor | None,
-        decoding: bool,
-        idle: bool,
+        tokens: Callable[[int, int, torch.device], Tokens] | None = None,
+        explicit: Tensor | None = None,
+        idle: bool = False,
     ):
-        self.owner, self.decoding, self.idle = owner, decoding, idle
-        self.attention_mask, self.labels, self.explicit = attention_mask, labels, explicit
-        self._found: dict[Any, tuple[Tensor | None, ...]] = {}
+        self.owner, self.tokens, self.explicit, self.idle = owner, tokens, explicit, idle
+        self._found: dict[Any, list[Tensor | None]] = {}
 
-    def rows(self, spec: Positions, tied: bool, hidden: Tensor) -> tuple[Tensor | None, ...]:
+    def rows(self, spec: Positions, tied: bool | str, hidden: Tensor) -> list[Tensor | None]:
         """The rows of each intervention, int64 on the device of ``hidden`` (B, S, d); None for every row."""
         key = (spec, tied, hidden.get_device())
         found = self._found.get(key)
         if found is None:
-            found = self._found[key] = tuple(self._compute(spec, tied, hidden))
+            found = self._found[key] = self._compute(spec, tied, hidden)
         return found
 
-    def _compute(self, spec: Positions, tied: bool, hidden: Tensor) -> Iterator[Tensor | None]:
-        if self.decoding:
-            if spec.everywhere:
-                yield None
-            return
-        shape = (hidden.shape[0], hidden.shape[1])
+    def _compute(self, spec: Positions, tied: bool | str, hidden: Tensor) -> list[Tensor | None]:
+        if self.tokens is None:
+            return [None] if spec.everywhere or spec.written else []
+        tokens = self.tokens(hidden.shape[0], hidden.shape[1], hidden.device)
         if self.explicit is not None:
-            yield from self._explicit(shape, tied, hidden.device)
-            return
-        prompt = positions.prompt_mask(shape, self.attention_mask, self.labels) if not spec.everywhere else None
-        index = positions.rows(spec, shape, prompt, hidden.device)
-        if index is None or tied:
-            yield index if index is None else index.reshape(-1)
-        else:
-            yield index[:, : spec.first].reshape(-1)
-            yield index[:, spec.first :].reshape(-1)
+            return self._explicit(self.explicit.to(hidden.device), tokens, spec.groups(tied), tied)
+        found = positions.rows(spec, tokens, tied, hidden.device)
+        return [index if index is None else index.reshape(-1) for index in found]
 
-    def _explicit(self, shape: tuple[int, int], tied: bool, device: torch.device) -> Iterator[Tensor]:
-        given: Tensor = self.explicit  # type: ignore[assignment]
-        if not tied and (given.ndim != 3 or given.shape[0] != 2):
+    def _explicit(self, given: Tensor, tokens: Tokens, groups: int, tied: bool | str) -> list[Tensor | None]:
+        if groups > 1 and (given.ndim != 3 or given.shape[0] != groups):
             raise ValueError(
-                f"reft_positions has shape {tuple(given.shape)}; with tied=False it must be (2, batch, n), "
-                "the prefix's positions and the suffix's"
+                f"reft_positions has shape {tuple(given.shape)}; with tied={tied!r} it must be ({groups}, batch, n), "
+                "the positions of each intervention in turn"
             )
-        for index in [given] if tied else given:
-            yield positions.explicit_rows(index.to(device), shape).reshape(-1)
+        parts = given if groups > 1 else [given]
+        return [positions.explicit_rows(index, tokens).reshape(-1) for index in parts]
 
 
 class Local(threading.local):
-    """The plan of the forward that this thread is in: replicas and servers run several at once."""
+    """What this thread is in: servers run several forwards of a model at once."""
 
-    plan: Plan | None = None
-    explicit: Tensor | None = None  # positions given to generate(), for its prefill
+    plan: Plan | None = None  # of the forward
+    run: Run | None = None  # the call of generate
+    outer: tuple[nn.Module, Tensor | None, Tensor | None] | None = None  # an encoder-decoder, see carry()
 
     def __reduce__(self) -> tuple[type[Local], tuple[()]]:
         return Local, ()  # a copy of the model starts with no forward under way
@@ -88,65 +91,132 @@ class Shared:
 
     def __init__(self, model: nn.Module, block_names: list[str]):
         self.local = Local()
-        self.everywhere = False  # does any adapter edit decode steps?
+        self.specs: set[Positions] = set()
+        self.decodes = False  # does any adapter edit decode steps?
+        self.two_stacks = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         can_generate = getattr(model, "can_generate", None)
-        encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        generates = can_generate is not None and bool(can_generate())
         # Elsewhere labels are not a continuation of the input, so all of it is prompt.
-        self.causal = can_generate is not None and bool(can_generate()) and not encoder_decoder
+        self.causal = generates and not self.two_stacks
         self.checkpointers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-        self.warned = False
-        self.handles = []
-        for module in _entrances(model, block_names):
-            self.handles.append(module.register_forward_pre_hook(self.begin, with_kwargs=True))
-            self.handles.append(module.register_forward_hook(self.end, always_call=True))
+        self.warned: set[str] = set()
+        self.handles: list[Any] = [Generate(model, self.local)] if generates else []
+        planners, carriers = _entrances(model, block_names, self.two_stacks)
+        for modules, begin, end in ((carriers, self.carry, self.put_down), (planners, self.begin, self.end)):
+            for module in modules:
+                self.handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+                self.handles.append(module.register_forward_hook(end, always_call=True))
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def add(self, spec: Positions) -> None:
+        """Note the positions of an adapter."""
+        self.specs.add(spec)
+        self.decodes |= spec.everywhere or spec.written
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Any:
         """Make the plan of a forward from its inputs. An inner model called by the outer one leaves it alone."""
-        if self.local.plan is not None and self.local.plan.owner is not module:
+        local = self.local
+        plan, run = local.plan, local.run
+        if plan is not None and plan.owner is not module:
             return None
-        given = kwargs
-        if args:
-            names = inspect.signature(type(module).forward).parameters
-            given = dict(zip(names, (module, *args), strict=False), **kwargs)
-        explicit = kwargs.pop("reft_positions", None)
-        decoding = _cached_tokens(given) > 0
-        attention_mask = given.get("attention_mask")
-        if isinstance(attention_mask, dict):  # one a kind of layer; each hides the padding
-            attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
-        labels = given.get("labels") if self.causal else None
-        if labels is not None and explicit is None and not decoding:
-            self._warn_without_prompt(attention_mask, labels)
-        self.local.plan = Plan(
-            module,
-            attention_mask,
-            labels,
-            self.local.explicit if explicit is None else explicit,
-            decoding,
-            idle=decoding and not self.everywhere,
-        )
-        tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
-        self.local.plan.length = None if tokens is None else tokens.shape[1]
+        if run is not None and run.over and kwargs.get("past_key_values") is run.cache:
+            if run.step is None or run.step.owner is not module:
+                run.step = self._decoding(module, run)
+            local.plan = run.step
+            return None
+        given = inputs.by_name(module, args, kwargs)
+        explicit, labels = _taken(given, kwargs)
+        if self.two_stacks:
+            explicit, labels, run = self._side(given, explicit)
+        local.plan = self._plan(module, given, explicit, labels if self.causal or self.two_stacks else None, run)
+        if not local.plan.idle:
+            shape = inputs.batch_shape(given)
+            local.plan.length = None if shape is None else shape[1]
         if torch.is_grad_enabled() and module.training:
             self._watch_checkpoints()
         return args, kwargs
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forget the plan when the forward that made it is over, or has failed."""
-        if self.local.plan is not None and self.local.plan.owner is module:
+        plan = self.local.plan
+        if plan is not None and plan.owner is module:
             self.local.plan = None
 
-    def _warn_without_prompt(self, attention_mask: Tensor | None, labels: Tensor) -> None:
-        """Training would do nothing, in silence, where the labels start at the first token. One look, as it waits."""
-        if self.warned or self.everywhere or torch.compiler.is_compiling():
-            return
-        self.warned = True
-        prompt = positions.prompt_mask((labels.shape[0], labels.shape[1]), attention_mask, labels)
-        if prompt is not None and not bool(prompt.any()):
-            warnings.warn(
-                "no sample of this batch has a prompt: the labels start at the first token, so nothing is edited; "
-                "give prompt tokens the label -100, or use positions='all'",
-                stacklevel=2,
+    def carry(self, module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Any:
+        """Keep what an encoder-decoder is given for its stacks, which each make a plan of their own."""
+        if self.local.outer is not None and self.local.outer[0] is not module:
+            return None
+        self.local.outer = (module, *_taken(inputs.by_name(module, args, kwargs), kwargs))
+        return args, kwargs
+
+    def put_down(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forget it when that forward is over, or has failed."""
+        if self.local.outer is not None and self.local.outer[0] is module:
+            self.local.outer = None
+
+    def _side(self, given: Given, explicit: Tensor | None) -> tuple[Tensor | None, Tensor | None, Run | None]:
+        """What a stack of an encoder-decoder takes of what the whole is given.
+
+        Explicit positions are the encoder's. The decoder's input is the labels, one to the right, or what is generated.
+        """
+        _, carried, labels = self.local.outer or (None, None, None)
+        run = self.local.run
+        if given.get("encoder_hidden_states") is not None:
+            return explicit, None if labels is None else nn.functional.pad(labels[:, :-1], (1, 0), value=-100), run
+        of_generate = None if run is None else run.explicit
+        return next((e for e in (explicit, carried, of_generate) if e is not None), None), None, None
+
+    def _plan(
+        self, module: nn.Module, given: Given, explicit: Tensor | None, labels: Tensor | None, run: Run | None
+    ) -> Plan:
+        if "write_index" in given:
+            raise ValueError(
+                "continuous batching runs the tokens of several requests in one forward, and no token says whether it is "
+                "a prompt's: use generate without cache_implementation='paged'"
             )
+        shape, cache = inputs.batch_shape(given), inputs.cache_of(given)
+        start = None if run is None or shape is None else run.advance(cache, shape[1])
+        if run is not None and start is not None:
+            if explicit is None and not self.two_stacks:
+                explicit = run.explicit
+            if cache is not None and start >= (run.length or 0):
+                return self._decoding(module, run)
+            return Plan(module, lambda b, s, device: run.tokens(b, s, start, device), explicit)
+        if explicit is None and inputs.cached_tokens(cache):
+            return self._decoding(module, None)
+        if explicit is not None and shape is not None:
+            positions.check_explicit(explicit, shape)
+        mask, marks = inputs.attention_mask(given), inputs.marks(given)
+
+        def tokens(b: int, s: int, device: torch.device) -> Tokens:
+            if explicit is not None:
+                return Tokens((b, s))
+            return positions.tokens_of((b, s), mask, labels, *inputs.packing(mask, marks, (b, s)))
+
+        if explicit is None and run is None and not torch.compiler.is_compiling():
+            self._warn(module, labels, tokens)
+        return Plan(module, tokens, explicit)
+
+    def _decoding(self, module: nn.Module, run: Run | None) -> Plan:
+        """The plan of a forward whose tokens all come after the prompt. Explicit positions of generate are all it edits."""
+        only_explicit = run is not None and run.explicit is not None and not self.two_stacks
+        return Plan(module, idle=only_explicit or not self.decodes)
+
+    def _warn(
+        self, module: nn.Module, labels: Tensor | None, tokens: Callable[[int, int, torch.device], Tokens]
+    ) -> None:
+        """Say once what else would go wrong in silence: a batch without prompt (one look, as it waits), or without labels."""
+        specs = [spec for spec in self.specs if not spec.everywhere]
+        what = None
+        if labels is not None and specs and _NO_PROMPT not in self.warned:
+            batch = tokens(labels.shape[0], labels.shape[1], labels.device)
+            found = [batch.written if spec.written else batch.prompt for spec in specs]
+            what = None if any(mask is not None and bool(mask.any()) for mask in found) else _NO_PROMPT
+            self.warned.add(_NO_PROMPT)
+        elif labels is None and specs and self.causal and module.training and torch.is_grad_enabled():
+            what = None if _NO_LABELS in self.warned else _NO_LABELS
+            self.warned.add(_NO_LABELS)
+        if what is not None:
+            warnings.warn(what, stacklevel=2)
 
     def _watch_checkpoints(self) -> None:
         """Where the model checkpoints activations, have each block recomputed under the plan of its own forward."""
@@ -175,25 +245,27 @@ class Checkpoint:
         return self.function(run, *args, **kwargs)
 
 
-def _entrances(model: nn.Module, block_names: list[str]) -> list[nn.Module]:
-    """The model, and the models within it on the way to the blocks (``LlamaModel``), which can be called directly."""
-    paths = {""}
+def _taken(given: Given, kwargs: Given) -> tuple[Tensor | None, Tensor | None]:
+    """What is ours among a forward's arguments, taken off them, and the labels, which are also the model's."""
+    explicit, labels = kwargs.pop("reft_positions", None), kwargs.pop("reft_labels", None)
+    return explicit, given.get("labels") if labels is None else labels
+
+
+def _entrances(model: nn.Module, block_names: list[str], two_stacks: bool) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules whose forwards make a plan, and those that carry what an encoder-decoder is given down to its stacks.
+
+    Plans are made by the model and the models within it on the way to the blocks (``LlamaModel``), which can be called
+    directly; in an encoder-decoder by the innermost of them, the encoder or the decoder.
+    """
+    planners: dict[str, None] = {}
+    carriers: dict[str, None] = {}
     for name in block_names:
         above = re.split(r"\.\d+(?:\.|$)", name)[0].split(".")
-        paths.update(".".join(above[:i]) for i in range(1, len(above)))
-    inner = [model.get_submodule(path) for path in sorted(paths) if path]
-    return [model] + [m for m in inner if "input_ids" in inspect.signature(type(m).forward).parameters]
-
-
-def _cached_tokens(kwargs: dict[str, Any]) -> int:
-    """How many tokens the key-value cache handed to a forward already holds; a ``Cache``, or tuples of (key, value)."""
-    cache = kwargs.get("past_key_values")
-    cache = kwargs.get("cache_params") if cache is None else cache
-    if cache is None or (not hasattr(cache, "get_seq_length") and not cache):
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        try:
-            return int(cache.get_seq_length())
-        except ValueError:  # none of its layers has attention, so none counts
-            return int(cache.has_previous_state())
-    return 0 if cache[0] is None else cache[0][0].shape[-2]
+        paths = [".".join(above[:i]) for i in range(1, len(above))]
+        inner = [path for path in paths if hasattr(model.get_submodule(path), "main_input_name")]
+        if two_stacks and inner:
+            planners[inner[-1]] = None
+            carriers.update(dict.fromkeys(["", *inner[:-1]]))
+        else:
+            planners.update(dict.fromkeys(["", *inner]))
+    return [model.get_submodule(path) for path in planners], [model.get_submodule(path) for path in carriers]

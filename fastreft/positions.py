@@ -1,13 +1,13 @@
 """Which tokens an edit touches: "f5+l5" and its friends, turned into an index of rows.
 
-    positions = parse("f5+l5")                       # the first 5 and the last 5 tokens of the prompt
-    prompt = prompt_mask((B, S), attention_mask, labels)
-    index = rows(positions, (B, S), prompt)          # (B, 10) int64 into hidden.reshape(B * S, d); -1 = skip
+    spec = parse("f5+l5")                              # the first 5 and the last 5 tokens of the prompt
+    tokens = tokens_of((B, S), attention_mask, labels)
+    (index,) = rows(spec, tokens)                      # (B, 10) int64 into hidden.reshape(B * S, d); -1 = skip
 
 With the prompt L tokens long, fN+lM takes f = min(N, floor(L / 2)) tokens from its start and l = min(M, ceil(L / 2))
 from its end; fN or lM alone takes min(N, L). Source: ReFT (Wu et al. 2024, arXiv 2404.03592), section 4;
 ``pyreft_compat`` floors both, alone or together, as pyreft's ``get_intervention_locations`` does. The shapes are fixed
-by N, M, B and S, so nothing here waits for the device. Imports torch alone.
+by N, M, B and S, so nothing here waits for a GPU. Imports torch alone.
 """
 
 from __future__ import annotations
@@ -19,29 +19,55 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-ACCEPTED = "'fN', 'lM', 'fN+lM' (N, M >= 1, such as 'f5+l5'), 'prompt' or 'all'"
+ACCEPTED = "'fN', 'lM', 'fN+lM' (N, M >= 1, such as 'f5+l5'), 'prompt', 'decode' or 'all'"
 
 
 @dataclass(frozen=True, eq=False)  # parse() gives one object a text, so that telling two apart costs nothing
 class Positions:
-    """``first`` N and ``last`` M tokens of the prompt; where both are 0, all of it; or ``everywhere``: every token."""
+    """``first`` N and ``last`` M tokens of the prompt; where both are 0, all of it; or the ``written`` ones; or all."""
 
     first: int = 0
     last: int = 0
     everywhere: bool = False
+    written: bool = False
     pyreft_compat: bool = False
 
     @property
-    def two_sided(self) -> bool:
-        """Is there a prefix and a suffix, which can have an intervention each (untied)?"""
-        return self.first > 0 and self.last > 0
+    def places(self) -> int:
+        """How many tokens of a prompt can be chosen, each with an intervention of its own; 0 = no fixed number."""
+        return self.first + self.last
+
+    def groups(self, tied: bool | str) -> int:
+        """How many interventions a layer has: 1 if ``tied``, one a side of fN+lM if not, one a place if "never"."""
+        if tied == "never" and self.places:
+            return self.places
+        return 2 if not tied and self.first and self.last else 1
+
+
+@dataclass
+class Tokens:
+    """What is known of the tokens of a batch, (B, T), and which columns of it a forward runs.
+
+    Masks are bool (B, T) on one device. ``prompt`` None = all of it; ``written`` None = none; ``starts``, the first token
+    of each of several sequences packed into a row, None = one sequence a row, of which there are at most ``sequences``
+    (None = not known). ``window`` (start, S), None = (0, T); with one, ``prompt`` is given.
+    """
+
+    shape: tuple[int, int]
+    prompt: Tensor | None = None
+    written: Tensor | None = None
+    starts: Tensor | None = None
+    sequences: int | None = None
+    window: tuple[int, int] | None = None
 
 
 @lru_cache
 def parse(text: str, *, pyreft_compat: bool = False) -> Positions:
-    """The :class:`Positions` of fN, lM, fN+lM (in either order), prompt or all; ``ValueError`` for another text."""
+    """The :class:`Positions` of a text: fN, lM, fN+lM (in either order), prompt, decode or all; else ``ValueError``."""
     if text == "all":
         return Positions(everywhere=True)
+    if text == "decode":
+        return Positions(written=True)
     if text == "prompt":
         return Positions()
     counts: dict[str, int] = {}
@@ -53,27 +79,34 @@ def parse(text: str, *, pyreft_compat: bool = False) -> Positions:
     return Positions(counts.get("f", 0), counts.get("l", 0), pyreft_compat=pyreft_compat)
 
 
-def prompt_mask(
-    shape: tuple[int, int], attention_mask: Tensor | None = None, labels: Tensor | None = None
-) -> Tensor | None:
-    """Which tokens belong to the prompt: (B, S) bool, or None for all of them.
+def tokens_of(
+    shape: tuple[int, int],
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    starts: Tensor | None = None,
+    sequences: int | None = None,
+) -> Tokens:
+    """The :class:`Tokens` of one forward over whole sequences.
 
-    The prompt is what ``attention_mask`` shows before the first label other than -100; a sample without such a label
-    is all prompt. ``attention_mask`` is (B, S), non-zero = shown, or (B, heads, queries, keys) as attention takes it
-    (bool, or additive with 0 = shown), where a token is shown that sees itself. ``labels`` is (B, S). Raises
-    ``ValueError`` for other shapes.
+    The prompt is what ``attention_mask`` shows of a sequence before its first label other than -100; a sequence without
+    such a label is all prompt, one that is hidden has none. Written are the shown tokens with a label other than -100.
+    ``attention_mask`` is (B, S), non-zero = shown, or (B, heads, queries, keys) as attention takes it (bool, or additive
+    with 0 = shown), where a token is shown that sees itself. ``labels`` is (B, S). ``ValueError`` for other shapes.
     """
-    prompt = None
+    shown = written = None
     if attention_mask is not None:
         seen = attention_mask
         if seen.ndim == 4 and seen.shape[2] in (1, shape[1]):
             seen = seen[:, 0].expand(shape[0], shape[1], -1).diagonal(dim1=1, dim2=2)
             seen = seen if seen.dtype == torch.bool else seen == 0
-        prompt = _check(seen != 0, shape, "attention_mask")
+        shown = _check(seen != 0, shape, "attention_mask")
+    prompt = shown
     if labels is not None:
-        unanswered = _check(labels != -100, shape, "labels").cumsum(1) == 0
-        prompt = unanswered if prompt is None else prompt & unanswered.to(prompt.device)
-    return prompt
+        labelled = _check(labels != -100, shape, "labels")
+        unanswered = _count(labelled, starts) == 0
+        prompt = unanswered if shown is None else shown & unanswered.to(shown.device)
+        written = labelled if shown is None else shown & labelled.to(shown.device)
+    return Tokens(shape, prompt, written, starts, sequences)
 
 
 def _check(value: Tensor, shape: tuple[int, int], name: str) -> Tensor:
@@ -85,61 +118,135 @@ def _check(value: Tensor, shape: tuple[int, int], name: str) -> Tensor:
     return value
 
 
-def rows(
-    positions: Positions, shape: tuple[int, int], prompt: Tensor | None, device: torch.device | str = "cpu"
-) -> Tensor | None:
-    """The rows to edit of the flattened hidden state: int64 (B, n), -1 = skip; None for every row.
+def _count(chosen: Tensor, starts: Tensor | None) -> Tensor:
+    """How many are chosen up to and with each token, in its own sequence; int64 (B, T)."""
+    count = chosen.cumsum(1)
+    if starts is None:
+        return count
+    before = (count - chosen.long()).masked_fill(~starts.to(count.device), 0)
+    return count - before.cummax(1).values
 
-    ``prompt`` is :func:`prompt_mask`'s. n is N + M for fN+lM, prefix first, and S for the whole prompt.
-    A sample's prompt may lie anywhere (left, right or no padding): places are counted by rank, not by column.
+
+def _total(count: Tensor, starts: Tensor | None) -> Tensor:
+    """The count at the end of each token's sequence: (B, 1), or (B, T) where sequences are packed."""
+    if starts is None:
+        return count[:, -1:]
+    goes_on = torch.nn.functional.pad(~starts[:, 1:].to(count.device), (0, 1))  # is the next token of this sequence?
+    last = count.shape[1] - 1
+    ends = torch.arange(last + 1, device=count.device).expand_as(count).masked_fill(goes_on, last)
+    return count.gather(1, ends.flip(1).cummin(1).values.flip(1))
+
+
+def rows(
+    positions: Positions, tokens: Tokens, tied: bool | str = True, device: torch.device | str = "cpu"
+) -> list[Tensor | None]:
+    """The rows to edit of the flattened hidden state (B, S, d), for each of the ``positions.groups(tied)`` interventions.
+
+    Each is int64 (B, n), -1 = skip, no row twice; or None for every row; none is listed where no token can be meant.
+    n is the intervention's share of N + M, prefix first; T for kinds with no fixed number; and for packed rows the share
+    times ``tokens.sequences``, at most T (where looking is free, on a CPU, the sequences are counted). Places are counted
+    by rank, not by column, so padding may lie anywhere.
     """
-    if positions.everywhere or (prompt is None and not positions.first and not positions.last):
-        return None
-    batch, length = shape
-    row = torch.arange(batch * length, device=device).view(batch, length)
-    if prompt is None:
-        prompt = torch.ones(shape, dtype=torch.bool, device=device)
-    prompt = prompt.to(device)
-    if not positions.first and not positions.last:
-        return row.masked_fill(~prompt, -1)
-    rank = prompt.cumsum(1)
-    total = rank[:, -1:]
+    if positions.everywhere:
+        return [None]
+    if not positions.places:
+        chosen = tokens.written if positions.written else tokens.prompt
+        if chosen is None:
+            return [] if positions.written else [None]
+        return [_window(_listed(chosen.to(device)), tokens)]
+    place = _place(positions, tokens, device)
+    size = positions.places
+    bounds = [(0, size)]
+    if positions.groups(tied) == size > 1:
+        bounds = [(i, i + 1) for i in range(size)]
+    elif positions.groups(tied) == 2:
+        bounds = [(0, positions.first), (positions.first, size)]
+    if tokens.starts is None:
+        index = _scatter(place, place < size, size)
+        return [_window(index[:, a:b], tokens) for a, b in bounds]
+    many = tokens.sequences
+    if many is None and place.device.type == "cpu" and not torch.compiler.is_compiling():
+        many = int(tokens.starts.sum(1).max())
+    found: list[Tensor | None] = []
+    for a, b in bounds:
+        chosen = (place >= a) & (place < b)
+        n = tokens.shape[1] if many is None else min(tokens.shape[1], many * (b - a))
+        found.append(_window(_scatter(chosen.cumsum(1) - 1, chosen, n), tokens))
+    return found
+
+
+def _place(positions: Positions, tokens: Tokens, device: torch.device | str) -> Tensor:
+    """Each token's place among the N + M that its sequence has, N + M for a token that is not chosen; int64 (B, T).
+
+    The k-th token from the start has place k, the k-th from the end place N + M - k, however short the prompt.
+    """
+    prompt = tokens.prompt
+    prompt = torch.ones(tokens.shape, dtype=torch.bool, device=device) if prompt is None else prompt.to(device)
+    count = _count(prompt, tokens.starts)
+    total = _total(count, tokens.starts)
     half = total // 2
     if positions.pyreft_compat:
         from_start, from_end = half, half
-    elif positions.two_sided:
+    elif positions.first and positions.last:
         from_start, from_end = half, total - half
     else:
         from_start, from_end = total, total
-    places = positions.first + positions.last
-    rank = rank - 1
-    in_suffix = rank - total + from_end.clamp(max=positions.last)
-    # Each chosen token has a place of its own; all others share one place at the end, which is cut off.
-    place = torch.full_like(rank, places)
-    place = torch.where(in_suffix >= 0, in_suffix + positions.first, place)
-    place = torch.where(rank < from_start.clamp(max=positions.first), rank, place)
-    place = place.masked_fill(~prompt, places)
-    return row.new_full((batch, places + 1), -1).scatter_(1, place, row)[:, :places]
+    to_end = total - count  # 0 for the last token
+    place = torch.full_like(count, positions.places)
+    place = torch.where(to_end < from_end.clamp(max=positions.last), positions.places - 1 - to_end, place)
+    place = torch.where(count <= from_start.clamp(max=positions.first), count - 1, place)
+    return place.masked_fill(~prompt, positions.places)
 
 
-def explicit_rows(index: Tensor, shape: tuple[int, int]) -> Tensor:
+def _listed(chosen: Tensor) -> Tensor:
+    """The rows of the chosen tokens, each at its own column, (B, T)."""
+    row = torch.arange(chosen.numel(), device=chosen.device).view(chosen.shape)
+    return row.masked_fill(~chosen, -1)
+
+
+def _scatter(place: Tensor, chosen: Tensor, n: int) -> Tensor:
+    """The rows of the chosen tokens, each at its own place of n, (B, n); the others share a place that is cut off."""
+    row = torch.arange(place.numel(), device=place.device).view(place.shape)
+    return row.new_full((len(place), n + 1), -1).scatter_(1, place.masked_fill(~chosen, n), row)[:, :n]
+
+
+def _window(index: Tensor, tokens: Tokens) -> Tensor:
+    """Rows of (B, T) as rows of the columns that this forward runs; -1 for what lies outside them."""
+    if tokens.window is None:
+        return index
+    start, length = tokens.window
+    column = index - torch.arange(len(index), device=index.device)[:, None] * tokens.shape[1] - start
+    inside = (index >= 0) & (column >= 0) & (column < length)
+    first = torch.arange(0, len(index) * length, length, device=index.device)[:, None]
+    return (column + first).masked_fill(~inside, -1)
+
+
+def check_explicit(index: Tensor, shape: tuple[int, int]) -> None:
+    """Can ``index`` say columns of a (B, T) batch? See :func:`explicit_rows` for what is raised.
+
+    With several interventions a layer it may be (groups, B, n).
+    """
+    integers = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    if not integers or index.ndim not in (2, 3) or index.shape[-2] == 0 or shape[0] % index.shape[-2]:
+        raise ValueError(
+            f"reft_positions has shape {tuple(index.shape)} and dtype {index.dtype}; "
+            f"it must be integers of shape (batch, n), here ({shape[0]}, n)"
+        )
+    if index.device.type == "cpu" and index.numel() and int(index.max()) >= shape[1]:
+        raise IndexError(f"reft_positions holds {int(index.max())}, past the last of {shape[1]} tokens")
+
+
+def explicit_rows(index: Tensor, tokens: Tokens) -> Tensor:
     """Rows of per-sample columns ``index`` (B, n): int64 (B, n), negative = skip, each column once.
 
     Columns count from the start of the padded sequence. With fewer samples than B (beams, several sequences a
     prompt) each sample stands for B / samples consecutive ones. Raises ``ValueError`` for another shape or dtype and,
     on a CPU, ``IndexError`` for a column past the end; on a GPU that is skipped, as a report would need a sync.
     """
-    batch, length = shape
-    integers = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-    if not integers or index.ndim != 2 or index.shape[0] == 0 or batch % index.shape[0]:
-        raise ValueError(
-            f"reft_positions has shape {tuple(index.shape)} and dtype {index.dtype}; "
-            f"it must be integers of shape (batch, n), here ({batch}, n)"
-        )
-    if index.device.type == "cpu" and index.numel() and int(index.max()) >= length:
-        raise IndexError(f"reft_positions holds {int(index.max())}, past the last of {length} tokens")
+    batch, length = tokens.shape
+    check_explicit(index, tokens.shape)
     index = index.long().repeat_interleave(batch // index.shape[0], 0).sort(1).values
     skip = (index < 0) | (index >= length)
     skip[:, 1:] |= index[:, 1:] == index[:, :-1]
     start = torch.arange(0, batch * length, length, device=index.device)[:, None]
-    return (index + start).masked_fill(skip, -1)
+    return _window((index + start).masked_fill(skip, -1), tokens)

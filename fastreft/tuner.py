@@ -46,14 +46,6 @@ class ReftModel(BaseTuner):
         """The model's forward, through its hooks (``model.forward`` would pass them by)."""
         return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, reft_positions: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's generate, with explicit positions in the prompt where given (beams share their sample's)."""
-        self._shared.local.explicit = reft_positions
-        try:
-            return self.model.generate(*args, **kwargs)
-        finally:
-            self._shared.local.explicit = None
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT takes adapter_names off the call and would say nothing where the tuner does not know them.
@@ -139,7 +131,7 @@ class ReftModel(BaseTuner):
             layer = ReftLayer(target, self._shared, current_key, width, layout, fresh=current_key in self._fresh)
             target.add_module("reft", layer)
         layer.update_layer(adapter_name, peft_config)
-        self._shared.everywhere |= layer.specs[adapter_name].positions.everywhere
+        self._shared.add(layer.specs[adapter_name].positions)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 

@@ -5,7 +5,7 @@ import torch
 from tiny import adapter_weights, batch, blocks, columns, hooked, make
 
 import fastreft
-from fastreft.plan import _cached_tokens
+from fastreft.inputs import cached_tokens
 
 NEW = 6
 
@@ -90,9 +90,8 @@ def test_a_cache_with_content_means_decoding(kind):
 
 def test_a_legacy_cache_counts_too():
     key = torch.zeros(1, 2, 4, 8)
-    assert _cached_tokens({"past_key_values": ((key, key),)}) == 4
-    assert _cached_tokens({"past_key_values": ()}) == _cached_tokens({"past_key_values": (None, None)}) == 0
-    assert _cached_tokens({}) == 0
+    assert cached_tokens(((key, key),)) == 4
+    assert cached_tokens(()) == cached_tokens((None, None)) == cached_tokens(None) == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])  # one mask, or one a kind of layer

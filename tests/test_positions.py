@@ -8,66 +8,162 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastreft.positions import Positions, explicit_rows, parse, prompt_mask, rows
+from fastreft.inputs import marks, packing
+from fastreft.positions import Positions, Tokens, explicit_rows, parse, rows, tokens_of
 
 ORACLE = SHARED / "oracles" / "get_intervention_locations.json"
+KINDS = ["f1", "f3", "l1", "l4", "f2+l3", "f5+l5", "prompt", "decode", "all"]
 
 
-def chosen(prompt: list[int], positions: Positions) -> tuple[list[int], list[int]]:
-    """Prefix and suffix columns of a prompt given as columns."""
-    n = len(prompt)
-    if positions.pyreft_compat:
-        f, m = min(positions.first, n // 2), min(positions.last, n // 2)
-    elif positions.two_sided:
-        f, m = min(positions.first, n // 2), min(positions.last, (n + 1) // 2)
+# ---- the oracle: plain Python, one sequence at a time ----------------------------------------------------------------
+
+
+def places_of(text: str, length: int, compat: bool) -> list[int | None]:
+    """The place that each token of a prompt of so many tokens has among N + M, or None; 'prompt' has one place."""
+    if text == "prompt":
+        return [0] * length
+    counts = {part[0]: int(part[1:]) for part in text.split("+")}
+    first, last = counts.get("f", 0), counts.get("l", 0)
+    if compat:
+        f, m = min(first, length // 2), min(last, length // 2)
+    elif first and last:
+        f, m = min(first, length // 2), min(last, (length + 1) // 2)
     else:
-        f, m = min(positions.first, n), min(positions.last, n)
-    return prompt[:f], prompt[n - m :] if m else []
+        f, m = min(first, length), min(last, length)
+    found: list[int | None] = [None] * length
+    for k in range(f):
+        found[k] = k
+    for k in range(m):
+        found[length - 1 - k] = first + last - 1 - k
+    return found
+
+
+def edited(text: str, tied, compat: bool, shown: list[int], labels: list[int] | None) -> dict[int, int]:
+    """Column of a sequence -> the intervention that edits it."""
+    length = len(shown)
+    if text == "all":
+        return dict.fromkeys(range(length), 0)
+    if text == "decode":
+        return {s: 0 for s in range(length) if labels is not None and shown[s] and labels[s] != -100}
+    end = length if labels is None else next((s for s in range(length) if labels[s] != -100), length)
+    prompt = [s for s in range(end) if shown[s]]
+    first = int(text[1 : text.find("+")]) if "+" in text else None
+    group = {}
+    for s, place in zip(prompt, places_of(text, len(prompt), compat), strict=True):
+        if place is not None:
+            two = tied is False and first is not None
+            group[s] = place if tied == "never" and text != "prompt" else int(two and place >= first)
+    return group
 
 
 @st.composite
-def batches(draw):
-    length = draw(st.integers(1, 12))
-    masks, labels = [], []
-    for _ in range(draw(st.integers(1, 4))):
-        shown = draw(st.integers(0, length))
-        pad = length - shown
-        left = draw(st.integers(0, pad))
-        masks.append([0] * left + [1] * shown + [0] * (pad - left))
-        start = draw(st.integers(0, length))
-        labels.append(
-            [-100] * start
-            + draw(st.lists(st.sampled_from([-100, 5]), min_size=length - start, max_size=length - start))
-        )
-    return masks, labels
+def sequences(draw, longest=9):
+    """A sequence's shown tokens (a run of ones, padding round it) and labels."""
+    length = draw(st.integers(1, longest))
+    shown = draw(st.integers(0, length))
+    left = draw(st.integers(0, length - shown))
+    start = draw(st.integers(0, length))
+    tail = draw(st.lists(st.sampled_from([-100, 5]), min_size=length - start, max_size=length - start))
+    return [0] * left + [1] * shown + [0] * (length - shown - left), [-100] * start + tail
 
 
-@settings(max_examples=150, deadline=None)
-@given(batches(), st.integers(0, 6), st.integers(0, 6), st.booleans(), st.booleans(), st.booleans())
-def test_rows_are_those_of_the_oracle(data, first, last, compat, with_mask, with_labels):
-    masks, labels = data
-    shape = (len(masks), len(masks[0]))
-    positions = Positions(first, last, pyreft_compat=compat)
-    mask, label = torch.tensor(masks), torch.tensor(labels)
-    prompt = prompt_mask(shape, mask if with_mask else None, label if with_labels else None)
-    found = rows(positions, shape, prompt)
-    if found is None:
-        assert (first, last, with_mask, with_labels) == (0, 0, False, False)
-        return
-    assert found.dtype == torch.int64
-    assert found.shape == (shape[0], first + last if first or last else shape[1])
-    for b in range(shape[0]):
-        end = next((s for s in range(shape[1]) if labels[b][s] != -100), shape[1]) if with_labels else shape[1]
-        tokens = [s for s in range(end) if masks[b][s] or not with_mask]
-        prefix, suffix = chosen(tokens, positions) if first or last else (tokens, [])
-        got = [row - b * shape[1] for row in found[b].tolist() if row >= 0]
-        assert got == prefix + suffix
-        if first or last:  # an untied prefix and suffix are told apart by place
-            assert sum(found[b, :first] >= 0) == len(prefix)
+def row_groups(found, batch: int, length: int) -> dict[int, int]:
+    """Row -> intervention, of what rows() gave; no row may come twice."""
+    out = {}
+    for group, index in enumerate(found):
+        listed = range(batch * length) if index is None else [row for row in index.flatten().tolist() if row >= 0]
+        for row in listed:
+            assert row not in out
+            out[row] = group
+    return out
 
 
-def test_everywhere_is_every_row():
-    assert rows(parse("all"), (2, 3), torch.zeros(2, 3, dtype=torch.bool)) is None
+CASES = (st.sampled_from(KINDS), st.sampled_from([True, False, "never"]), st.booleans())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(sequences(), min_size=1, max_size=4), *CASES, st.booleans(), st.booleans())
+def test_rows_of_padded_batches(batch, text, tied, compat, with_mask, with_labels):
+    length = max(len(shown) for shown, _ in batch)
+    batch = [(s + [0] * (length - len(s)), y + [-100] * (length - len(y))) for s, y in batch]
+    mask, labels = (torch.tensor(list(part)) for part in zip(*batch, strict=True))
+    spec, shape = parse(text, pyreft_compat=compat), tuple(mask.shape)
+    found = rows(spec, tokens_of(shape, mask if with_mask else None, labels if with_labels else None), tied)
+    wanted = {}
+    for b, (shown, y) in enumerate(batch):
+        one = edited(text, tied, compat, shown if with_mask else [1] * length, y if with_labels else None)
+        wanted |= {b * length + s: group for s, group in one.items()}
+    assert row_groups(found, *shape) == wanted
+    for index in found:
+        assert index is None or index.dtype == torch.int64
+        if index is not None and spec.places:  # shapes fixed by N, M, B and S
+            assert index.shape == (shape[0], spec.places if len(found) == 1 else index.shape[1])
+    assert not spec.places or sum(index.shape[1] for index in found) == spec.places
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(sequences(6), min_size=1, max_size=4), min_size=1, max_size=3),
+    *CASES,
+    st.booleans(),
+    st.sampled_from(["position_ids", "seq_idx", "cu_seq_lens_q"]),
+)
+def test_rows_of_packed_batches(batch, text, tied, compat, with_labels, said_by):
+    batch = batch[:1] if said_by == "cu_seq_lens_q" else batch
+    length = max(sum(len(y) for _, y in row) for row in batch)
+    batch = [row + [([1], [-100])] * (length - sum(len(y) for _, y in row)) for row in batch]
+    labels = torch.tensor([[label for _, y in row for label in y] for row in batch])
+    said = {
+        "position_ids": torch.tensor([[s for _, y in row for s in range(len(y))] for row in batch]),
+        "seq_idx": torch.tensor([[i for i, (_, y) in enumerate(row) for _ in y] for row in batch], dtype=torch.int32),
+        "cu_seq_lens_q": torch.tensor([0] + [len(y) for _, y in batch[0]]).cumsum(0).int(),
+    }[said_by]
+    spec, shape = parse(text, pyreft_compat=compat), tuple(labels.shape)
+    tokens = tokens_of(shape, None, labels if with_labels else None, *packing(None, marks({said_by: said}), shape))
+    found = rows(spec, tokens, tied)
+    wanted, most = {}, max(len(row) for row in batch)
+    for b, row in enumerate(batch):
+        start = b * length
+        for _, y in row:
+            one = edited(text, tied, compat, [1] * len(y), y if with_labels else None)
+            wanted |= {start + s: group for s, group in one.items()}
+            start += len(y)
+    assert row_groups(found, *shape) == wanted
+    if spec.places:
+        assert all(index.shape[1] <= min(length, most * spec.places) for index in found)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(sequences(), min_size=1, max_size=3), *CASES, st.data())
+def test_windows_are_parts_of_the_whole(batch, text, tied, compat, data):
+    length = max(len(shown) for shown, _ in batch)
+    prompt = torch.tensor([s + [0] * (length - len(s)) for s, _ in batch]).bool()
+    written = torch.tensor([[label != -100 for label in y] + [False] * (length - len(y)) for _, y in batch])
+    start = data.draw(st.integers(0, length - 1))
+    size = data.draw(st.integers(1, length - start))
+    spec, shape = parse(text, pyreft_compat=compat), tuple(prompt.shape)
+    whole = row_groups(rows(spec, Tokens(shape, prompt, written), tied), *shape)
+    part = row_groups(rows(spec, Tokens(shape, prompt, written, window=(start, size)), tied), len(batch), size)
+    columns = {divmod(row, length): group for row, group in whole.items()}
+    assert part == {b * size + s - start: g for (b, s), g in columns.items() if start <= s < start + size}
+
+
+def test_a_mask_beside_the_places_means_one_sequence_a_row():
+    mask = torch.tensor([[0, 0, 1, 1, 1]])  # left padding gives places that jump, too
+    assert packing(mask, marks({"position_ids": torch.tensor([[0, 0, 0, 1, 2]])}), (1, 5)) == (None, None)
+
+
+def test_multimodal_places_pack_by_the_texts():
+    text = torch.tensor([[0, 1, 0, 1]])
+    starts, many = packing(None, marks({"position_ids": text.expand(4, 1, 4)}), (1, 4))
+    assert starts.tolist() == [[True, False, True, False]] and many is None
+    assert packing(None, marks({"position_ids": text.expand(3, 1, 4)}), (1, 4)) == (None, None)
+
+
+def test_a_hidden_sample_is_not_edited():
+    mask = torch.tensor([[0, 0, 0], [0, 1, 1]])
+    assert rows(parse("f1+l1"), tokens_of((2, 3), mask))[0].tolist() == [[-1, -1], [4, 5]]
+    assert (rows(parse("f1+l1"), tokens_of((2, 3), mask * 0))[0] == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -78,6 +174,7 @@ def test_everywhere_is_every_row():
         ("f3+l4", Positions(3, 4)),
         ("l4+f3", Positions(3, 4)),
         ("prompt", Positions()),
+        ("decode", Positions(written=True)),
         ("all", Positions(everywhere=True)),
     ],
 )
@@ -99,29 +196,29 @@ def test_a_four_dimensional_mask_says_the_same(window):
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
     band = torch.ones(4, 4, dtype=torch.bool).tril().triu(1 - window)
     seen = band & mask.bool()[:, None, None, :]
-    assert torch.equal(prompt_mask((2, 4), seen), mask.bool())
+    assert torch.equal(tokens_of((2, 4), seen).prompt, mask.bool())
     longer = torch.nn.functional.pad(seen, (0, 3))  # a static cache has more columns than there are tokens
-    assert torch.equal(prompt_mask((2, 4), longer), mask.bool())
+    assert torch.equal(tokens_of((2, 4), longer).prompt, mask.bool())
     additive = torch.zeros(2, 1, 4, 4).masked_fill(~seen, torch.finfo(torch.float32).min)
-    assert torch.equal(prompt_mask((2, 4), additive), mask.bool())
+    assert torch.equal(tokens_of((2, 4), additive).prompt, mask.bool())
     extended = torch.zeros(2, 1, 1, 4).masked_fill(mask[:, None, None] == 0, -1e4)
-    assert torch.equal(prompt_mask((2, 4), extended), mask.bool())
+    assert torch.equal(tokens_of((2, 4), extended).prompt, mask.bool())
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "labels"])
 def test_a_mask_of_another_shape_is_refused(name):
     with pytest.raises(ValueError, match=rf"{name} has shape \(2, 5\).*\(2, 4\).*reft_positions"):
-        prompt_mask((2, 4), **{name: torch.ones(2, 5, dtype=torch.long)})
+        tokens_of((2, 4), **{name: torch.ones(2, 5, dtype=torch.long)})
 
 
 def test_explicit_rows_skip_negatives_and_repeats():
-    found = explicit_rows(torch.tensor([[3, -1, 3], [0, 2, -7]], dtype=torch.int32), (2, 4))
+    found = explicit_rows(torch.tensor([[3, -1, 3], [0, 2, -7]], dtype=torch.int32), Tokens((2, 4)))
     assert [sorted(r for r in row if r >= 0) for row in found.tolist()] == [[3], [4, 6]]
     assert found.shape == (2, 3)
 
 
 def test_explicit_rows_are_shared_by_beams():
-    found = explicit_rows(torch.tensor([[1], [2]]), (4, 3))
+    found = explicit_rows(torch.tensor([[1], [2]]), Tokens((4, 3)))
     assert found.tolist() == [[1], [4], [8], [11]]
 
 
@@ -131,12 +228,12 @@ def test_explicit_rows_are_shared_by_beams():
 )
 def test_explicit_rows_refuse_other_shapes(index):
     with pytest.raises(ValueError, match=r"reft_positions has shape .*; it must be integers of shape \(batch, n\)"):
-        explicit_rows(index, (2, 4))
+        explicit_rows(index, Tokens((2, 4)))
 
 
 def test_explicit_rows_past_the_end():
     with pytest.raises(IndexError, match="reft_positions holds 4, past the last of 4 tokens"):
-        explicit_rows(torch.tensor([[1], [4]]), (2, 4))
+        explicit_rows(torch.tensor([[1], [4]]), Tokens((2, 4)))
 
 
 @pytest.mark.skipif(not ORACLE.exists(), reason="pyreft's table is not beside this checkout")
@@ -144,10 +241,7 @@ def test_pyreft_compat_is_pyreft():
     for case in json.loads(ORACLE.read_text()):
         kwargs, length = case["kwargs"], case["kwargs"]["last_position"]
         positions = parse(kwargs["positions"], pyreft_compat=True)
-        found = rows(positions, (1, length), None)[0]
-        groups = [found]
-        if not kwargs["share_weights"] and positions.two_sided:
-            groups = [found[: positions.first], found[positions.first :]]
+        groups = [index[0] for index in rows(positions, Tokens((1, length)), kwargs["share_weights"])]
         size = len(case["locations"]) // len(groups)
         pad = -1 if kwargs["pad_mode"] == "first" else length
         for i, locations in enumerate(case["locations"]):

@@ -1,0 +1,124 @@
+"""What ``generate`` knows and a forward does not: which columns are the prompt, and how many have been run already.
+
+A forward sees a part of the sequence: a chunk of the prompt, the tokens after a cache, a few candidates to verify. So a call
+of ``generate`` is noted, thread by thread, and its forwards are told apart by counting columns, which costs no look at the
+device. Knows torch and the calling conventions of Transformers' generation (4.57 and 5), nothing of PEFT.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import inputs, positions
+from .positions import Tokens
+
+
+class Run:
+    """One call of ``generate``: its prompt, and how far its forwards have come.
+
+    The prompt is all of the input, also what a cache handed in holds of it: that stays as it was computed, and the rest is
+    edited where the positions of the whole prompt fall on it. ``mask`` (B, L) bool shows the prompt, None = all of it;
+    ``length`` L, None = as many columns as the first forward has.
+    """
+
+    def __init__(self, mask: Tensor | None, length: int | None, cached: int, explicit: Tensor | None):
+        self.mask, self.length, self.explicit = mask, length, explicit
+        self.done = cached  # columns that have been run
+        self.cache: Any = None  # the one that the sequence is run with, once a forward has shown it
+        self.over = False  # has the prompt been run? Then all that comes with this cache is decoded
+        self.step: Any = None  # the plan of those forwards, made once
+
+    def advance(self, cache: Any, columns: int) -> int | None:
+        """The column at which a forward of so many columns starts; None where it is not of this sequence.
+
+        That is so for a forward with another cache, as classifier-free guidance runs beside it.
+        """
+        if cache is None and self.cache is None:  # without a cache every forward runs the sequence from its start
+            start = 0
+        elif self.cache is None or cache is self.cache:
+            self.cache, start = cache, self.done
+        else:
+            return None
+        self.done = start + columns
+        if self.length is None:
+            self.length = self.done
+        self.over = cache is not None and self.done >= self.length
+        return start
+
+    def tokens(self, batch: int, columns: int, start: int, device: torch.device) -> Tokens:
+        """The tokens of a forward over ``columns`` from ``start``; beams share the mask of their sample."""
+        length = self.length or 0
+        total = max(length, start + columns)
+        if self.mask is None:
+            mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+        else:
+            mask = self.mask.to(device).repeat_interleave(batch // len(self.mask), 0)
+        written = (torch.arange(total, device=device) >= length).expand(batch, total)
+        prompt = nn.functional.pad(mask, (0, total - length))
+        return Tokens((batch, total), prompt, written, window=(start, columns))
+
+
+class Generate:
+    """A model's ``generate`` that notes its prompt; takes ``reft_positions`` (B, n), columns of the padded input, too.
+
+    An object and not a function, so that a copy of the model, pickled or not, has one of its own.
+    """
+
+    def __init__(self, model: nn.Module, local: Any):
+        self.model, self.local = model, local
+        self.inner = model.__dict__.get("generate")  # somebody else's
+        model.__dict__["generate"] = self
+
+    def __call__(self, *args: Any, reft_positions: Tensor | None = None, **kwargs: Any) -> Any:
+        given = dict(zip(("inputs", "generation_config"), args, strict=False), **kwargs)
+        outer, self.local.run = self.local.run, _run_of(self.model, given, reft_positions)
+        try:
+            if self.inner is not None:
+                return self.inner(*args, **kwargs)
+            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            self.local.run = outer
+
+    def remove(self) -> None:
+        """Give the model its own ``generate`` back."""
+        if self.model.__dict__.get("generate") is self:
+            del self.model.__dict__["generate"]
+            if self.inner is not None:
+                self.model.__dict__["generate"] = self.inner
+
+
+def _run_of(model: Any, given: dict[str, Any], explicit: Tensor | None) -> Run:
+    """What the arguments of ``generate`` say of the prompt. Checks explicit positions."""
+    config = given.get("generation_config")
+    ids = given.get("inputs") if given.get("input_ids") is None else given["input_ids"]
+    embedded = given.get("inputs_embeds")
+    source = ids if embedded is None else embedded
+    cached = inputs.cached_tokens(inputs.cache_of(given))
+    if model.config.is_encoder_decoder:  # the sequence is the decoder's, and Transformers makes the start of it
+        mask, length = given.get("decoder_attention_mask"), None
+    else:
+        mask = given.get("attention_mask")
+        if mask is None and embedded is None and ids is not None:
+            mask = _mask_of(ids, *(_setting(name, given, config, model) for name in ("pad_token_id", "eos_token_id")))
+        whole = source if mask is None else mask
+        length = None if whole is None else whole.shape[1]
+    if explicit is not None and source is not None:
+        positions.check_explicit(explicit, (source.shape[0], length or source.shape[1]))
+    if cached and getattr(config, "is_assistant", False):
+        length = cached  # a draft goes on: the prompt was the first call's, and what came since has been written
+    return Run(None if mask is None or length is None else mask[:, :length] != 0, length, cached, explicit)
+
+
+def _setting(name: str, given: dict[str, Any], config: Any, model: Any) -> Any:
+    """A setting of generation: the call's, its configuration's or the model's."""
+    values = (given.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
+    return next((value for value in values if value is not None), None)
+
+
+def _mask_of(ids: Tensor, pad: Any, eos: Any) -> Tensor | None:
+    """What ``generate`` takes for the attention mask where none is given: not the padding, if that is a token apart."""
+    ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+    return None if pad is None or int(pad) in ends else ids != pad

@@ -1,0 +1,80 @@
+"""Reading what a forward was given, by the calling conventions of Transformers' models (4.57 and 5)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Given = dict[str, Any]
+_CACHES = ("past_key_values", "cache_params", "mems")  # what models call their cache
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Given:
+    """The arguments of a forward, all by name."""
+    if not args:
+        return kwargs
+    names = inspect.signature(type(module).forward).parameters
+    return dict(zip(names, (module, *args), strict=False), **kwargs)
+
+
+def batch_shape(given: Given) -> tuple[int, int] | None:
+    """(B, S) of the tokens or embeddings; None where the input is something else."""
+    entry = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    return None if entry is None else (entry.shape[0], entry.shape[1])
+
+
+def cache_of(given: Given) -> Any:
+    """The key-value cache, or None."""
+    return next((given[name] for name in _CACHES if given.get(name) is not None), None)
+
+
+def cached_tokens(cache: Any) -> int:
+    """How many tokens a cache holds: a ``Cache``, or tuples a layer; a static one waits for its device to say."""
+    if hasattr(cache, "get_seq_length"):
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # none of its layers has attention, so none counts
+            return int(cache.has_previous_state())
+    if not isinstance(cache, (tuple, list)) or not cache or cache[0] is None:
+        return 0
+    return cache[0][0].shape[-2]
+
+
+def attention_mask(given: Given) -> Tensor | None:
+    """The attention mask; of several, one a kind of layer, any, as each hides the padding."""
+    mask = given.get("attention_mask")
+    return next((m for m in mask.values() if m is not None), None) if isinstance(mask, dict) else mask
+
+
+def marks(given: Given) -> tuple[Tensor | None, ...]:
+    """What can say that several sequences are packed into a row: ``cu_seq_lens_q``, ``seq_idx`` and ``position_ids``."""
+    bounds = given.get("cu_seq_lens_q")
+    return bounds if isinstance(bounds, Tensor) else None, given.get("seq_idx"), given.get("position_ids")
+
+
+def packing(
+    mask: Tensor | None, marks: tuple[Tensor | None, ...], shape: tuple[int, int]
+) -> tuple[Tensor | None, int | None]:
+    """Which tokens start a sequence, bool (B, S), and how many sequences there are where that is said; None, None if one.
+
+    As Transformers has it, a row is packed where bounds, owners or jumps in the places say so, and no (B, S) attention
+    mask is given, which would let the sequences see each other.
+    """
+    bounds, owners, places = marks
+    if mask is not None and mask.ndim == 2:
+        return None, None
+    if places is not None and places.ndim == 3:  # multimodal: the first of four is the text's, of three none is
+        places = places[0] if len(places) == 4 else None
+    if bounds is not None:
+        flat = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.bool, device=bounds.device)
+        jumps = flat.scatter(0, bounds.long(), True)[:-1].view(shape)[:, 1:]
+    elif owners is not None and tuple(owners.shape) == shape:
+        jumps = owners[:, 1:] != owners[:, :-1]
+    elif places is not None and places.shape[-1] == shape[1]:
+        jumps = (places[:, 1:] != places[:, :-1] + 1).expand(shape[0], -1)
+    else:
+        return None, None
+    return nn.functional.pad(jumps, (1, 0), value=True), None if bounds is None else len(bounds) - 1
