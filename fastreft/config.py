@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig, PeftType
 
-from . import activations, positions
+from . import activations, blocks, positions
 from .interventions import INTERVENTIONS
 
 
@@ -26,6 +27,9 @@ def _add_peft_type(name: str) -> None:
 
 
 _add_peft_type("REFT")
+
+
+COMPONENTS = ("block_output", "block_input", *blocks.COMPONENTS)
 
 
 @dataclass
@@ -50,8 +54,16 @@ class ReftConfig(PeftConfig):
     tied: bool = field(
         default=True, metadata={"help": "Whether prefix and suffix ('fN+lM') share one intervention a layer."}
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "The layers to edit, counted from 0; all of them if not given."}
+    layers_to_transform: list[int] | int | str | None = field(
+        default=None,
+        metadata={
+            "help": "The layers to edit, counted from 0: some of them, a slice such as '4:12' or '::2', or 'all'; "
+            "all of them if not given."
+        },
+    )
+    component: str = field(
+        default="block_output",
+        metadata={"help": f"What of a block is edited: {', '.join(COMPONENTS)}.", "choices": list(COMPONENTS)},
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -89,14 +101,42 @@ class ReftConfig(PeftConfig):
             raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
         if activations.native_id(self.act_fn) is None:
             activations.module(str(self.act_fn))
+        if self.component not in COMPONENTS:
+            raise ValueError(f"component is {self.component!r}; it must be one of {', '.join(COMPONENTS)}")
+        if self.target_modules is not None and self.component != "block_output":
+            raise ValueError(
+                f"component is {self.component!r} and target_modules {self.target_modules!r}; give one of them, as "
+                "target_modules names the modules whose output is edited"
+            )
         self._check_layers()
 
     def _check_layers(self) -> None:
+        """``ValueError`` for layers that no model has."""
         layers = self.layers_to_transform
-        if layers is None:
+        given = [layers] if isinstance(layers, int) else layers
+        if given is None or (isinstance(given, str) and (given == "all" or _SLICE.fullmatch(given))):
             return
-        given = [layers] if isinstance(layers, int) else list(layers)
         if not given or any(type(i) is not int or i < 0 for i in given) or len(set(given)) < len(given):
             raise ValueError(
-                f"layers_to_transform is {layers!r}; it must be a layer or a list of different layers, counted from 0"
+                f"layers_to_transform is {layers!r}; it must be a layer or a list of different layers, counted from 0, "
+                "a slice such as '4:12' or '::2', or 'all'"
             )
+
+    def layers_among(self, layers: list[int]) -> set[int]:
+        """Those of a model's layers that ``layers_to_transform`` means; ``ValueError`` where one is missing, or all."""
+        wanted = self.layers_to_transform
+        if wanted is None or wanted == "all" or not layers:
+            return set(layers)
+        if isinstance(wanted, str):
+            bounds = (int(part) if part else None for part in wanted.split(":"))
+            chosen = set(range(max(layers) + 1)[slice(*bounds)]) & set(layers)
+        else:
+            chosen = {wanted} if isinstance(wanted, int) else set(wanted)
+        if not chosen or not chosen <= set(layers):
+            raise ValueError(
+                f"layers_to_transform is {wanted!r}; the model's layers to choose from are {min(layers)} to {max(layers)}"
+            )
+        return chosen
+
+
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(:-?[1-9]\d*|:)?")

@@ -22,6 +22,8 @@ from .positions import Positions
 class Plan:
     """What one forward edits. Rows are computed when the first block asks and then shared by all."""
 
+    length: int | None = None  # S of the tokens or embeddings given, where there are some
+
     def __init__(
         self,
         owner: nn.Module,
@@ -122,6 +124,8 @@ class Shared:
             decoding,
             idle=decoding and not self.everywhere,
         )
+        tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+        self.local.plan.length = None if tokens is None else tokens.shape[1]
         if torch.is_grad_enabled() and module.training:
             self._watch_checkpoints()
         return args, kwargs
@@ -184,8 +188,12 @@ def _entrances(model: nn.Module, block_names: list[str]) -> list[nn.Module]:
 def _cached_tokens(kwargs: dict[str, Any]) -> int:
     """How many tokens the key-value cache handed to a forward already holds; a ``Cache``, or tuples of (key, value)."""
     cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache_params") if cache is None else cache
     if cache is None or (not hasattr(cache, "get_seq_length") and not cache):
         return 0
     if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # none of its layers has attention, so none counts
+            return int(cache.has_previous_state())
     return 0 if cache[0] is None else cache[0][0].shape[-2]

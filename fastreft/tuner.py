@@ -1,7 +1,7 @@
 """ReFT as a PEFT method: ``peft.get_peft_model(model, ReftConfig(...))`` and everything PEFT does with the result.
 
-Nothing of the model is wrapped. Each edited block gets a :class:`ReftLayer` as the submodule ``reft`` and one forward
-hook, which edits the block's output in place, at the rows that the forward's :class:`fastreft.plan.Plan` says. Where a
+Nothing of the model is wrapped. Each edited module gets a :class:`fastreft.layer.ReftLayer` as the submodule ``reft`` and
+a hook, which edits a block's output in place, at the rows that the forward's :class:`fastreft.plan.Plan` says. Where a
 cache with content comes in (a decode step) only ``positions="all"`` edits.
 """
 
@@ -13,133 +13,18 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
-from . import blocks, optim, positions
+from . import blocks, layouts, optim
 from .config import ReftConfig
-from .interventions import INTERVENTIONS, Intervention
+from .layer import NO_MERGE, ReftLayer
 from .plan import Shared
-from .positions import Positions
 
-# The attributes of a ReftLayer that hold interventions; the second is only filled for the suffix of untied ones.
-_GROUPS = ("reft_edit", "reft_suffix")
 # PEFT tells the tensors of a file apart by looking for adapters' names in theirs, so these are not free.
 _TAKEN = ("R", "W", "P", "b", "c", "act", "weight", "reft")
-_NO_MERGE = "an edit at positions has no weight form, so it cannot be merged; save the adapter instead"
-
-
-class ReftLayer(nn.Module, BaseTunerLayer):
-    """The interventions on one block, by adapter name."""
-
-    adapter_layer_names = _GROUPS
-    other_param_names = ("specs",)
-
-    def __init__(self, block: nn.Module, shared: Shared):
-        super().__init__()
-        self.reft_edit = nn.ModuleDict()
-        self.reft_suffix = nn.ModuleDict()
-        self.specs: dict[str, tuple[Positions, bool]] = {}
-        self._shared = shared
-        self._block = (block,)  # in a tuple, as a module must not be its own grandchild
-        self._active_adapter = []
-        self._hook = block.register_forward_hook(_edit_output)
-
-    def get_base_layer(self) -> nn.Module:
-        """The edited block."""
-        return self._block[0]
-
-    def update_layer(self, adapter_name: str, config: ReftConfig, hidden_size: int) -> None:
-        """Add an adapter: one intervention, or one for the prefix and one for the suffix."""
-        spec = positions.parse(config.positions, pyreft_compat=config.pyreft_compat)
-        tied = config.tied or not spec.two_sided
-        for group in _GROUPS[: 1 if tied else 2]:
-            getattr(self, group)[adapter_name] = INTERVENTIONS[config.intervention_type](
-                embed_dim=hidden_size,
-                low_rank_dimension=config.r,
-                dropout=config.dropout,
-                act_fn=config.act_fn,
-                add_bias=config.add_bias,
-            )
-        self.specs[adapter_name] = (spec, tied)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT's method, but the dtype stays: fp32 masters whatever the block's dtype."""
-        if device is None:
-            device = next((p.device for p in self._block[0].parameters() if p.device.type != "meta"), None)
-        for group in _GROUPS:
-            container = getattr(self, group)
-            if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
-                container[adapter_name].to(device)
-
-    def detach(self) -> None:
-        """Take the hook and this layer off the block."""
-        self._hook.remove()
-        del self._block[0]._modules["reft"]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always a ``ValueError``: a weight acts on every token, an edit on chosen ones."""
-        raise ValueError(_NO_MERGE)
-
-    def unmerge(self) -> None:
-        """Always a ``ValueError``, as there is no merging."""
-        raise ValueError(_NO_MERGE)
-
-
-def _edit_output(block: nn.Module, args: Any, output: Any) -> Any:
-    """The forward hook of a block: its output with the rows of this forward edited; None where nothing is to do.
-
-    A plain function that finds the layer through the block, so that copies and replicas of a block use their own.
-    """
-    layer: Any = block._modules["reft"]
-    plan = layer._shared.local.plan
-    if plan is None or plan.idle or layer._disable_adapters:
-        return None
-    given = hidden = output if isinstance(output, Tensor) else output[0]
-    active = layer._active_adapter
-    for name in (active,) if isinstance(active, str) else active:
-        positions_of = layer.specs.get(name)
-        if positions_of is not None:
-            for group, rows in zip(_GROUPS, plan.rows(*positions_of, hidden), strict=False):
-                hidden = _edit(layer._modules[group]._modules[name], hidden, rows)
-    if hidden is given:
-        return None
-    if isinstance(output, Tensor):
-        return hidden
-    if isinstance(output, dict):
-        output[next(iter(output))] = hidden
-        return output
-    return type(output)((hidden, *output[1:]))
-
-
-def _edit(intervention: Intervention, hidden: Tensor, rows: Tensor | None) -> Tensor:
-    """The edited hidden state (B, S, d): in place where autograd and the compiler allow, else a new tensor."""
-    # forward() and not a call: an edit costs microseconds, and so does a module's call. A plan lists no row twice.
-    if rows is None:
-        return intervention.forward(hidden)
-    if torch.compiler.is_compiling():
-        return intervention.forward(hidden, rows=rows, inplace=False, unique=True)
-    if _refuses_edits(hidden):
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
-    return intervention.forward(hidden, rows=rows, unique=True)
-
-
-def _refuses_edits(hidden: Tensor) -> bool:
-    """Is an in-place edit impossible: scattered memory, or a leaf or one of several views, which autograd refuses?"""
-    if not hidden.is_contiguous():
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    base = hidden
-    if hidden._is_view():
-        if torch._C._autograd._get_creation_meta(hidden) != torch._C._autograd.CreationMeta.DEFAULT:
-            return True
-        base = hidden._base  # type: ignore[assignment]
-    return base.is_leaf and base.requires_grad
 
 
 class ReftModel(BaseTuner):
@@ -185,12 +70,19 @@ class ReftModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """Find the modules to edit and check the configuration against the model, before anything is attached."""
         config: Any = peft_config
-        self._hidden_size = blocks.hidden_size(self.model)
-        if config.r > self._hidden_size:
-            raise ValueError(f"r is {config.r}; it must be at most the model's hidden size, {self._hidden_size}")
+        self._fresh: set[str] = set()
         if config.target_modules is None:
-            names = [name for name, _ in blocks.find_blocks(self.model)]
-            layers = list(range(len(names)))
+            found = blocks.find_blocks(self.model)
+            names, layers = found.names, list(range(len(found.names)))
+            if config.component in blocks.COMPONENTS:
+                chosen = config.layers_among(layers)
+                pairs = zip(found.names, found.modules, strict=True)
+                names = [
+                    blocks.component_of(name, block, config.component)[0] if i in chosen else name
+                    for i, (name, block) in enumerate(pairs)
+                ]
+            else:
+                self._fresh = set(names)
         else:
             names = [
                 name
@@ -198,25 +90,29 @@ class ReftModel(BaseTuner):
                 if name and not isinstance(module, ReftLayer) and _matches(config, config.target_modules, name)
             ]
             layers = [_layer_of(name) for name in names]
-        wanted = config.layers_to_transform
-        if wanted is not None:
-            wanted = {wanted} if isinstance(wanted, int) else set(wanted)
-            if names and not wanted <= set(layers):
-                raise ValueError(
-                    f"layers_to_transform is {config.layers_to_transform!r}; the model's layers to choose from are "
-                    f"{min(layers)} to {max(layers)}"
-                )
+        wanted = config.layers_among(layers)
         self._targets = {
             name
             for name, layer in zip(names, layers, strict=True)
-            if (wanted is None or layer in wanted) and _matches(config, [name], name)
+            if layer in wanted and _matches(config, [name], name)
         }
         if not self._targets:
             raise ValueError(
                 f"target_modules is {config.target_modules!r} and exclude_modules {config.exclude_modules!r}; "
                 f"that leaves no module of this {type(self.model).__name__} to edit"
             )
+        for name in sorted(self._targets):
+            self._check_width(config, name)
         return peft_config
+
+    def _check_width(self, config: ReftConfig, name: str) -> None:
+        """``ValueError`` where a module's width is known and does not fit; else its first forward tells."""
+        width, module = blocks.hidden_size(self.model, name), self.model.get_submodule(name)
+        if config.r > width:
+            raise ValueError(f"r is {config.r}; it must be at most the model's hidden size, {width}")
+        given = getattr(module, "out_features", width)
+        if given != width:
+            raise ValueError(f"the output of {name} is {given} wide; it must have the model's hidden size, {width}")
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         attached = [module for module in model.modules() if isinstance(module, ReftLayer)]
@@ -237,10 +133,13 @@ class ReftModel(BaseTuner):
     ) -> None:
         layer: Any = target._modules.get("reft")
         if layer is None:
-            layer = ReftLayer(target, self._shared)
+            kinds = (getattr(config, "model_type", "") for config in blocks.configs_above(self.model, current_key))
+            layout = next(filter(None, map(layouts.layout_of, kinds)), None)
+            width = blocks.hidden_size(self.model, current_key)
+            layer = ReftLayer(target, self._shared, current_key, width, layout, fresh=current_key in self._fresh)
             target.add_module("reft", layer)
-        layer.update_layer(adapter_name, peft_config, self._hidden_size)
-        self._shared.everywhere |= layer.specs[adapter_name][0].everywhere
+        layer.update_layer(adapter_name, peft_config)
+        self._shared.everywhere |= layer.specs[adapter_name].positions.everywhere
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
@@ -254,7 +153,7 @@ class ReftModel(BaseTuner):
             self.set_adapter(left if len(left) > 1 else left[0])
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(_NO_MERGE)
+        raise ValueError(NO_MERGE)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         if merge:

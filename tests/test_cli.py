@@ -89,6 +89,13 @@ def test_info_says_what_runs(capsys):
     assert all(name in out for name in ("fastreft", "torch", "transformers", "peft", "python", "backend"))
 
 
+def test_info_lists_the_models(capsys):
+    assert main(["info", "--models"]) == 0
+    out = capsys.readouterr().out
+    assert "xlnet" in out and "squeezebert" in out and "past every hook" in out
+    assert "model.layers.* (causal, sequence" in out
+
+
 def test_train_then_generate(settings, tmp_path, capsys):
     assert train(settings, tmp_path, "--max_steps", "8") == 0  # a flag overrides the file
     out = capsys.readouterr().out

@@ -15,7 +15,6 @@ from tiny import LAYERS, VOCAB, WIDTH, batch, blocks, logits, make
 from torch import nn
 
 from fastreft import ReftConfig, get_reft_model
-from fastreft.blocks import find_blocks
 
 KINDS = ["llama", "gpt2", "bert", "bert-cls"]
 
@@ -317,7 +316,7 @@ def test_mixed_batches_are_refused():
 
 
 def test_a_model_without_blocks_or_width_is_refused():
-    with pytest.raises(ValueError, match="the hidden size of Linear is unknown"):
-        get_reft_model(nn.Linear(2, 2), ReftConfig())
     with pytest.raises(ValueError, match="no repeated blocks found in Linear"):
-        find_blocks(nn.Linear(2, 2))
+        get_reft_model(nn.Linear(2, 2), ReftConfig())
+    with pytest.raises(ValueError, match="the hidden size of Sequential is unknown"):
+        get_reft_model(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)])), ReftConfig())

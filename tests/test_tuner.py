@@ -256,13 +256,13 @@ def test_compiled_forward(dropout):
 
 
 def test_find_blocks():
-    assert [name for name, _ in find_blocks(make("llama"))] == [f"model.layers.{i}" for i in range(LAYERS)]
-    assert [name for name, _ in find_blocks(make("gpt2"))] == [f"transformer.h.{i}" for i in range(LAYERS)]
-    assert [name for name, _ in find_blocks(make("bert"))] == [f"bert.encoder.layer.{i}" for i in range(LAYERS)]
+    assert find_blocks(make("llama")).names == [f"model.layers.{i}" for i in range(LAYERS)]
+    assert find_blocks(make("gpt2")).names == [f"transformer.h.{i}" for i in range(LAYERS)]
+    assert find_blocks(make("bert")).names == [f"bert.encoder.layer.{i}" for i in range(LAYERS)]
 
 
 def test_lists_within_a_block_are_not_blocks():
     model = Toy()
     for block in model.blocks:
         block.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
-    assert [name for name, _ in find_blocks(model)] == ["blocks.0", "blocks.1"]
+    assert find_blocks(model).names == ["blocks.0", "blocks.1"]

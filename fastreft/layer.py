@@ -1,0 +1,210 @@
+"""What a ReFT adapter hangs on a module of the model: its interventions, and the hooks that apply them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from . import layouts, positions
+from .config import ReftConfig
+from .interventions import INTERVENTIONS, Intervention
+from .layouts import Layout
+from .plan import Plan, Shared
+from .positions import Positions
+
+# The attributes of a ReftLayer that hold interventions; the second is only filled for the suffix of untied ones.
+_GROUPS = ("reft_edit", "reft_suffix")
+NO_MERGE = "an edit at positions has no weight form, so it cannot be merged; save the adapter instead"
+
+
+class Spec(NamedTuple):
+    """What one adapter edits at a module: the tokens, with one intervention or two, of its input or its output."""
+
+    positions: Positions
+    tied: bool
+    at_input: bool
+
+
+class ReftLayer(nn.Module, BaseTunerLayer):
+    """The interventions on one module, by adapter name.
+
+    ``width`` d is that of the hidden states to edit, ``layout`` how they lie in memory (None: (B, S, d)). ``fresh`` says
+    that the module's output is nobody else's, so that it can be edited in place: a block's is, another module's may be
+    kept for its backward.
+    """
+
+    adapter_layer_names = _GROUPS
+    other_param_names = ("specs",)
+
+    def __init__(self, block: nn.Module, shared: Shared, name: str, width: int, layout: Layout | None, fresh: bool):
+        super().__init__()
+        self.reft_edit = nn.ModuleDict()
+        self.reft_suffix = nn.ModuleDict()
+        self.specs: dict[str, Spec] = {}
+        self.name, self.width, self.layout, self.fresh = name, width, layout, fresh
+        self.checked = False  # has a hidden state of the right shape been seen?
+        self._shared = shared
+        self._block = (block,)  # in a tuple, as a module must not be its own grandchild
+        self._active_adapter = []
+        self._hooks: dict[bool, Any] = {}
+
+    def get_base_layer(self) -> nn.Module:
+        """The edited module."""
+        return self._block[0]
+
+    def update_layer(self, adapter_name: str, config: ReftConfig) -> None:
+        """Add an adapter: one intervention, or one for the prefix and one for the suffix."""
+        spec = positions.parse(config.positions, pyreft_compat=config.pyreft_compat)
+        tied = config.tied or not spec.two_sided
+        for group in _GROUPS[: 1 if tied else 2]:
+            getattr(self, group)[adapter_name] = INTERVENTIONS[config.intervention_type](
+                embed_dim=self.width,
+                low_rank_dimension=config.r,
+                dropout=config.dropout,
+                act_fn=config.act_fn,
+                add_bias=config.add_bias,
+            )
+        at_input = config.component == "block_input"
+        self.specs[adapter_name] = Spec(spec, tied, at_input)
+        # First of all hooks: whoever else looks at a module's output sees it edited, as the modules after it do.
+        if at_input not in self._hooks:
+            block = self._block[0]
+            self._hooks[at_input] = (
+                block.register_forward_pre_hook(_edit_input, with_kwargs=True)
+                if at_input
+                else block.register_forward_hook(_edit_output, prepend=True)
+            )
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's method, but the dtype stays: fp32 masters whatever the block's dtype."""
+        if device is None:
+            device = next((p.device for p in self._block[0].parameters() if p.device.type != "meta"), None)
+        for group in _GROUPS:
+            container = getattr(self, group)
+            if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
+                container[adapter_name].to(device)
+
+    def detach(self) -> None:
+        """Take the hooks and this layer off the module."""
+        for hook in self._hooks.values():
+            hook.remove()
+        del self._block[0]._modules["reft"]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Always a ``ValueError``: a weight acts on every token, an edit on chosen ones."""
+        raise ValueError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        """Always a ``ValueError``, as there is no merging."""
+        raise ValueError(NO_MERGE)
+
+
+# The hooks are plain functions that find the layer through the module, so that copies and replicas use their own.
+
+
+def _edit_output(block: nn.Module, args: Any, output: Any) -> Any:
+    """The forward hook: the module's output with the rows of this forward edited; None where nothing is to do."""
+    layer: Any = block._modules["reft"]
+    plan = layer._shared.local.plan
+    if plan is None or plan.idle or layer._disable_adapters:
+        return None
+    given = output if isinstance(output, Tensor) else _first(output)
+    hidden = _edited(layer, plan, given, False)
+    if hidden is given:
+        return None
+    return hidden if isinstance(output, Tensor) else _with_first(output, hidden)
+
+
+def _edit_input(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward pre-hook: the module's arguments with the hidden state, their first tensor, edited in a copy."""
+    layer: Any = block._modules["reft"]
+    plan = layer._shared.local.plan
+    if plan is None or plan.idle or layer._disable_adapters:
+        return None
+    if args:
+        return (_edited(layer, plan, args[0], True), *args[1:]), kwargs
+    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point())
+    return args, kwargs | {name: _edited(layer, plan, kwargs[name], True)}
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden state of an output that holds more: its first entry."""
+    if isinstance(output, dict):
+        return next(iter(output.values()))
+    return getattr(output, dataclasses.fields(output)[0].name) if dataclasses.is_dataclass(output) else output[0]
+
+
+def _with_first(output: Any, hidden: Tensor) -> Any:
+    """The output with another first entry."""
+    if isinstance(output, dict):
+        output[next(iter(output))] = hidden
+        return output
+    if dataclasses.is_dataclass(output):
+        return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: hidden})  # type: ignore[type-var]
+    entries = (hidden, *output[1:])
+    return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
+
+
+def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
+    """The hidden state as the active adapters leave it; ``hidden`` itself where it was edited in place, or not at all."""
+    if not layer.checked:
+        _check(layer, hidden)
+    active = layer._active_adapter
+    inplace = layer.fresh and not at_input
+    for name in (active,) if isinstance(active, str) else active:
+        spec = layer.specs.get(name)
+        if spec is not None and spec.at_input is at_input:
+            for group, rows in zip(_GROUPS, _rows(layer, plan, spec, hidden), strict=False):
+                hidden = _edit(layer._modules[group]._modules[name], hidden, rows, inplace)
+    return hidden
+
+
+def _check(layer: Any, hidden: Any) -> None:
+    """``ValueError`` where what a module takes or gives is no hidden state."""
+    shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+    if not isinstance(hidden, Tensor) or hidden.ndim < 3 or hidden.shape[-1] != layer.width:
+        raise ValueError(
+            f"{layer.name} cannot be edited: its hidden state is {shape}; it must be a tensor (batch, tokens, "
+            f"{layer.width}), {layer.width} being the model's hidden size"
+        )
+    layer.checked = True
+
+
+def _rows(layer: Any, plan: Plan, spec: Spec, hidden: Tensor) -> Iterator[Tensor | None] | Any:
+    """The rows of each intervention in the memory of ``hidden``; None for every row."""
+    if layer.layout is None:
+        return plan.rows(spec.positions, spec.tied, hidden)
+    places = layouts.places(layer.layout, hidden, plan.length)
+    return [layouts.take(places, rows) for rows in plan.rows(spec.positions, spec.tied, places)]
+
+
+def _edit(intervention: Intervention, hidden: Tensor, rows: Tensor | None, inplace: bool) -> Tensor:
+    """The edited hidden state, shape of ``hidden``: in place where autograd and the compiler allow, else a new tensor."""
+    # forward() and not a call: an edit costs microseconds, and so does a module's call. A plan lists no row twice.
+    if rows is None:
+        return intervention.forward(hidden)
+    if not inplace or torch.compiler.is_compiling():
+        return intervention.forward(hidden, rows=rows, inplace=False, unique=True)
+    if _refuses_edits(hidden):
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    return intervention.forward(hidden, rows=rows, unique=True)
+
+
+def _refuses_edits(hidden: Tensor) -> bool:
+    """Is an in-place edit impossible: scattered memory, or a leaf or one of several views, which autograd refuses?"""
+    if not hidden.is_contiguous():
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    base = hidden
+    if hidden._is_view():
+        if torch._C._autograd._get_creation_meta(hidden) != torch._C._autograd.CreationMeta.DEFAULT:
+            return True
+        base = hidden._base  # type: ignore[assignment]
+    return base.is_leaf and base.requires_grad
