@@ -10,14 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..blocks import find_blocks
+from ..blocks import COMPONENTS, component_of, find_blocks
 from .format import CheckpointError
 
-# What a block's parts are called; the first that a block has is the one.
-_PARTS = {
-    "mlp": ("mlp", "feed_forward", "ffn"),
-    "attention": ("self_attn", "attn", "attention", "self_attention"),
-}
 _SIDES = ("output", "input")
 # The model classes for which pyvene knows "block_output"; for others it needs a path. By the start of their names.
 _KNOWN = re.compile(r"(GPT2|GPTNeoX|GPTNeo|Llama|Mistral|Gemma2|Gemma|Olmo|Qwen2)(Model|For|LMHead)")
@@ -33,7 +28,7 @@ class Place:
 
 def block_names(model: nn.Module) -> list[str]:
     """The names of a model's blocks, in order."""
-    return [name for name, _ in find_blocks(model)]
+    return find_blocks(model).names
 
 
 def locate(model: nn.Module, layer: int | None, component: str) -> Place:
@@ -48,7 +43,7 @@ def locate(model: nn.Module, layer: int | None, component: str) -> Place:
             )
         return Place(name, side)
     part, _, side = component.rpartition("_")
-    if side not in _SIDES or part not in ("block", *_PARTS):
+    if side not in _SIDES or f"{part}_output" not in ("block_output", *COMPONENTS):
         raise CheckpointError(
             f"component is {component!r}; it must be block, mlp or attention with _output or _input, "
             "or a module's path with .output or .input, such as 'model.layers[3].self_attn.o_proj.output'"
@@ -58,13 +53,10 @@ def locate(model: nn.Module, layer: int | None, component: str) -> Place:
         raise CheckpointError(f"layer is {layer!r}; {type(model).__name__} has layers 0 to {len(names) - 1}")
     name = names[layer]
     if part != "block":
-        inner = next((inner for inner in _PARTS[part] if _has(model, f"{name}.{inner}")), None)
-        if inner is None:
-            raise CheckpointError(
-                f"component is {component!r}; {name} of {type(model).__name__} has none of {', '.join(_PARTS[part])}: "
-                "give the module's path instead"
-            )
-        name = f"{name}.{inner}"
+        try:
+            name, _ = component_of(name, model.get_submodule(name), f"{part}_output")
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
     return Place(name, side)
 
 

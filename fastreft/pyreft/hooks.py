@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import Intervention
+from ..layer import _edit, _first, _with_first
 from ..plan import Checkpoint
-from ..tuner import _edit
 from .components import Place, block_names
 from .locations import Locations
 
@@ -79,10 +79,7 @@ class _Edits:
             return None
         for i, intervention in self.edits:
             rows = where.rows(i, (hidden.shape[0], hidden.shape[1]), hidden.device)
-            if self.fresh or rows is None:
-                hidden = _edit(intervention, hidden, rows)
-            else:
-                hidden = intervention.forward(hidden, rows=rows, inplace=False, unique=True)
+            hidden = _edit(intervention, hidden, rows, self.fresh)
         return hidden
 
 
@@ -103,11 +100,5 @@ class _After(_Edits):
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             return self.edited(output)
-        name = next(iter(output)) if isinstance(output, dict) else 0
-        edited = self.edited(output[name])
-        if edited is None:
-            return None
-        if isinstance(output, dict):
-            output[name] = edited
-            return output
-        return type(output)((edited, *output[1:]))
+        edited = self.edited(_first(output))
+        return None if edited is None else _with_first(output, edited)
