@@ -145,13 +145,31 @@ def test_layouts_that_one_adapter_cannot_hold_load_as_a_reft_model(tmp_path):
         ours, theirs = format.read_tensors(file), format.read_tensors(tmp_path / "again" / file.name)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for sub, places, message in (
-        ("input", [(1, "block_input")], "an adapter edits outputs: use fastreft.pyreft.ReftModel.load"),
+        (
+            "input",
+            [(1, "mlp_input")],
+            "an adapter edits outputs, and blocks' inputs: use fastreft.pyreft.ReftModel.load",
+        ),
+        ("both", [(0, "block_input"), (1, "block_output")], "some interventions edit outputs and some inputs"),
         ("odd", [(0, "block_output"), (1, "block_output"), (1, "block_output")], "some places have one intervention"),
     ):
         (tmp_path / sub).mkdir()
         write(tmp_path / sub, places=places)
         with pytest.raises(ValueError, match=message):
             pyreft.load(tmp_path / sub, make("llama"))
+
+
+def test_block_inputs_become_the_component(tmp_path):
+    write(tmp_path / "theirs", places=[(0, "block_input"), (2, "block_input")])
+    model = pyreft.load(tmp_path / "theirs", make("llama"))
+    config = model.peft_config["default"]
+    assert (config.component, config.layers_to_transform) == ("block_input", [0, 2])
+    pyreft.save(model, tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_text() == (tmp_path / "theirs" / "config.json").read_text()
+    theirs, inputs = pyreft.ReftModel.load(tmp_path / "theirs", make("llama")), batch("left")
+    with torch.no_grad():
+        wanted = theirs(inputs, unit_locations={"base": 8})[1].logits
+    torch.testing.assert_close(logits(model, inputs), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_one_more_adapter_on_a_peft_model(tmp_path):

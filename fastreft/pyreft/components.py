@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..blocks import component_of, find_blocks
+from ..blocks import COMPONENTS, component_of, find_blocks
 from .format import CheckpointError
 
-_PARTS = ("block", "mlp", "attention")
 _SIDES = ("output", "input")
 # The model classes for which pyvene knows "block_output"; for others it needs a path. By the start of their names.
 _KNOWN = re.compile(r"(GPT2|GPTNeoX|GPTNeo|Llama|Mistral|Gemma2|Gemma|Olmo|Qwen2)(Model|For|LMHead)")
@@ -44,7 +43,7 @@ def locate(model: nn.Module, layer: int | None, component: str) -> Place:
             )
         return Place(name, side)
     part, _, side = component.rpartition("_")
-    if side not in _SIDES or part not in _PARTS:
+    if side not in _SIDES or f"{part}_output" not in ("block_output", *COMPONENTS):
         raise CheckpointError(
             f"component is {component!r}; it must be block, mlp or attention with _output or _input, "
             "or a module's path with .output or .input, such as 'model.layers[3].self_attn.o_proj.output'"
@@ -57,7 +56,7 @@ def locate(model: nn.Module, layer: int | None, component: str) -> Place:
         try:
             name, _ = component_of(name, model.get_submodule(name), f"{part}_output")
         except ValueError as error:
-            raise CheckpointError(str(error)) from None
+            raise CheckpointError(str(error)) from error
     return Place(name, side)
 
 

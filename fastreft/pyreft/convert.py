@@ -52,7 +52,7 @@ def load(
         dtype=dtype,
         orthonormalise=orthonormalise,
     )
-    groups = _group(base, entries)
+    groups, side = _group(base, entries)
     tied = len(groups) == 1
     first = entries[0].intervention
     kinds = {(format.kind_of(entry.intervention), entry.intervention.r) for entry in entries}
@@ -77,6 +77,7 @@ def load(
         dropout=dropout,
         act_fn=act_fn,
         add_bias="c" in first._parameters,
+        component=f"block_{side}",
         pyreft_compat=True,
     )
     if not tied and "+" not in config.positions:
@@ -109,17 +110,19 @@ def _check_widths(model: nn.Module, widths: set[int]) -> None:
         )
 
 
-def _group(model: nn.Module, entries: list[Entry]) -> list[dict[str, Any]]:
-    """Module name -> intervention, for the only or first one of a place, and for the second one."""
+def _group(model: nn.Module, entries: list[Entry]) -> tuple[list[dict[str, Any]], str]:
+    """(module name -> intervention, for the only or first one of a place, and for the second one; the side of all)."""
     groups: list[dict[str, Any]] = [{}, {}]
+    names, sides = set(components.block_names(model)), set[str]()
     for entry in entries:
         component = components.unflatten(model, entry.component) if entry.flat else entry.component
         place = components.locate(model, entry.layer, component)
-        if place.side != "output":
+        if place.side == "input" and place.name not in names:
             raise CheckpointError(
-                f"component is {component!r}; an adapter edits outputs: use fastreft.pyreft.ReftModel.load, "
-                "which edits inputs, too"
+                f"component is {component!r}; an adapter edits outputs, and blocks' inputs: use "
+                "fastreft.pyreft.ReftModel.load, which edits any input"
             )
+        sides.add(place.side)
         group = next((group for group in groups if place.name not in group), None)
         if group is None:
             raise CheckpointError(
@@ -132,7 +135,11 @@ def _group(model: nn.Module, entries: list[Entry]) -> list[dict[str, Any]]:
             f"some places have one intervention and some two, see {odd}; use fastreft.pyreft.ReftModel.load, "
             "which takes any number"
         )
-    return groups if groups[1] else groups[:1]
+    if len(sides) > 1:
+        raise CheckpointError(
+            "some interventions edit outputs and some inputs; use fastreft.pyreft.ReftModel.load, which takes both"
+        )
+    return groups if groups[1] else groups[:1], sides.pop()
 
 
 def save(model: nn.Module, path: str | os.PathLike, *, adapter_name: str | None = None) -> None:
@@ -152,7 +159,7 @@ def save(model: nn.Module, path: str | os.PathLike, *, adapter_name: str | None 
     for containers in ("reft_edit", "reft_suffix"):
         for name, layer in layers:
             if active in getattr(layer, containers):
-                place = components.Place(name, "output")
+                place = components.Place(name, "input" if layer.specs[active].at_input else "output")
                 entries.append(Entry(*components.describe(base, place), getattr(layer, containers)[active]))
     checkpoint.write(path, entries)
 
