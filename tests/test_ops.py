@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from fastreft import _ops, activations, reference
+from fastreft import _gemms, _ops, activations, reference
 from fastreft import functional as F
 
 FAMILY = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft")
@@ -46,10 +46,11 @@ def gradients(run, h, ws, g):
     return [out.detach(), *torch.autograd.grad(out, leaves, g)]
 
 
-def compare(method, h, ws, act=None, rows=None, close=None):
+def compare(method, h, ws, act=None, rows=None, close=None, tensor_cores=False):
     """Ours, plain torch in the same dtype, and fp64: outputs and all gradients by the tolerance rule.
 
     ``close`` replaces the rule where a handful of values makes it a matter of luck and the indexing is what is tested.
+    ``tensor_cores``, and a GPU, take weights in h's dtype: the plain torch to compare with does the same.
     """
     has_act = method not in ("consreft", "lobireft")
     g = torch.randn(h.shape, dtype=torch.float64).to(h.device)
@@ -70,7 +71,8 @@ def compare(method, h, ws, act=None, rows=None, close=None):
         return torch.where(chosen[..., None], dense, h)
 
     got = gradients(ours, h, ws, g.to(h.dtype))
-    same = gradients(plain, h, ws, g.to(h.dtype))
+    same_ws = [w.to(h.dtype) for w in ws] if tensor_cores or h.is_cuda else ws
+    same = gradients(plain, h, same_ws, g.to(h.dtype))
     exact = gradients(plain, h.double(), [w.double() for w in ws], g.to(h.dtype).double())
     if close is not None:
         torch.testing.assert_close(
@@ -137,6 +139,20 @@ def test_large_r_and_many_parts(device):
     torch.manual_seed(2)
     compare("loreft", torch.randn(300, 200, device=device), weights("loreft", 200, 128, torch.float32, device))
     compare("loreft", torch.randn(2000, 24, device=device), weights("loreft", 24, 2, torch.float32, device), "gelu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "wide"), DTYPES)
+@pytest.mark.parametrize("method", FAMILY)
+def test_edit_by_matrix_products(device, dtype, wide, method, monkeypatch):
+    """What a GPU does at a large rank, on any device, through the public functions."""
+    torch.manual_seed(10)
+    monkeypatch.setattr(
+        F._ops, "edit", lambda h, *w: _gemms.edit(h, *w[:-1], activations.torch_fn("silu") if w[-1] else None)
+    )
+    h = torch.randn(5, 40, 96, device=device).to(dtype)
+    for act in (None,) if method in ("consreft", "lobireft") else (None, "silu"):
+        compare(method, h, weights(method, 96, 70, wide, device, bias=True), act, tensor_cores=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
