@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from . import _ops, activations, reference
+from . import _gemms, _ops, activations, reference
 
 ActFn = str | Callable[[Tensor], Tensor] | None
 
@@ -46,6 +46,9 @@ def edit(
     if number is None or not _ops.runs_natively(h):
         _ops.check(h, U, V, P, b, c)
         return reference.edit(h, U, V, P, b, c, fn)
+    if h.is_cuda and U.shape[0] > _gemms.MOST_FUSED:
+        _ops.check(h, U, V, P, b, c)
+        return _gemms.edit(h, U, V, P, b, c, fn)
     return _ops.edit(h, U, V, P, b, c, number)
 
 
