@@ -48,7 +48,7 @@ class ReftConfig(PeftConfig):
         default="f5+l5",
         metadata={
             "help": "The tokens to edit: 'fN' the first N of the prompt, 'lM' the last M, 'fN+lM' both, "
-            "'prompt' all of it, 'all' every token, decoded ones too."
+            "'prompt' all of it, 'all' every token, decoded ones too, 'decode' only those."
         },
     )
     tied: bool = field(

@@ -188,11 +188,8 @@ def edit(intervention: Intervention, hidden: Tensor, rows: Tensor | None, inplac
     # forward() and not a call: an edit costs microseconds, and so does a module's call. A plan lists no row twice.
     if rows is None:
         return intervention.forward(hidden)
-    if not inplace or torch.compiler.is_compiling():
-        return intervention.forward(hidden, rows=rows, inplace=False, unique=True)
-    if _refuses_edits(hidden):
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
-    return intervention.forward(hidden, rows=rows, unique=True)
+    inplace = inplace and not torch.compiler.is_compiling() and not _refuses_edits(hidden)
+    return intervention.forward(hidden, rows=rows, inplace=inplace, unique=True)
 
 
 def _refuses_edits(hidden: Tensor) -> bool:
