@@ -48,7 +48,7 @@ class Plan:
         self.owner, self.tokens, self.explicit, self.idle = owner, tokens, explicit, idle
         self._found: dict[Any, list[Tensor | None]] = {}
 
-    def rows(self, spec: Positions, tied: bool | str, hidden: Tensor) -> list[Tensor | None]:
+    def rows(self, spec: Positions, tied: bool, hidden: Tensor) -> list[Tensor | None]:
         """The rows of each intervention, int64 on the device of ``hidden`` (B, S, d); None for every row."""
         key = (spec, tied, hidden.get_device())
         found = self._found.get(key)
@@ -56,7 +56,7 @@ class Plan:
             found = self._found[key] = self._compute(spec, tied, hidden)
         return found
 
-    def _compute(self, spec: Positions, tied: bool | str, hidden: Tensor) -> list[Tensor | None]:
+    def _compute(self, spec: Positions, tied: bool, hidden: Tensor) -> list[Tensor | None]:
         if self.tokens is None:
             return [None] if spec.everywhere or spec.written else []
         tokens = self.tokens(hidden.shape[0], hidden.shape[1], hidden.device)
@@ -65,7 +65,7 @@ class Plan:
         found = positions.rows(spec, tokens, tied, hidden.device)
         return [index if index is None else index.reshape(-1) for index in found]
 
-    def _explicit(self, given: Tensor, tokens: Tokens, groups: int, tied: bool | str) -> list[Tensor | None]:
+    def _explicit(self, given: Tensor, tokens: Tokens, groups: int, tied: bool) -> list[Tensor | None]:
         if groups > 1 and (given.ndim != 3 or given.shape[0] != groups):
             raise ValueError(
                 f"reft_positions has shape {tuple(given.shape)}; with tied={tied!r} it must be ({groups}, batch, n), "

@@ -34,13 +34,11 @@ class Positions:
 
     @property
     def places(self) -> int:
-        """How many tokens of a prompt can be chosen, each with an intervention of its own; 0 = no fixed number."""
+        """How many tokens of a prompt can be chosen; 0 = no fixed number."""
         return self.first + self.last
 
-    def groups(self, tied: bool | str) -> int:
-        """How many interventions a layer has: 1 if ``tied``, one a side of fN+lM if not, one a place if "never"."""
-        if tied == "never" and self.places:
-            return self.places
+    def groups(self, tied: bool) -> int:
+        """How many interventions a layer has: 1 if ``tied``, one a side of fN+lM if not."""
         return 2 if not tied and self.first and self.last else 1
 
 
@@ -138,7 +136,7 @@ def _total(count: Tensor, starts: Tensor | None) -> Tensor:
 
 
 def rows(
-    positions: Positions, tokens: Tokens, tied: bool | str = True, device: torch.device | str = "cpu"
+    positions: Positions, tokens: Tokens, tied: bool = True, device: torch.device | str = "cpu"
 ) -> list[Tensor | None]:
     """The rows to edit of the flattened hidden state (B, S, d), for each of the ``positions.groups(tied)`` interventions.
 
@@ -157,9 +155,7 @@ def rows(
     place = _place(positions, tokens, device)
     size = positions.places
     bounds = [(0, size)]
-    if positions.groups(tied) == size > 1:
-        bounds = [(i, i + 1) for i in range(size)]
-    elif positions.groups(tied) == 2:
+    if positions.groups(tied) == 2:
         bounds = [(0, positions.first), (positions.first, size)]
     if tokens.starts is None:
         index = _scatter(place, place < size, size)

@@ -51,8 +51,7 @@ def edited(text: str, tied, compat: bool, shown: list[int], labels: list[int] | 
     group = {}
     for s, place in zip(prompt, places_of(text, len(prompt), compat), strict=True):
         if place is not None:
-            two = tied is False and first is not None
-            group[s] = place if tied == "never" and text != "prompt" else int(two and place >= first)
+            group[s] = int(not tied and first is not None and place >= first)
     return group
 
 
@@ -78,7 +77,7 @@ def row_groups(found, batch: int, length: int) -> dict[int, int]:
     return out
 
 
-CASES = (st.sampled_from(KINDS), st.sampled_from([True, False, "never"]), st.booleans())
+CASES = (st.sampled_from(KINDS), st.booleans(), st.booleans())
 
 
 @settings(max_examples=200, deadline=None)
