@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, addmm
 
 MOST_FUSED = 64  # the largest rank of the tensor-core kernels, kMaxFusedRank in csrc/policy.h
+
+
+def takes(h: Tensor, U: Tensor) -> bool:
+    """Is an edit of h with U (r, d) done by these functions?"""
+    return h.is_cuda and U.dim() == 2 and U.shape[0] > MOST_FUSED
 
 
 def edit(
@@ -32,3 +38,39 @@ def edit(
     if c is not None:
         z = z - c.to(h.dtype)
     return addmm(x, z, U.to(h.dtype)).view(h.shape)
+
+
+def edit_rows_(
+    h: Tensor,
+    rows: Tensor,
+    U: Tensor,
+    V: Tensor | None,
+    P: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    act: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """:func:`edit` on the listed rows of h.reshape(-1, d), in place; rows (n,) int64, none listed twice.
+
+    -1 and rows past the end are skipped. Nothing here waits for the GPU: an entry that is skipped stands in for the first
+    that is not and writes the very same row again, or, where all are, writes a row as it was.
+    """
+    if h.numel() == 0:
+        return h
+    if rows.numel() == 0:  # the weights still get their zeros
+        rows = rows.new_full((1,), -1)
+    if not h.is_contiguous():
+        return h.copy_(edit_rows_(h.contiguous(), rows, U, V, P, b, c, act))
+    flat = h.view(-1, h.shape[-1])
+    live = (rows >= 0) & (rows < flat.shape[0])
+    place = torch.arange(len(rows), device=rows.device)
+    first = live.int().argmax()  # 0 where none is live
+    stands_for = torch.where(live, place, first)
+    at = rows[stands_for].clamp(0, flat.shape[0] - 1)
+    old = flat[at]
+    some = live.any()
+    new = torch.where(some, edit(torch.where(some, old, 0), U, V, P, b, c, act), old)
+    # Only an entry that writes for itself hands on a gradient.
+    own = (stands_for == place)[:, None]
+    flat.index_copy_(0, at, torch.where(own, new, new.detach()[stands_for]))
+    return h

@@ -137,11 +137,14 @@ def _index(rows: Tensor) -> Tensor:
     return rows.reshape(-1).to(torch.int64).contiguous()
 
 
-def _listed(rows: Tensor, unique: bool) -> Tensor:
+def listed(rows: Tensor, unique: bool) -> Tensor:
     """The rows as the ops take them. A GPU's threads cannot see that a row is listed twice, so there all but one go."""
     rows = _index(rows)
-    if unique or not rows.is_cuda:
-        return rows
+    return rows if unique or not rows.is_cuda else each_once(rows)
+
+
+def each_once(rows: Tensor) -> Tensor:
+    """rows (n,) in ascending order, -1 for those that come again."""
     rows = rows.sort().values
     again = torch.zeros_like(rows, dtype=torch.bool)
     again[1:] = rows[1:] == rows[:-1]
@@ -171,7 +174,7 @@ def edit(h, U, V, P, b, c, act: int) -> Tensor:
 
 def edit_rows(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
     save, tied = _wants_grad(h, U, V, P, b, c), P is U
-    rows = _listed(rows, unique)
+    rows = listed(rows, unique)
     try:
         return torch.ops.fastreft.edit_rows.default(h, rows, U, V, None if tied else P, b, c, act, tied, save)[0]
     except RuntimeError as error:
@@ -181,7 +184,7 @@ def edit_rows(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
 def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
     tied = P is U
     own_P = None if tied else P
-    rows = _listed(rows, unique)
+    rows = listed(rows, unique)
     try:
         if _wants_grad(h, U, V, P, b, c):
             apply = _EditRows.apply if torch._C._are_functorch_transforms_active() else _apply_edit_rows

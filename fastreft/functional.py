@@ -46,7 +46,7 @@ def edit(
     if number is None or not _ops.runs_natively(h):
         _ops.check(h, U, V, P, b, c)
         return reference.edit(h, U, V, P, b, c, fn)
-    if h.is_cuda and U.shape[0] > _gemms.MOST_FUSED:
+    if _gemms.takes(h, U):
         _ops.check(h, U, V, P, b, c)
         return _gemms.edit(h, U, V, P, b, c, fn)
     return _ops.edit(h, U, V, P, b, c, number)
@@ -77,6 +77,9 @@ def edit_rows_(
         rows = reference.chosen_rows(rows, flat.shape[0])
         flat.index_copy_(0, rows, reference.edit(flat[rows], U, V, P, b, c, fn))
         return h
+    if _gemms.takes(h, U):
+        _ops.check(h, U, V, P, b, c, rows)
+        return _gemms.edit_rows_(h, _ops.listed(rows, unique), U, V, P, b, c, fn)
     return _ops.edit_rows_(h, rows, U, V, P, b, c, number, unique)
 
 
@@ -97,6 +100,8 @@ def edit_rows(
     if number is None or not _ops.runs_natively(h):
         _ops.check(h, U, V, P, b, c, rows)
         return reference.edit_rows(h, rows, U, V, P, b, c, fn)
+    if _gemms.takes(h, U):
+        return edit_rows_(h.clone(), rows, U, V, P, b, c, act_fn=act_fn, unique=unique)
     return _ops.edit_rows(h, rows, U, V, P, b, c, number, unique)
 
 

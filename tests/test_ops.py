@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from fastreft import _gemms, _ops, activations, reference
+from fastreft import _ops, activations, reference
 from fastreft import functional as F
 
 FAMILY = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft")
@@ -152,20 +152,6 @@ def test_large_r_and_many_parts(device):
     torch.manual_seed(2)
     compare("loreft", torch.randn(300, 200, device=device), weights("loreft", 200, 128, torch.float32, device))
     compare("loreft", torch.randn(2000, 24, device=device), weights("loreft", 24, 2, torch.float32, device), "gelu")
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "wide"), DTYPES)
-@pytest.mark.parametrize("method", FAMILY)
-def test_edit_by_matrix_products(device, dtype, wide, method, monkeypatch):
-    """What a GPU does at a large rank, on any device, through the public functions."""
-    torch.manual_seed(10)
-    monkeypatch.setattr(
-        F._ops, "edit", lambda h, *w: _gemms.edit(h, *w[:-1], activations.torch_fn("silu") if w[-1] else None)
-    )
-    h = torch.randn(5, 40, 96, device=device).to(dtype)
-    for act in (None,) if method in ("consreft", "lobireft") else (None, "silu"):
-        compare(method, h, weights(method, 96, 70, wide, device, bias=True), act)
 
 
 @pytest.mark.parametrize("device", DEVICES)
