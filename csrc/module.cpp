@@ -1,4 +1,4 @@
-// pybind11: what is not a tensor op. The ops of ops.cpp register themselves when this module is loaded.
+// pybind11: what is not a tensor op. The ops (ops*.cpp) register themselves when this module is loaded.
 #include <pybind11/pybind11.h>
 
 #include <string>

@@ -1,26 +1,13 @@
-// The only file that sees torch (with tensors.h): checks arguments, allocates results, fills the structs of edit.h and
-// calls the kernels. Built against the stable ABI of torch 2.10, so that one build serves every later torch.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-
-#include <string>
+// The edit's ops: checks arguments, allocates results, fills the structs of edit.h and calls the kernels. With
+// ops_optim.cpp the only files that see torch, through the stable ABI of torch 2.10, so that one build serves every
+// later torch.
 #include <tuple>
 #include <utility>
-#include <vector>
 
-#include "cpu.h"
-#include "tensors.h"
-#ifdef FASTREFT_WITH_CUDA
-#include "kernels.h"
-#endif
+#include "on_device.h"
 
 namespace fastreft {
 namespace {
-
-void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context) {
-  if (begin < end)
-    torch::stable::parallel_for(begin, end, grain, [=](int64_t from, int64_t to) { f(from, to, context); });
-}
 
 struct Shape {
   int64_t r, d;
@@ -70,11 +57,6 @@ Weights weights(Tensor& U, MaybeTensor& V, MaybeTensor& P, MaybeTensor& b, Maybe
   return w;
 }
 
-// fp64 keeps fp64, everything else fp32.
-int32_t kept_type(const Tensor& h) {
-  return h.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
-
 const int64_t* index_of(const Tensor& rows, const Tensor& h) {
   STD_TORCH_CHECK(
       rows.scalar_type() == ScalarType::Long && rows.dim() == 1 && rows.is_contiguous() && rows.is_cpu() == h.is_cpu(),
@@ -83,22 +65,6 @@ const int64_t* index_of(const Tensor& rows, const Tensor& h) {
 }
 
 // ---- to the kernels of the tensors' device -------------------------------------------------------------------------
-
-#ifdef FASTREFT_WITH_CUDA
-struct OnDevice {
-  torch::stable::accelerator::DeviceGuard guard;
-  void* stream = nullptr;
-
-  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
-    STABLE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  }
-  static void check(int error) { STD_TORCH_CHECK(error == 0, "a CUDA kernel failed with cudaError ", error); }
-  static Tensor scratch(const Tensor& like, int64_t bytes) {
-    STD_TORCH_CHECK(bytes >= 0, "the CUDA device cannot be asked for its properties");
-    return empty_as(like, {std::max<int64_t>(bytes, 16)}, aoti_torch_dtype_uint8());
-  }
-};
-#endif
 
 void run(EditArgs& args, const Tensor& on) {
   if (on.is_cpu()) return edit_forward_cpu(args, &parallel_for);
@@ -117,43 +83,6 @@ void run(EditGradArgs& args, const Tensor& on) {
   const Tensor scratch = OnDevice::scratch(on, edit_backward_scratch_bytes(args));
   args.scratch = scratch.data_ptr();
   OnDevice::check(edit_backward_cuda(args));
-#endif
-}
-
-// For a list of matrices, the kernels' scratch is returned: on a GPU it begins with an int32 a matrix that says what
-// became of it (Found in kernels.h), which cannot be told here without a sync. A CPU's is empty, and a failure is
-// raised.
-Tensor no_status(const Tensor& on) { return empty_as(on, {0}, aoti_torch_dtype_uint8()); }
-
-Tensor run(const std::vector<Matrix>& all, const Tensor& on) {
-  if (on.is_cpu()) {
-    const int64_t bad = retract_cpu(all.data(), all.size(), &parallel_for);
-    STD_TORCH_CHECK(bad < 0, "matrices[", bad, "] holds a value that is not finite");
-    return no_status(on);
-  }
-#ifdef FASTREFT_WITH_CUDA
-  const OnDevice device(on);
-  Tensor scratch = OnDevice::scratch(on, retract_scratch_bytes(all.data(), all.size()));
-  OnDevice::check(retract_cuda(all.data(), all.size(), scratch.data_ptr(), device.stream));
-  return scratch;
-#else
-  return no_status(on);
-#endif
-}
-
-Tensor run(const std::vector<StepItem>& items, const StepArgs& step, const Tensor& on) {
-  if (on.is_cpu()) {
-    const int64_t bad = step_cpu(items.data(), items.size(), step, &parallel_for);
-    STD_TORCH_CHECK(bad < 0, "params[", bad, "] has a gradient, or would get a value, that is not finite");
-    return no_status(on);
-  }
-#ifdef FASTREFT_WITH_CUDA
-  const OnDevice device(on);
-  Tensor scratch = OnDevice::scratch(on, adamw_step_scratch_bytes(items.data(), items.size()));
-  OnDevice::check(adamw_step_cuda(items.data(), items.size(), step, scratch.data_ptr(), device.stream));
-  return scratch;
-#else
-  return no_status(on);
 #endif
 }
 
@@ -309,61 +238,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edit_rows_backward(Te
   return {dh, dU, dV, dP, db, dc};
 }
 
-Matrix matrix(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-  const int64_t rows = t.dim() == 2 ? t.size(0) : 1;
-  return {t.data_ptr(), rows, rows ? t.numel() / rows : 0, dtype_of(t, name)};
-}
-
-void check_one_device(const std::vector<Tensor>& tensors, const Tensor& first, const char* name) {
-  for (const Tensor& t : tensors)
-    STD_TORCH_CHECK(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), name,
-                    " must be on one device");
-}
-
-// Each matrix gets orthonormal rows. On a CPU it fails, with nothing changed, on a value that is not finite; on a GPU
-// such a matrix is left alone.
-Tensor retract_(std::vector<Tensor> matrices) {
-  STD_TORCH_CHECK(!matrices.empty(), "matrices must not be empty");
-  check_one_device(matrices, matrices[0], "matrices");
-  std::vector<Matrix> all;
-  for (const Tensor& t : matrices) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) <= t.size(1), "matrices must be (r, d) with r <= d");
-    all.push_back(matrix(t, "matrices"));
-  }
-  return run(all, matrices[0]);
-}
-
-// One AdamW step of every parameter; with `orthonormal` each is an R: projected gradient, no decay, retraction.
-Tensor step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> m, std::vector<Tensor> v,
-             bool orthonormal, double lr, double beta1, double beta2, double eps, double weight_decay,
-             double correction1, double correction2) {
-  STD_TORCH_CHECK(
-      !params.empty() && params.size() == grads.size() && params.size() == m.size() && params.size() == v.size(),
-      "params, grads, m and v must be lists of one length, 1 or more");
-  for (const auto* list : {&params, &grads, &m, &v}) check_one_device(*list, params[0], "params, grads, m and v");
-  std::vector<StepItem> items;
-  for (size_t i = 0; i < params.size(); ++i) {
-    STD_TORCH_CHECK(raw_dtype(grads[i]) == raw_dtype(params[i]) && grads[i].numel() == params[i].numel() &&
-                        grads[i].is_contiguous(),
-                    "grads[", i, "] must be contiguous, of its parameter's shape and dtype");
-    for (const Tensor* state : {&m[i], &v[i]})
-      STD_TORCH_CHECK(
-          raw_dtype(*state) == kept_type(params[i]) && state->numel() == params[i].numel() && state->is_contiguous(),
-          "m and v must be contiguous, of the parameter's shape, fp32 (fp64 for fp64)");
-    StepItem item;
-    item.param = matrix(params[i], "params");
-    STD_TORCH_CHECK(!orthonormal || (params[i].dim() == 2 && item.param.r <= item.param.d),
-                    "an orthonormal parameter must be (r, d) with r <= d");
-    item.g = grads[i].data_ptr();
-    item.m = m[i].data_ptr();
-    item.v = v[i].data_ptr();
-    item.orthonormal = orthonormal;
-    items.push_back(item);
-  }
-  return run(items, {lr, beta1, beta2, eps, weight_decay, correction1, correction2}, params[0]);
-}
-
 }  // namespace
 }  // namespace fastreft
 
@@ -383,10 +257,6 @@ STABLE_TORCH_LIBRARY(fastreft, m) {
         ", bool need_dh) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("edit_rows_backward(Tensor g, Tensor rows, Tensor saved, Tensor z, " FASTREFT_WEIGHTS
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("retract_(Tensor(a!)[] matrices) -> Tensor");
-  m.def(
-      "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] v, bool orthonormal, float lr, float "
-      "beta1, float beta2, float eps, float weight_decay, float correction1, float correction2) -> Tensor");
 }
 
 // One set of functions for every device: what differs is behind run().
@@ -399,8 +269,6 @@ static void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("edit_backward", TORCH_BOX(&fastreft::edit_backward));
   m.impl("edit_rows_backward_", TORCH_BOX(&fastreft::edit_rows_backward_));
   m.impl("edit_rows_backward", TORCH_BOX(&fastreft::edit_rows_backward));
-  m.impl("retract_", TORCH_BOX(&fastreft::retract_));
-  m.impl("step_", TORCH_BOX(&fastreft::step_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastreft, CPU, m) { implement(m); }

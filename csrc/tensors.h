@@ -1,4 +1,4 @@
-// What torch gives, as edit.h wants it: dtypes, row addresses, contiguous weights, allocation. Seen by ops.cpp alone.
+// What torch gives, as edit.h wants it: dtypes, row addresses, contiguous weights, allocation. Seen by the ops alone.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
@@ -26,7 +26,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-DType dtype_of(const Tensor& t, const char* name) {
+inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::Double: return DType::f64;
@@ -97,6 +97,11 @@ inline int32_t raw_dtype(const Tensor& t) {
   int32_t dtype = 0;
   STABLE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
+}
+
+// fp64 keeps fp64, everything else fp32.
+inline int32_t kept_type(const Tensor& h) {
+  return h.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
 // From about this size on a result is often fresh memory: mapped anew, or on a heap that shrank when the last one was

@@ -1,6 +1,6 @@
 """The native ops: loading, argument checks, fake kernels and autograd. :mod:`fastreft.functional` is the public face.
 
-The ops and their schemas are registered by the extension (``csrc/ops.cpp``). FASTREFT_BACKEND chooses at run time:
+The ops and their schemas are registered by the extension (``csrc/ops*.cpp``). FASTREFT_BACKEND chooses at run time:
 ``native`` (the default where the extension is there) or ``reference`` (plain torch everywhere).
 """
 

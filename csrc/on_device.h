@@ -1,0 +1,36 @@
+// From an op to the kernels of its tensors' device: torch's thread pool on a CPU; guard, stream, errors and scratch on
+// a GPU.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu.h"
+#include "tensors.h"
+#ifdef FASTREFT_WITH_CUDA
+#include "kernels.h"
+#endif
+
+namespace fastreft {
+
+inline void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context) {
+  if (begin < end)
+    torch::stable::parallel_for(begin, end, grain, [=](int64_t from, int64_t to) { f(from, to, context); });
+}
+
+#ifdef FASTREFT_WITH_CUDA
+struct OnDevice {
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+
+  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
+    STABLE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  }
+  static void check(int error) { STD_TORCH_CHECK(error == 0, "a CUDA kernel failed with cudaError ", error); }
+  static Tensor scratch(const Tensor& like, int64_t bytes) {
+    STD_TORCH_CHECK(bytes >= 0, "the CUDA device cannot be asked for its properties");
+    return empty_as(like, {std::max<int64_t>(bytes, 16)}, aoti_torch_dtype_uint8());
+  }
+};
+#endif
+
+}  // namespace fastreft
