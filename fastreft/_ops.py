@@ -195,19 +195,34 @@ def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
         raise _explain(error, h, U, V, P, b, c, rows) from None
 
 
+def by_device(tensors: list[Tensor]) -> list[list[int]]:
+    """The places of the tensors of each device, in the order they are listed."""
+    places: dict[torch.device, list[int]] = {}
+    for i, t in enumerate(tensors):
+        places.setdefault(t.device, []).append(i)
+    return list(places.values())
+
+
 def retract_(matrices: list[Tensor]) -> None:
     """Orthonormal rows for each matrix; ``ValueError``, with nothing changed, for one that is not finite."""
     matrices = [R.detach() for R in matrices]
-    # While a graph is captured nothing can be asked: the kernel leaves a matrix alone that is not finite.
-    if matrices[0].is_cuda and not torch.cuda.is_current_stream_capturing():
-        finite = torch.stack([norm.isfinite() for norm in torch._foreach_norm(matrices, float("inf"))]).tolist()
+    devices = by_device(matrices)
+    for places in devices:
+        # On one CPU the op looks for itself. While a graph is captured nothing can be asked: the kernel leaves a matrix
+        # alone that is not finite.
+        on_cuda = matrices[places[0]].is_cuda
+        if torch.cuda.is_current_stream_capturing() if on_cuda else len(devices) == 1:
+            continue
+        norms = torch._foreach_norm([matrices[i] for i in places], float("inf"))
+        finite = torch.stack([norm.isfinite() for norm in norms]).tolist()
         if not all(finite):
-            raise ValueError(f"matrices[{finite.index(False)}] holds a value that is not finite")
+            raise ValueError(f"matrices[{places[finite.index(False)]}] holds a value that is not finite")
     targets = [R if R.is_contiguous() else R.contiguous() for R in matrices]
-    try:
-        torch.ops.fastreft.retract_.default(targets)
-    except RuntimeError as error:
-        raise ValueError(_sentence(error)) from None
+    for places in devices:
+        try:
+            torch.ops.fastreft.retract_.default([targets[i] for i in places])
+        except RuntimeError as error:
+            raise ValueError(_sentence(error)) from None
     for R, target in zip(matrices, targets, strict=True):
         if R is not target:
             R.copy_(target)

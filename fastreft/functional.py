@@ -168,7 +168,7 @@ def lobireft_rows_(h: Tensor, rows: Tensor, R: Tensor, b: Tensor) -> Tensor:
 
 
 def retract_(matrices: Sequence[Tensor]) -> None:
-    """Give each matrix R (r, d), r <= d, orthonormal rows, in place and in one call: R <- L^-1 R, R R^T = L L^T.
+    """Give each matrix R (r, d), r <= d, orthonormal rows, in place: R <- L^-1 R, R R^T = L L^T. One launch a device.
 
     Grams and factors in fp64. A matrix whose rows are zero or dependent takes the Householder QR with a positive
     diagonal instead: a defined orthonormal completion. A value that is not finite is a ``ValueError`` naming the

@@ -10,8 +10,8 @@ import torch
 from conftest import DEVICES
 
 import fastreft.optim as O
+from fastreft import _ops, reference
 from fastreft import functional as F
-from fastreft import reference
 from fastreft.interventions import DireftIntervention, LoreftIntervention, NoreftIntervention
 
 
@@ -82,6 +82,33 @@ def test_retraction_refuses_what_is_not_finite(device):
         F.retract_([good, bad])
     assert torch.equal(good, before)
     F.retract_([])
+
+
+def test_matrices_of_several_devices_are_grouped():
+    made = [torch.empty(1, 2, device=device) for device in ("cpu", "meta", "meta", "cpu", "meta")]
+    assert _ops.by_device(made) == [[0, 3], [1, 2, 4]]
+
+
+def test_retraction_over_several_devices(monkeypatch):
+    """Where there is a GPU, with a CPU beside it; elsewhere two groups of one CPU stand for two devices."""
+    torch.manual_seed(0)
+    other = DEVICES[-1]
+    if other == "cpu":
+        monkeypatch.setattr(_ops, "by_device", lambda matrices: [[0, 2], [1]])
+    given = [torch.randn(3, 20), torch.randn(2, 9).to(other), torch.randn(4, 30).T.contiguous().T]
+    for bad in (0, 1):
+        broken = [R.clone() for R in given]
+        broken[bad][1, 1] = float("inf")
+        before = [R.clone() for R in broken]
+        with pytest.raises(ValueError, match=rf"^matrices\[{bad}\] holds a value that is not finite$"):
+            F.retract_(broken)
+        assert all(map(torch.equal, broken, before))
+    together, alone = [R.clone() for R in given], [R.clone() for R in given]
+    F.retract_(together)
+    monkeypatch.undo()
+    for R in alone:
+        F.retract_([R])
+    assert all(map(torch.equal, together, alone))
 
 
 @pytest.mark.parametrize("device", DEVICES)
