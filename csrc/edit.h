@@ -15,6 +15,8 @@
 #pragma once
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace fastreft {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
@@ -115,12 +117,35 @@ struct StepItem {
   Matrix param;
   const void* g = nullptr;
   void *m = nullptr, *v = nullptr;
+  const float* age = nullptr;  // t, in the parameter's memory; nullptr: StepArgs has the corrections
   bool orthonormal = false;
 };
 
 struct StepArgs {
   double lr = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
   double correction1 = 1, correction2 = 1;  // 1 - beta^t
+  Weight live_lr;  // fp32 or fp64, in the parameters' memory: what lr is multiplied by; or none
 };
+
+// 1 - beta^t by multiplications alone: the same bits on every device.
+FASTREFT_HOST_DEVICE inline double bias_correction(double beta, int64_t t) {
+  double power = 1;
+  for (; t > 0; t >>= 1, beta *= beta)
+    if (t & 1) power *= beta;
+  return 1 - power;
+}
+
+// The step of one item: what lies in memory, which a captured graph reads anew at each replay, in its place.
+FASTREFT_HOST_DEVICE inline StepArgs step_of(StepArgs step, const StepItem& item) {
+  if (step.live_lr.p != nullptr)
+    step.lr *= step.live_lr.type == DType::f64 ? *static_cast<const double*>(step.live_lr.p)
+                                               : static_cast<double>(*static_cast<const float*>(step.live_lr.p));
+  if (item.age != nullptr) {
+    const int64_t t = static_cast<int64_t>(*item.age);
+    step.correction1 = bias_correction(step.beta1, t);
+    step.correction2 = bias_correction(step.beta2, t);
+  }
+  return step;
+}
 
 }  // namespace fastreft

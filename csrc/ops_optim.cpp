@@ -66,14 +66,27 @@ Tensor retract_(std::vector<Tensor> matrices) {
   return run(all, matrices[0]);
 }
 
-// One AdamW step of every parameter; with `orthonormal` each is an R: projected gradient, no decay, retraction.
+// The learning rate as a number in the parameters' memory.
+Weight live_lr_of(const MaybeTensor& lr, const Tensor& on) {
+  if (!lr) return {};
+  const Weight w{lr->data_ptr(), dtype_of(*lr, "lr")};
+  STD_TORCH_CHECK(lr->numel() == 1 && (w.type == DType::f32 || w.type == DType::f64),
+                  "lr must be one float32 or float64");
+  check_one_device({*lr}, on, "lr and params");
+  return w;
+}
+
+// One AdamW step of every parameter; with `orthonormal` each is an R: projected gradient, no decay, retraction. `ages`
+// is empty, all being of age `age`, or one fp32 a parameter; `live_lr` is what `lr` is multiplied by.
 Tensor step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> m, std::vector<Tensor> v,
-             bool orthonormal, double lr, double beta1, double beta2, double eps, double weight_decay,
-             double correction1, double correction2) {
+             std::vector<Tensor> ages, MaybeTensor live_lr, bool orthonormal, double lr, double beta1, double beta2,
+             double eps, double weight_decay, int64_t age) {
   STD_TORCH_CHECK(
       !params.empty() && params.size() == grads.size() && params.size() == m.size() && params.size() == v.size(),
       "params, grads, m and v must be lists of one length, 1 or more");
-  for (const auto* list : {&params, &grads, &m, &v}) check_one_device(*list, params[0], "params, grads, m and v");
+  STD_TORCH_CHECK(ages.empty() || ages.size() == params.size(), "ages must be empty or as long as params");
+  for (const auto* list : {&params, &grads, &m, &v, &ages})
+    check_one_device(*list, params[0], "params, grads, m, v and ages");
   std::vector<StepItem> items;
   for (size_t i = 0; i < params.size(); ++i) {
     STD_TORCH_CHECK(raw_dtype(grads[i]) == raw_dtype(params[i]) && grads[i].numel() == params[i].numel() &&
@@ -90,10 +103,17 @@ Tensor step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<
     item.g = grads[i].data_ptr();
     item.m = m[i].data_ptr();
     item.v = v[i].data_ptr();
+    if (!ages.empty()) {
+      STD_TORCH_CHECK(ages[i].numel() == 1 && ages[i].scalar_type() == ScalarType::Float, "ages[", i,
+                      "] must be one float32");
+      item.age = static_cast<const float*>(ages[i].data_ptr());
+    }
     item.orthonormal = orthonormal;
     items.push_back(item);
   }
-  return run(items, {lr, beta1, beta2, eps, weight_decay, correction1, correction2}, params[0]);
+  StepArgs step{lr, beta1, beta2, eps, weight_decay, bias_correction(beta1, age), bias_correction(beta2, age)};
+  step.live_lr = live_lr_of(live_lr, params[0]);
+  return run(items, step, params[0]);
 }
 
 }  // namespace
@@ -102,8 +122,8 @@ Tensor step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<
 STABLE_TORCH_LIBRARY_FRAGMENT(fastreft, m) {
   m.def("retract_(Tensor(a!)[] matrices) -> Tensor");
   m.def(
-      "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] v, bool orthonormal, float lr, float "
-      "beta1, float beta2, float eps, float weight_decay, float correction1, float correction2) -> Tensor");
+      "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] v, Tensor[] ages, Tensor? live_lr, "
+      "bool orthonormal, float lr, float beta1, float beta2, float eps, float weight_decay, int age) -> Tensor");
 }
 
 static void implement(torch::stable::detail::StableLibrary& m) {

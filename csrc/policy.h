@@ -3,13 +3,9 @@
 #pragma once
 #include <cstdint>
 
-namespace fastreft {
+#include "host_device.h"
 
-#ifdef __CUDACC__
-#define FASTREFT_HOST_DEVICE __host__ __device__
-#else
-#define FASTREFT_HOST_DEVICE
-#endif
+namespace fastreft {
 
 struct Device {
   int major = 0, minor = 0;

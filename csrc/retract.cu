@@ -16,7 +16,7 @@
 namespace fastreft {
 namespace {
 
-constexpr int kItems = 128;       // a launch's list: 10 KB of kernel parameters, of 32 there are from CUDA 12.1 on
+constexpr int kItems = 128;       // a launch's list: 11 KB of kernel parameters, of 32 there are from CUDA 12.1 on
 constexpr int64_t kPiece = 8192;  // elements of a plain parameter a CTA takes
 constexpr int64_t kAlign = 256;
 constexpr int kShortenings = 8;  // halvings of a step before Gram-Schmidt
@@ -95,7 +95,7 @@ __device__ __forceinline__ void plain_step(const StepArgs& a, const StepItem& it
 
 // The whole treatment of one matrix by its cluster; returns what was found, the same in every thread.
 template <typename C, bool Step>
-__device__ __forceinline__ Found orthonormal(const List& list, const StepItem& item, const Place& at, C* Y) {
+__device__ __forceinline__ Found orthonormal(const StepArgs& a, const StepItem& item, const Place& at, C* Y) {
   const int r = static_cast<int>(item.param.r);
   const int64_t d = item.param.d;
   const DType type = item.param.type;
@@ -105,7 +105,6 @@ __device__ __forceinline__ Found orthonormal(const List& list, const StepItem& i
   const auto moved = [&](int i, int64_t j) { return Y[i * d + j]; };
   const auto nothing = [](int, int64_t) { return 0; };
   const auto store = [&](int i, int64_t j, C x, int) { store_weight(item.param.p, type, i * d + j, x); };
-  const StepArgs& a = list.step;
   const double least = least_pivot<C>();
   const double floor = Step ? 1 : 0;  // a step starts from rows of length 1: one that all but vanished is noise
 
@@ -185,9 +184,10 @@ __global__ void __launch_bounds__(kRetractThreads, sizeof(C) == 8 ? 1 : 2)
     }
   }
   const StepItem& item = list.item[low];
+  const StepArgs step = Step ? step_of(list.step, item) : list.step;
   int* status = list.status + list.place[low];
   if (Step && !item.orthonormal) {
-    plain_step<C>(list.step, item, static_cast<int64_t>(which - list.first[low]) * list.cluster + rank);
+    plain_step<C>(step, item, static_cast<int64_t>(which - list.first[low]) * list.cluster + rank);
     if (which == list.first[low] && rank == 0 && threadIdx.x == 0) *status = 0;
     return;
   }
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kRetractThreads, sizeof(C) == 8 ? 1 : 2)
   }
   const bool narrow = item.param.type == DType::bf16 || item.param.type == DType::f16;
   const Found found =
-      orthonormal<C, Step>(list, item, at, static_cast<C*>(narrow ? static_cast<void*>(scratch) : item.param.p));
+      orthonormal<C, Step>(step, item, at, static_cast<C*>(narrow ? static_cast<void*>(scratch) : item.param.p));
   if (rank == 0 && threadIdx.x == 0) *status = static_cast<int>(found);
 }
 

@@ -295,8 +295,9 @@ int64_t step_cpu(const StepItem* items, int64_t count, const StepArgs& step, Par
   });
   if (bad >= 0) return bad;
   return first_failure(count, size, run, [&](int64_t i, Workspace& own) {
-    return items[i].orthonormal ? step_orthonormal(items[i], normal[i], step, own, k)
-                                : step_plain(items[i], step, own, k);
+    const StepArgs its = step_of(step, items[i]);
+    return items[i].orthonormal ? step_orthonormal(items[i], normal[i], its, own, k)
+                                : step_plain(items[i], its, own, k);
   });
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ try:
 except ImportError as error:  # a source tree without a build, or a torch too old for the extension
     _load_error = str(error)
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BACKEND = os.environ.get("FASTREFT_BACKEND") or ("native" if _C is not None else "reference")
 if _BACKEND not in ("native", "reference"):
     raise ImportError(f"FASTREFT_BACKEND is {_BACKEND!r}; it must be native or reference")
@@ -69,7 +68,7 @@ def check(
     rows: Tensor | None = None,
 ) -> None:
     """``TypeError`` or ``ValueError`` naming the argument, what came and what was wanted."""
-    if h.dtype not in _FLOATS:
+    if h.dtype not in FLOATS:
         raise TypeError(f"h is {h.dtype}; it must be float32, bfloat16, float16 or float64")
     if h.dim() == 0:
         raise ValueError("h is a scalar; it must be (..., d)")
@@ -84,7 +83,7 @@ def check(
     for weight in (U, V, P, b, c):
         if weight is None:
             continue
-        if weight.dtype not in _FLOATS:
+        if weight.dtype not in FLOATS:
             raise TypeError(f"a weight is {weight.dtype}; it must be float32, bfloat16, float16 or float64")
         if weight.device != h.device:
             raise ValueError(f"a weight is on {weight.device} and h on {h.device}; they must be on one device")
@@ -93,15 +92,6 @@ def check(
             raise TypeError(f"rows is {rows.dtype}; it must be an integer tensor of row numbers")
         if rows.device != h.device:
             raise ValueError(f"rows is on {rows.device} and h on {h.device}; they must be on one device")
-
-
-def check_matrices(matrices: Sequence[Tensor]) -> None:
-    """``ValueError`` naming the matrix that is not (r, d) with r <= d, ``TypeError`` for its dtype."""
-    for i, R in enumerate(matrices):
-        if R.dim() != 2 or R.shape[0] > R.shape[1]:
-            raise ValueError(f"matrices[{i}] is {tuple(R.shape)}; it must be (r, d) with r <= d")
-        if R.dtype not in _FLOATS:
-            raise TypeError(f"matrices[{i}] is {R.dtype}; it must be float32, bfloat16, float16 or float64")
 
 
 class _Native:
@@ -154,12 +144,12 @@ def each_once(rows: Tensor) -> Tensor:
 def _explain(error: RuntimeError, h, U, V, P, b, c, rows=None) -> Exception:
     """What to raise for an op's refusal: the sentence of :func:`check`, else the op's own."""
     if "rows: " in str(error):
-        return IndexError(_sentence(error))
+        return IndexError(sentence(error))
     check(h, U, V, P, b, c, rows)
     return error
 
 
-def _sentence(error: RuntimeError) -> str:
+def sentence(error: RuntimeError) -> str:
     """The message of a native check, without the function, file and line before it."""
     return re.sub(r"^.*?\.cpp:\d+, ", "", str(error).partition("\n")[0])
 
@@ -193,56 +183,6 @@ def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
         return h
     except RuntimeError as error:
         raise _explain(error, h, U, V, P, b, c, rows) from None
-
-
-def by_device(tensors: list[Tensor]) -> list[list[int]]:
-    """The places of the tensors of each device, in the order they are listed."""
-    places: dict[torch.device, list[int]] = {}
-    for i, t in enumerate(tensors):
-        places.setdefault(t.device, []).append(i)
-    return list(places.values())
-
-
-def retract_(matrices: list[Tensor]) -> None:
-    """Orthonormal rows for each matrix; ``ValueError``, with nothing changed, for one that is not finite."""
-    matrices = [R.detach() for R in matrices]
-    devices = by_device(matrices)
-    for places in devices:
-        # On one CPU the op looks for itself. While a graph is captured nothing can be asked: the kernel leaves a matrix
-        # alone that is not finite.
-        on_cuda = matrices[places[0]].is_cuda
-        if torch.cuda.is_current_stream_capturing() if on_cuda else len(devices) == 1:
-            continue
-        norms = torch._foreach_norm([matrices[i] for i in places], float("inf"))
-        finite = torch.stack([norm.isfinite() for norm in norms]).tolist()
-        if not all(finite):
-            raise ValueError(f"matrices[{places[finite.index(False)]}] holds a value that is not finite")
-    targets = [R if R.is_contiguous() else R.contiguous() for R in matrices]
-    for places in devices:
-        try:
-            torch.ops.fastreft.retract_.default([targets[i] for i in places])
-        except RuntimeError as error:
-            raise ValueError(_sentence(error)) from None
-    for R, target in zip(matrices, targets, strict=True):
-        if R is not target:
-            R.copy_(target)
-
-
-def step_(params, grads, m, v, orthonormal: bool, settings: dict[str, float]) -> Tensor | None:
-    """One optimizer step. On a GPU: what became of each parameter, int32 [len(params)], 2 = left alone as not finite."""
-    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "an optimizer step is being captured in a CUDA graph, which would repeat its learning rate and its age for ever; "
-            "capture the forward and the backward and take the step outside the graph"
-        )
-    try:
-        with torch._C._AutoDispatchBelowAutograd():
-            status = torch.ops.fastreft.step_.default(params, grads, m, v, orthonormal, **settings)
-    except RuntimeError as error:
-        if "not finite" not in str(error):
-            raise
-        raise FloatingPointError(_sentence(error)) from None
-    return status[: 4 * len(params)].view(torch.int32) if status.numel() else None
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------

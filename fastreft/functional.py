@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from . import _gemms, _ops, activations, reference
+from . import _gemms, _ops, _optim_ops, activations, reference
 
 ActFn = str | Callable[[Tensor], Tensor] | None
 
@@ -175,8 +175,8 @@ def retract_(matrices: Sequence[Tensor]) -> None:
     matrix, and then no matrix is changed. Works on leaves that require gradients; not differentiable.
     """
     matrices = list(matrices)
-    _ops.check_matrices(matrices)
+    _optim_ops.check_matrices(matrices)
     if matrices and all(_ops.runs_natively(R) for R in matrices):
-        _ops.retract_(matrices)
+        _optim_ops.retract_(matrices)
     else:
         reference.retract_(matrices)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from . import _ops, functional, reference
+from . import _ops, _optim_ops, functional, reference
 from .interventions import Intervention, orthonormal_parameters
 
 R_LR_SCALE = 2.0  # R's learning rate as a multiple of W's: the pace of pyreft's parametrization
@@ -33,7 +33,7 @@ def _refuse_sharded(R: Tensor) -> None:
         )
 
 
-def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, *, lr: float | Tensor, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """The trainable parameters of a model for :class:`ReftAdamW`: all but the Rs, then the Rs.
 
     Both groups have the same lr (R's is scaled in the step) and W, b take ``weight_decay``. ``ValueError`` where nothing
@@ -57,16 +57,22 @@ class ReftAdamW(torch.optim.Optimizer):
     (fp64 for fp64). ``ValueError`` for a hyperparameter out of range; ``FloatingPointError`` naming the parameter, with no
     parameter of its group changed, for a gradient that is not finite. On a GPU, where that would need a sync, an R with
     such a gradient is left as it was, and :meth:`skipped` counts them. Survives deepcopy, pickling and state_dict.
+
+    ``capturable=True`` lets a CUDA graph capture :meth:`step`, after one step outside it: ages are then fp32 tensors beside
+    their parameters, counted up there, and ``lr`` may be a 0-dim fp32 or fp64 tensor on the parameters' device, which every
+    replay reads anew (a number is captured as it is). The bits are those of the step that is not capturable.
+    ``RuntimeError`` for a capture without it.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         r_lr_scale: float = R_LR_SCALE,
+        capturable: bool = False,
     ):
         for name, value, ok in (
             ("lr", lr, lr >= 0),
@@ -78,7 +84,22 @@ class ReftAdamW(torch.optim.Optimizer):
             if not ok:
                 raise ValueError(f"{name} is {value}; it is out of range")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "r_lr_scale": r_lr_scale}
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "capturable": capturable})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("capturable", False)  # saved before there was such a thing
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but moments stay fp32 beside 16-bit parameters, where torch casts them to the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(keys, params, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in self.state.get(p, {}):
+                    self.state[p][name] = state_dict["state"][key][name].to(p.device, _wide(p))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -91,7 +112,7 @@ class ReftAdamW(torch.optim.Optimizer):
         self._status: list[Tensor | None] = []
         for group in self.param_groups:
             # One call takes parameters of one kind, device and age.
-            calls: dict[tuple[bool, torch.device, int], list[tuple[Tensor, ...]]] = {}
+            calls: dict[tuple[bool, torch.device, int], list[tuple[Any, ...]]] = {}
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
@@ -99,11 +120,16 @@ class ReftAdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     self._begin(p, state)
-                state["step"] = age = int(state["step"]) + 1
+                if not group["capturable"]:
+                    state["step"] = age = int(state["step"]) + 1
+                else:
+                    age = 0  # which the device knows
+                    if not isinstance(state["step"], Tensor):
+                        state["step"] = torch.tensor(float(state["step"]), device=p.device)
                 if not grad.is_contiguous():
                     grad = grad.contiguous()
                 call = (id(p) in Rs, p.device, age)
-                calls.setdefault(call, []).append((p, grad, state["exp_avg"], state["exp_avg_sq"]))
+                calls.setdefault(call, []).append((p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
             for (orthonormal, _, age), items in calls.items():
                 self._update(items, orthonormal, age, group)
         return loss
@@ -115,34 +141,57 @@ class ReftAdamW(torch.optim.Optimizer):
     def _begin(self, p: Tensor, state: dict[str, Any]) -> None:
         if p.grad is not None and p.grad.is_sparse:
             raise ValueError("ReftAdamW does not take sparse gradients")
-        wide = torch.promote_types(p.dtype, torch.float32)
+        if _optim_ops.capturing(p):
+            raise RuntimeError(
+                "a parameter's first optimizer step is being captured in a CUDA graph, which would begin its moments anew at "
+                "every replay; take one step before the capture"
+            )
         state["step"] = 0
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(p, dtype=wide, memory_format=torch.contiguous_format)
+            state[name] = torch.zeros_like(p, dtype=_wide(p), memory_format=torch.contiguous_format)
 
-    def _update(self, items: list[tuple[Tensor, ...]], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
+    def _update(self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
+        params, grads, m, v, ages = (list(column) for column in zip(*items, strict=True))
+        lr: Any = group["lr"]
+        live_lr: Tensor | None = None
+        if group["capturable"] and isinstance(lr, Tensor):
+            if lr.device == params[0].device:
+                lr, live_lr = 1.0, lr
+            elif _optim_ops.capturing(params[0]):
+                raise RuntimeError(
+                    f"lr is on {lr.device} and a parameter on {params[0].device}; a captured step reads lr on the same device"
+                )
+        if group["capturable"]:
+            torch._foreach_add_(ages, 1)
         beta1, beta2 = group["betas"]
         settings = {
-            "lr": float(group["lr"]) * (group["r_lr_scale"] if orthonormal else 1.0),
+            "lr": float(lr) * (group["r_lr_scale"] if orthonormal else 1.0),
             "beta1": beta1,
             "beta2": beta2,
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
-            "correction1": 1 - beta1**age,
-            "correction2": 1 - beta2**age,
         }
-        params, grads, m, v = (list(column) for column in zip(*items, strict=True))
         if orthonormal:
             for p in params:
                 _refuse_sharded(p)
         if _ops.runs_natively(params[0]) and all(p.is_contiguous() for p in params):
-            self._status.append(_ops.step_(params, grads, m, v, orthonormal, settings))
+            settings["age"] = age
+            given_ages = ages if group["capturable"] else []
+            self._status.append(_optim_ops.step_(params, grads, m, v, given_ages, live_lr, orthonormal, settings))
             return
         for i, g in enumerate(grads):
             if not bool(torch.isfinite(g).all()):
                 raise FloatingPointError(f"the gradient of params[{i}] {tuple(g.shape)} is not finite")
-        for p, g, m_, v_ in zip(params, grads, m, v, strict=True):
-            reference.step_(p, g, m_, v_, orthonormal=orthonormal, **settings)
+        if live_lr is not None:
+            settings["lr"] *= float(live_lr)
+        for p, g, m_, v_, step in zip(params, grads, m, v, ages, strict=True):
+            corrections = {"correction1": 1 - beta1 ** int(step), "correction2": 1 - beta2 ** int(step)}
+            reference.step_(p, g, m_, v_, orthonormal=orthonormal, **settings, **corrections)
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    """The dtype of p's moments."""
+    return torch.promote_types(p.dtype, torch.float32)
 
 
 # Optimizers that keep their Rs orthonormal already.

@@ -271,8 +271,9 @@ def test_opcheck():
         opcheck(ops.edit_rows, (x, rows, *trained, True))
         assert act == args[5]
     opcheck(ops.retract_, ([torch.randn(2, 8), torch.randn(3, 5)],))
-    p = [torch.randn(2, 8)]
-    opcheck(ops.step_, (p, [torch.randn(2, 8)], [torch.zeros(2, 8)], [torch.zeros(2, 8)], False, *(0.1,) * 5, 0.5, 0.5))
+    lists = ([torch.randn(2, 8)], [torch.randn(2, 8)], [torch.zeros(2, 8)], [torch.zeros(2, 8)])
+    for ages, live_lr in (([], None), ([torch.tensor(3.0)], torch.tensor(0.1))):
+        opcheck(ops.step_, (*lists, ages, live_lr, False, *(0.1,) * 5, 1))
 
 
 @pytest.mark.parametrize("method", FAMILY)

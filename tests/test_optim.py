@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICES
 
 import fastreft.optim as O
-from fastreft import _ops, reference
+from fastreft import _optim_ops, reference
 from fastreft import functional as F
 from fastreft.interventions import DireftIntervention, LoreftIntervention, NoreftIntervention
 
@@ -86,7 +86,7 @@ def test_retraction_refuses_what_is_not_finite(device):
 
 def test_matrices_of_several_devices_are_grouped():
     made = [torch.empty(1, 2, device=device) for device in ("cpu", "meta", "meta", "cpu", "meta")]
-    assert _ops.by_device(made) == [[0, 3], [1, 2, 4]]
+    assert _optim_ops.by_device(made) == [[0, 3], [1, 2, 4]]
 
 
 def test_retraction_over_several_devices(monkeypatch):
@@ -94,7 +94,7 @@ def test_retraction_over_several_devices(monkeypatch):
     torch.manual_seed(0)
     other = DEVICES[-1]
     if other == "cpu":
-        monkeypatch.setattr(_ops, "by_device", lambda matrices: [[0, 2], [1]])
+        monkeypatch.setattr(_optim_ops, "by_device", lambda matrices: [[0, 2], [1]])
     given = [torch.randn(3, 20), torch.randn(2, 9).to(other), torch.randn(4, 30).T.contiguous().T]
     for bad in (0, 1):
         broken = [R.clone() for R in given]

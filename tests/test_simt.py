@@ -318,6 +318,46 @@ def test_step(dtype, device, runner, tmp_path):
             assert error <= 32 * (eps if key == "param" else torch.finfo(moments).eps), (key, i, float(error))
 
 
+def correction(beta: float, t: int) -> float:
+    """1 - beta^t as bias_correction in csrc/edit.h multiplies it."""
+    power = 1.0
+    while t:
+        power, t, beta = power * beta if t & 1 else power, t >> 1, beta * beta
+    return 1 - power
+
+
+@pytest.mark.parametrize("device", [harness.H200, harness.A100], ids=["clusters", "single CTAs"])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_step_reads_its_rate_and_ages_from_memory(dtype, device, runner, tmp_path):
+    """As a captured step does: the bits of the step with the same numbers given."""
+    torch.manual_seed(5)
+    shapes, orthonormal, ages = [(4, 1100), (4, 1100), (9, 1100), (1, 3)], [True, True, False, False], [3, 40, 3, 1000]
+    param = [reference_q(torch.randn(*s)).to(dtype) for s in shapes]
+    g = [torch.randn(*s, dtype=dtype) for s in shapes]
+    v = [torch.rand(*s, dtype=dtype) + 0.01 for s in shapes]
+    lr = torch.tensor([0.03], dtype=dtype)
+
+    def step(folder, live, **numbers):
+        case = harness.Case(runner, folder, device=device)
+        items(case, param=param, g=g, m=g, v=v)
+        if live:
+            case.set(**{f"age__{i}": case.load(f"age{i}", torch.tensor([float(t)])) for i, t in enumerate(ages)})
+            case.set(live_lr=case.load("lr", lr), live_lr__type=harness.TYPES[dtype])
+        case.set(**STEP | numbers, **{f"orthonormal__{i}": int(o) for i, o in enumerate(orthonormal)})
+        case.call("step")
+        case.want(*(f"{k}{i}" for k in ("param", "m", "v") for i in range(len(shapes))))
+        return case.run()
+
+    got = step(tmp_path / "live", True, lr=2.0)
+    for age in set(ages):
+        numbers = {f"correction{i}": correction(STEP[f"beta{i}"], age) for i in (1, 2)}
+        want = step(tmp_path / str(age), False, lr=2 * lr.item(), **numbers)
+        for i, t in enumerate(ages):
+            for key in ("param", "m", "v"):
+                same = torch.equal(got[f"{key}{i}"], want[f"{key}{i}"])
+                assert same if t == age or key != "param" else not same, (key, i, age)
+
+
 def test_step_leaves_an_item_alone_whose_gradient_is_not_finite_and_shortens_a_step_that_is_singular(runner, tmp_path):
     torch.manual_seed(4)
     good, bad = reference_q(torch.randn(3, 50)).float(), reference_q(torch.randn(3, 50)).float()

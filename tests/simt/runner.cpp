@@ -122,6 +122,7 @@ std::vector<fastreft::StepItem> items() {
     list[i].g = pointer("g" + n);
     list[i].m = pointer("m" + n);
     list[i].v = pointer("v" + n);
+    list[i].age = reinterpret_cast<const float*>(pointer("age" + n));
     list[i].orthonormal = number("orthonormal" + n) != 0;
   }
   return list;
@@ -146,6 +147,7 @@ int step() {
   a.weight_decay = real("weight_decay");
   a.correction1 = real("correction1", 1);
   a.correction2 = real("correction2", 1);
+  a.live_lr = {pointer("live_lr"), type("live_lr.type")};
   char* scratch = make("SCRATCH", static_cast<size_t>(fastreft::adamw_step_scratch_bytes(list.data(), count)), 0).p;
   return fastreft::adamw_step_cuda(list.data(), count, a, scratch, nullptr);
 }
