@@ -1,7 +1,8 @@
 """What must hold on a GPU beyond the suite, on every road of the launch policy:
 
 outputs and gradients against fp64, two runs bit-equal, a non-default stream, and a captured graph's replay equal to the
-eager call bit for bit. ``--small``: a few small shapes, once each, for compute-sanitizer.
+eager call bit for bit; so too several replays of an optimizer step whose rate changes in between. ``--small``: a few small
+shapes, once each, for compute-sanitizer.
 
     python benchmarks/gpu_verify.py [--small]
 """
@@ -9,11 +10,13 @@ eager call bit for bit. ``--small``: a few small shapes, once each, for compute-
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastreft
 from fastreft import functional as F
 from fastreft import reference
 
@@ -112,6 +115,48 @@ def check_retraction(shapes: list[tuple[int, int]], dtype: torch.dtype) -> dict[
     }
 
 
+def apart(R: Tensor) -> float:
+    """How far R is from orthonormal rows."""
+    return float((R @ R.T - torch.eye(len(R), dtype=R.dtype, device=R.device)).abs().max())
+
+
+def check_step(shapes: list[tuple[int, int]], dtype: torch.dtype, with_graph: bool) -> dict[str, bool]:
+    """Five optimizer steps, ages and rate on the device, replayed where a graph may be captured, against given numbers."""
+    torch.manual_seed(0)
+    modules = nn.ModuleList(fastreft.LoreftIntervention(embed_dim=d, low_rank_dimension=r) for r, d in shapes)
+    eager = modules.to("cuda", dtype)
+    other = copy.deepcopy(eager)
+    lr = torch.tensor(0.5, device="cuda")
+    plain = fastreft.ReftAdamW(fastreft.param_groups(eager, lr=0.5, weight_decay=0.1))
+    live = fastreft.ReftAdamW(fastreft.param_groups(other, lr=lr, weight_decay=0.1), capturable=True)
+    pairs = list(zip(eager.parameters(), other.parameters(), strict=True))
+    for p, q in pairs:
+        p.grad, q.grad = torch.randn_like(p), torch.empty_like(p)
+    graph = None
+    for step in range(5):
+        for group in plain.param_groups:
+            group["lr"] = 0.5**step  # exact in fp32
+        lr.fill_(0.5**step)
+        for p, q in pairs:
+            q.grad.copy_(p.grad.normal_())
+        plain.step()
+        if graph is not None:
+            graph.replay()
+        else:
+            live.step()
+        if with_graph and graph is None:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                live.step()
+    torch.cuda.synchronize()
+    return {
+        "same": all(torch.equal(p, q) for p, q in pairs),
+        "orthonormal": all(apart(m.R.detach().double()) <= max(4 * torch.finfo(dtype).eps, 1e-12) for m in other),
+        "skipped none": live.skipped() == 0,
+    }
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--small", action="store_true")
@@ -154,6 +199,9 @@ def main() -> None:
         result = check_retraction(matrices, dtype)
         failed += not all(result.values())
         print("ok  " if all(result.values()) else "FAIL", "retraction", dtype, result)
+        result = check_step([(r, d) for r, d in matrices if r < d], dtype, with_graph=not small)
+        failed += not all(result.values())
+        print("ok  " if all(result.values()) else "FAIL", "optimizer step", dtype, result)
     print(f"{len(cases)} edits, {failed} failures")
     raise SystemExit(failed > 0)
 
