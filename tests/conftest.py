@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,19 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 torch.set_num_threads(1)  # small problems; more threads only wait for each other
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
+# What a machine may lack that has just enough to check a GPU (benchmarks/gpu_check.sh), and the tests that need it.
+NEEDS = {
+    "datasets": ("test_data.py", "test_pyreft*.py", "pyreft/*"),
+    "hypothesis": ("test_positions.py", "test_shapes.py"),
+    "rich": ("test_demo.py",),
+}
+ABSENT = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+collect_ignore_glob = [pattern for name in ABSENT for pattern in NEEDS[name]]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"NOT RUN, there is no {name} here: {' '.join(NEEDS[name])}" for name in ABSENT]
+
 
 @pytest.fixture
 def shared() -> Path:
@@ -19,6 +33,16 @@ def shared() -> Path:
     if not SHARED.exists():
         pytest.skip("no ../shared beside this checkout")
     return SHARED
+
+
+@pytest.fixture(params=DEVICES)
+def everything_on(request):
+    """What a test makes without naming a device is made on each device in turn."""
+    if request.param == "cpu":
+        yield
+    else:
+        with torch.device(request.param):
+            yield
 
 
 def assert_as_good(got: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:

@@ -7,6 +7,8 @@ from tiny import adapter_weights, batch, blocks, columns, hooked, make
 import fastreft
 from fastreft.inputs import cached_tokens
 
+pytestmark = pytest.mark.usefixtures("everything_on")
+
 NEW = 6
 
 

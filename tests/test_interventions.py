@@ -14,6 +14,8 @@ from fastreft import functional as F
 from fastreft import interventions as I
 from fastreft import reference
 
+pytestmark = pytest.mark.usefixtures("everything_on")
+
 CLASSES = {name: cls for name, cls in vars(I).items() if name.endswith("Intervention") and name != "Intervention"}
 
 
@@ -42,7 +44,9 @@ def load(case, module):
 def test_equal_to_pyreft(shared, name):
     """Outputs and every gradient of every oracle case, to the tolerance rule; pyreft's own values are the plain torch."""
     cases = torch.load(
-        shared / "oracles" / "interventions" / f"{name.removesuffix('Intervention')}.pt", weights_only=True
+        shared / "oracles" / "interventions" / f"{name.removesuffix('Intervention')}.pt",
+        weights_only=True,
+        map_location=torch.get_default_device(),
     )
     assert cases
     for case in cases:

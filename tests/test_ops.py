@@ -9,8 +9,6 @@ import sys
 import pytest
 import torch
 from conftest import DEVICES, assert_as_good
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.library import opcheck
 
 from fastreft import _ops, activations, reference
@@ -132,19 +130,6 @@ def test_every_activation_of_transformers_works():
             F.loreft(h, R, W, b, act_fn=name if name in activations.NAMES else fn),
             reference.loreft(h, R, W, b, act_fn=fn),
         )
-
-
-@settings(max_examples=60, deadline=None)
-@given(n=st.integers(0, 70), d=st.integers(1, 150), r=st.integers(1, 40), seed=st.integers(0, 99), data=st.data())
-def test_shapes(n, d, r, seed, data):
-    torch.manual_seed(seed)
-    r = min(r, d)
-    method = data.draw(st.sampled_from(FAMILY))
-    rows = data.draw(st.none() | st.lists(st.integers(-1, n - 1), max_size=80)) if n else None
-    index = None if rows is None else torch.tensor(rows, dtype=data.draw(st.sampled_from([torch.int64, torch.int32])))
-    if n:
-        compare(method, torch.randn(n, d), weights(method, d, r, torch.float32), rows=index, close=1e-4)
-    assert F.loreft(torch.randn(n, d), *weights("loreft", d, r, torch.float32)).shape == (n, d)
 
 
 @pytest.mark.parametrize("device", DEVICES)
