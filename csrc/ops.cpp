@@ -58,9 +58,9 @@ Weights weights(Tensor& U, MaybeTensor& V, MaybeTensor& P, MaybeTensor& b, Maybe
 }
 
 const int64_t* index_of(const Tensor& rows, const Tensor& h) {
-  STD_TORCH_CHECK(
-      rows.scalar_type() == ScalarType::Long && rows.dim() == 1 && rows.is_contiguous() && rows.is_cpu() == h.is_cpu(),
-      "rows must be a contiguous vector of int64 on h's device");
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.dim() == 1 && rows.is_contiguous() &&
+                      rows.is_cpu() == h.is_cpu() && rows.get_device_index() == h.get_device_index(),
+                  "rows must be a contiguous vector of int64 on h's device");
   return static_cast<const int64_t*>(rows.data_ptr());
 }
 

@@ -253,6 +253,24 @@ def test_retraction(dtype, shapes, device, runner, tmp_path):
     assert status == [0] * len(shapes)
 
 
+@pytest.mark.parametrize("plant", ["1 -1 -1 0", "2 -1 -1 0", "4 -1 -1 0", "-1 0 -1 0"])  # 3 barriers, a cluster's
+def test_a_barrier_left_out_of_a_retraction_is_noticed(plant, runner, tmp_path):
+    given = [skewed(8, 2048, F32), skewed(3, 300, F32)]
+    exact = [m.double() for m in given]
+    reference.retract_(exact)
+
+    def fails(seed, plant):
+        try:
+            got, _ = retract(given, runner, tmp_path, seed=seed, plant=plant)
+        except RuntimeError:
+            return True
+        eps = torch.finfo(F32).eps
+        return not all((R.double() - Q).abs().max() <= 4 * eps for R, Q in zip(got, exact, strict=True))
+
+    assert not fails(1, "")
+    assert any(fails(seed, plant) for seed in range(1, 4))
+
+
 def test_retraction_of_dependent_rows_and_of_what_is_not_finite(runner, tmp_path):
     dependent, broken = skewed(6, 40, F32), skewed(3, 300, F32)
     dependent[2], dependent[4] = 0, dependent[1]
