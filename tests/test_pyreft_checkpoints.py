@@ -123,12 +123,20 @@ def test_string_components(style, tmp_path):
     (tmp_path / "back").mkdir()
     pyreft.save(model, tmp_path / "back")
     settings = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert [fields[:2] for fields in settings["representations"]] == [
-        [0, "model.layers[0].mlp.output"],
-        [2, "model.layers[2].mlp.output"],
-    ]
-    bert = pyreft.load(tmp_path / "back", make("llama"))
-    assert torch.equal(logits(bert, batch()), logits(model, batch()))
+    # In the words that pyreft's load knows for this model: it cannot tell the width of a path.
+    assert [fields[:2] for fields in settings["representations"]] == [[0, "mlp_output"], [2, "mlp_output"]]
+    again = pyreft.load(tmp_path / "back", make("llama"))
+    assert torch.equal(logits(again, batch()), logits(model, batch()))
+
+
+def test_a_model_that_pyvene_does_not_know_is_written_with_paths(tmp_path):
+    write(tmp_path, places=[(1, "bert.encoder.layer[1].output"), (1, "bert.encoder.layer[1].attention.output")])
+    pyreft.save(pyreft.load(tmp_path, make("bert-cls")), tmp_path / "back")
+    listed = json.loads((tmp_path / "back" / "config.json").read_text())["representations"]
+    assert {fields[1] for fields in listed} == {
+        "bert.encoder.layer[1].output",
+        "bert.encoder.layer[1].attention.output",
+    }
 
 
 def test_layouts_that_one_adapter_cannot_hold_load_as_a_reft_model(tmp_path):
@@ -214,6 +222,37 @@ def test_a_drifted_rotation_is_kept_with_a_warning_or_made_orthonormal_with_the_
         whole = pyreft.load(tmp_path, make("llama"), orthonormalise=True)
         assert format.orthonormality_error(whole.get_base_model().model.layers[0].reft.reft_edit["default"]) < 1e-6
         torch.testing.assert_close(logits(whole, batch()), logits(kept, batch()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "twin"), [("noreft", "loreft"), ("nodireft", "direft")])
+@pytest.mark.parametrize("add_bias", [False, True])
+def test_an_edit_without_R_is_saved_as_its_twin_with_one(kind, twin, add_bias, tmp_path):
+    made = interventions(kind, 1, add_bias=add_bias)[0].double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_()
+    h = torch.randn(5, WIDTH, dtype=torch.float64)
+    same = format.orthonormal_twin(made)
+    assert format.kind_of(same) == twin
+    assert format.orthonormality_error(same) < 1e-12
+    torch.testing.assert_close(same(h), made(h), rtol=1e-9, atol=1e-9)
+    checkpoint.write(tmp_path, [Entry(0, "block_output", made.float())])
+    model = pyreft.load(tmp_path, make("llama"))
+    for keep_type, wanted in ((False, twin), (True, kind)):
+        pyreft.save(model, tmp_path / wanted, keep_type=keep_type)
+        again = pyreft.load(tmp_path / wanted, make("llama"))
+        assert again.peft_config["default"].intervention_type == wanted
+        torch.testing.assert_close(logits(again, batch()), logits(model, batch()), rtol=1e-4, atol=1e-4)
+
+
+def test_an_activation_that_pyrefts_files_cannot_hold_is_a_warning(tmp_path):
+    write(tmp_path, "noreft")
+    model = pyreft.load(tmp_path, make("llama"), act_fn="relu")
+    with pytest.warns(UserWarning, match="act_fn is 'relu', which pyreft's files have no place for"):
+        pyreft.save(model, tmp_path / "back")
+    assert "NoreftIntervention" in (tmp_path / "back" / "config.json").read_text()
+    with pytest.raises(ValueError, match="has no equal with an orthonormal R"):
+        format.orthonormal_twin(interventions("noreft", 1, act_fn="relu")[0])
 
 
 def test_what_has_no_orthonormal_equal_says_so():
