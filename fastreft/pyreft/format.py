@@ -252,7 +252,7 @@ def orthonormalise_(intervention: Intervention) -> None:
 
 @torch.no_grad()
 def orthonormal_twin(intervention: Intervention) -> Intervention:
-    """The LoReFT of a NoReFT and the DiReFT of a NoDiReFT: the same edit with an orthonormal R, in at least fp32; others as they are.
+    """The LoReFT of a NoReFT, the DiReFT of a NoDiReFT: the same edit with an orthonormal R, at least fp32; others as they are.
 
     P = L R by QR, and then NoReFT: W <- L^T (W - P) + R, b <- L^T (b - c); NoDiReFT: W <- L^T W, b <- L^T b. ``ValueError``
     for an activation other than linear.
