@@ -4,7 +4,7 @@
 
 The embedded model learns to answer in another manner with LoReFT r = 4 on two layers. pyreft trains with AdamW on its own
 parametrization, ours with ReftAdamW on R: two ways of moving on the same manifold, R at the same pace (twice W's rate).
-The criterion: the same loss at step 0, and at the end of a run as low a loss as pyreft's or lower, at every rate.
+The criterion: the same loss at step 0, and over the last epoch of a run a loss within a tenth of pyreft's, or below it.
 """
 
 from __future__ import annotations
