@@ -109,12 +109,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def save(script: str, results: object) -> None:
-    """Results beside the machine they come from."""
+def save(script: str, results: object) -> Path:
+    """Results beside the machine they come from; where they went."""
     path = Path(__file__).parent / "results" / device_name() / f"{Path(script).stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
     print(f"wrote {path.relative_to(Path(__file__).parent.parent)}")
+    return path
 
 
 def pyreft_module(d: int, r: int, dtype: torch.dtype) -> torch.nn.Module | None:

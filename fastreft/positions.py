@@ -239,10 +239,15 @@ def explicit_rows(index: Tensor, tokens: Tokens) -> Tensor:
     prompt) each sample stands for B / samples consecutive ones. Raises ``ValueError`` for another shape or dtype and,
     on a CPU, ``IndexError`` for a column past the end; on a GPU that is skipped, as a report would need a sync.
     """
-    batch, length = tokens.shape
     check_explicit(index, tokens.shape)
-    index = index.long().repeat_interleave(batch // index.shape[0], 0).sort(1).values
+    return _window(rows_of_columns(index, tokens.shape), tokens)
+
+
+def rows_of_columns(index: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Rows of columns ``index`` (..., samples, n) in a (B, T) batch: int64 (..., B, n), -1 for what is outside or repeated."""
+    batch, length = shape
+    index = index.long().repeat_interleave(batch // index.shape[-2], -2).sort(-1).values
     skip = (index < 0) | (index >= length)
-    skip[:, 1:] |= index[:, 1:] == index[:, :-1]
+    skip[..., 1:] |= index[..., 1:] == index[..., :-1]
     start = torch.arange(0, batch * length, length, device=index.device)[:, None]
-    return _window((index + start).masked_fill(skip, -1), tokens)
+    return (index + start).masked_fill(skip, -1)

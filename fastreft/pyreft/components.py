@@ -14,8 +14,11 @@ from ..blocks import COMPONENTS, component_of, find_blocks
 from .format import CheckpointError
 
 _SIDES = ("output", "input")
-# The model classes for which pyvene knows "block_output"; for others it needs a path. By the start of their names.
-_KNOWN = re.compile(r"(GPT2|GPTNeoX|GPTNeo|Llama|Mistral|Gemma2|Gemma|Olmo|Qwen2)(Model|For|LMHead)")
+# The model classes for which pyvene knows "block_output" and so on; for others it needs a path.
+_KNOWN = re.compile(
+    "(GPTNeo|GPTNeoX|Mistral|Gemma2|Olmo)(Model|ForCausalLM)|GPT2(Model|LMHeadModel|ForSequenceClassification)"
+    "|(Llama|Gemma|Qwen2)(Model|ForCausalLM|ForSequenceClassification)"
+)
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,20 @@ def bracketed(name: str) -> str:
 
 
 def describe(model: nn.Module, place: Place) -> tuple[int, str]:
-    """(layer, component) of a place, in the words that pyvene knows for this model."""
-    names = block_names(model)
-    if place.name in names:
-        layer = names.index(place.name)
-        if _KNOWN.match(type(model).__name__):
-            return layer, f"block_{place.side}"
+    """(layer, component) of a place, in the words that pyvene knows for this model; else a path, which its load cannot size."""
+    blocks = find_blocks(model)
+    for layer, (name, block) in enumerate(zip(blocks.names, blocks.modules, strict=True)):
+        if not f"{place.name}.".startswith(f"{name}."):
+            continue
+        if _KNOWN.fullmatch(type(model).__name__):
+            for part, found in _parts(name, block).items():
+                if found == place.name:
+                    return layer, f"{part}_{place.side}"
         return layer, f"{bracketed(place.name)}.{place.side}"
     number = re.search(r"\.(\d+)(?:\.|$)", place.name)
     return int(number[1]) if number else 0, f"{bracketed(place.name)}.{place.side}"
+
+
+def _parts(name: str, block: nn.Module) -> dict[str, str]:
+    """A block's name, and its MLP's and its attention's, by pyvene's words."""
+    return {"block": name} | {word.removesuffix("_output"): component_of(name, block, word)[0] for word in COMPONENTS}

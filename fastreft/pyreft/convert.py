@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -142,14 +144,30 @@ def _group(model: nn.Module, entries: list[Entry]) -> tuple[list[dict[str, Any]]
     return groups if groups[1] else groups[:1], sides.pop()
 
 
-def save(model: nn.Module, path: str | os.PathLike, *, adapter_name: str | None = None) -> None:
+def save(
+    model: nn.Module, path: str | os.PathLike, *, adapter_name: str | None = None, keep_type: bool = False
+) -> None:
     """An adapter of ours, or a :class:`fastreft.pyreft.ReftModel`, as a folder that pyreft loads.
 
-    Positions, act_fn and dropout have no place in pyreft's files. ``ValueError`` for a model without a ReFT adapter.
+    pyreft saves NoReFT and NoDiReFT but cannot build them again, so they are written as the LoReFT and the DiReFT that make
+    the same edit; ``keep_type`` writes them as they are. Positions, act_fn and dropout have no place in pyreft's files: a
+    warning says so of an act_fn, as pyreft's load takes linear. ``ValueError`` for a model without a ReFT adapter.
     """
-    if isinstance(model, ReftModel):
-        model.save(path)
-        return
+    entries = model.entries() if isinstance(model, ReftModel) else _entries(model, adapter_name)
+    act_fns = {entry.intervention.act_fn for entry in entries} - {None, "linear"}
+    if act_fns:
+        warnings.warn(
+            f"act_fn is {', '.join(map(repr, sorted(map(str, act_fns))))}, which pyreft's files have no place for: its load "
+            "takes linear, so build the model there with that act_fn and read the weights into it",
+            stacklevel=2,
+        )
+    elif not keep_type:
+        entries = [replace(entry, intervention=format.orthonormal_twin(entry.intervention)) for entry in entries]
+    checkpoint.write(path, entries)
+
+
+def _entries(model: nn.Module, adapter_name: str | None) -> list[Entry]:
+    """An adapter's interventions and their places, all prefixes before the suffixes."""
     layers = _layers(model)
     active = adapter_name or next((name for _, layer in layers for name in layer.reft_edit), None)
     if active is None or not any(active in layer.reft_edit for _, layer in layers):
@@ -161,7 +179,7 @@ def save(model: nn.Module, path: str | os.PathLike, *, adapter_name: str | None 
             if active in getattr(layer, containers):
                 place = components.Place(name, "input" if layer.specs[active].at_input else "output")
                 entries.append(Entry(*components.describe(base, place), getattr(layer, containers)[active]))
-    checkpoint.write(path, entries)
+    return entries
 
 
 def _layers(model: nn.Module) -> list[tuple[str, ReftLayer]]:

@@ -34,6 +34,7 @@ _NAMES: dict[str, dict[str, str]] = {
     "nodireft": _PROJECTION,
 }
 _ROTATABLE = ("loreft", "direft", "lobireft")  # those whose edit can be written with another R
+_TWINS = {"noreft": "loreft", "nodireft": "direft"}  # the same edits with an R in place of P
 _IGNORED = {"embed_dim", "interchange_dim"}
 
 
@@ -247,3 +248,28 @@ def orthonormalise_(intervention: Intervention) -> None:
         p["W"].copy_(H @ p["W"].double())
     p["b"].copy_(H @ p["b"].double())
     p["R"].copy_(Q)
+
+
+@torch.no_grad()
+def orthonormal_twin(intervention: Intervention) -> Intervention:
+    """The LoReFT of a NoReFT, the DiReFT of a NoDiReFT: the same edit with an orthonormal R, at least fp32; others as they are.
+
+    P = L R by QR, and then NoReFT: W <- L^T (W - P) + R, b <- L^T (b - c); NoDiReFT: W <- L^T W, b <- L^T b. ``ValueError``
+    for an activation other than linear.
+    """
+    kind = kind_of(intervention)
+    if kind not in _TWINS:
+        return intervention
+    if intervention.act_fn not in (None, "linear"):
+        raise ValueError(f"this {kind} with act_fn={intervention.act_fn!r} has no equal with an orthonormal R")
+    p = {name: value.detach().cpu().double() for name, value in intervention.named_parameters(recurse=False)}
+    Q, LT = torch.linalg.qr(p["P"].T)
+    if kind == "noreft":
+        W, b = LT @ (p["W"] - p["P"]) + Q.T, LT @ (p["b"] - p.get("c", 0))
+    else:
+        W, b = LT @ p["W"], LT @ p["b"]
+    wide = torch.promote_types(intervention._parameters["P"].dtype, torch.float32)  # type: ignore[union-attr]
+    made = INTERVENTIONS[_TWINS[kind]](intervention.embed_dim, intervention.r, dtype=wide, dropout=intervention.dropout)
+    for name, value in (("R", Q.T), ("W", W), ("b", b)):
+        made.get_parameter(name).copy_(value)
+    return made

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import positions
+
 
 class Locations:
     """What one forward or generate edits: ``index`` (interventions, B, n) columns of the input, -1 = none; None: every token.
@@ -29,7 +31,7 @@ class Locations:
         key = (shape, device)
         found = self._rows.get(key)
         if found is None:
-            found = self._rows[key] = self._compute(self.index.to(device).long(), *shape)
+            found = self._rows[key] = self._compute(self.index.to(device), *shape)
         return found[i]
 
     def _compute(self, index: Tensor, batch: int, length: int) -> tuple[Tensor, ...]:
@@ -38,11 +40,7 @@ class Locations:
             raise ValueError(f"unit_locations has locations for {samples} samples; the batch has {batch}")
         if index.device.type == "cpu" and index.numel() and int(index.max()) >= length:
             raise IndexError(f"unit_locations holds column {int(index.max())}, past the last of {length} tokens")
-        index = index.repeat_interleave(batch // samples, 1).sort(-1).values
-        skip = (index < 0) | (index >= length)
-        skip[..., 1:] |= index[..., 1:] == index[..., :-1]
-        start = torch.arange(0, batch * length, length, device=index.device)[:, None]
-        return (index + start).masked_fill_(skip, -1).flatten(1).unbind()
+        return positions.rows_of_columns(index, (batch, length)).flatten(1).unbind()
 
 
 def parse(unit_locations: Any, interventions: int, batch: int, prompt: bool | None = None) -> Locations:

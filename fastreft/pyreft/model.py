@@ -154,6 +154,13 @@ class ReftModel(nn.Module):
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
+    def entries(self) -> list[Entry]:
+        """The interventions and their places, as a checkpoint has them."""
+        return [
+            Entry(r.layer, r.component, intervention)  # type: ignore[arg-type]
+            for r, intervention in zip(self.representations, self.interventions.values(), strict=True)
+        ]
+
     def save(
         self,
         save_directory: str | os.PathLike,
@@ -162,14 +169,10 @@ class ReftModel(nn.Module):
         include_model: bool = False,
     ) -> None:
         """A folder that pyreft reads; with ``include_model`` the base model's trainable weights are in it."""
-        entries = [
-            Entry(r.layer, r.component, intervention)  # type: ignore[arg-type]
-            for r, intervention in zip(self.representations, self.interventions.values(), strict=True)
-        ]
         weights = None
         if include_model:
             weights = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
-        checkpoint.write(save_directory, entries, weights)
+        checkpoint.write(save_directory, self.entries(), weights)
         if save_to_hf_hub:
             from huggingface_hub import HfApi
 

@@ -105,7 +105,9 @@ def to_pyreft(arguments: ConvertArguments) -> str:
         ValueError, RuntimeError, TypeError, prefix=f"the adapter in '{arguments.source}' does not fit '{name}': "
     ):
         model = PeftModel.from_pretrained(base, str(Path(arguments.source).expanduser()), torch_device="cpu")
-    pyreft.save(model, arguments.output_dir)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the line below says the same of act_fn
+        pyreft.save(model, arguments.output_dir)
     return (
         f"{config.intervention_type} of rank {config.r}; pyreft's files have no place for its positions ({config.positions}) "
         f"and act_fn ({config.act_fn or 'linear'})"
