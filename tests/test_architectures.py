@@ -310,6 +310,6 @@ def test_the_page_of_models_is_written_from_the_table():
 
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
-    entries = {model_type: findings(model_type) for model_type in BY_TYPE}
+    entries = {model_type: findings(model_type) for model_type in sorted(BY_TYPE)}
     TABLE.write_text(json.dumps({"transformers": transformers.__version__, "models": entries}, indent=1) + "\n")
     PAGE.write_text(page())
