@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 Given = dict[str, Any]
-_CACHES = ("past_key_values", "cache_params", "mems")  # what models call their cache
+_CACHES = ("past_key_values", "cache_params", "mems", "state")  # what models call their cache
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Given:

@@ -93,7 +93,11 @@ def test_info_lists_the_models(capsys):
     assert main(["info", "--models"]) == 0
     out = capsys.readouterr().out
     assert "xlnet" in out and "squeezebert" in out and "past every hook" in out
-    assert "model.layers.* (causal, sequence" in out
+    lines = out.splitlines()
+    assert any(line.split()[:3] == ["llama", "yes", "checked"] and "model.layers.*" in line for line in lines)
+    assert any(line.split()[:3] == ["squeezebert", "no", "-"] for line in lines)
+    assert "  musicgen: not checked: " in out
+    assert [line.split()[0].isdigit() for line in lines[-4:]] == [True] * 4 and lines[-1].endswith("do not work")
 
 
 def test_train_then_generate(settings, tmp_path, capsys):

@@ -60,9 +60,17 @@ _SMALL = {name: size for size, names in _SIZES for name in names.split()}
 # What the names alone get wrong, by the model type of a config.
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MAMBA = {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid"]}
+_DRAFTER = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+}
 _ODD: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_chunk_size": 8},
+    "blt": {"encoder_hash_byte_group_vocab": 50, "num_hidden_layers": LAYERS},  # the latter for its cache, which asks
+    "blt_local_decoder": {"hidden_size_global": WIDTH},
     "bros": {"hidden_size": 64},
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _PLAIN_ROPE}},
@@ -74,6 +82,8 @@ _ODD: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "esm": {"vocab_size": VOCAB, "pad_token_id": 0, "mask_token_id": 4},
     "gemma3n_text": {"intermediate_size": 48, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.0]},
+    "gemma4_assistant": {"text_config": _DRAFTER | {"model_type": "gemma4_text"}},
+    "gemma4_unified_assistant": {"text_config": _DRAFTER | {"model_type": "gemma4_unified_text"}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_chunk_size": 8},
@@ -109,19 +119,33 @@ _ODD: dict[str, dict[str, Any]] = {
     },
     "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8},
     "t5": {"decoder_start_token_id": 0},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
+    "vit": {"image_size": 16, "patch_size": 8},
+    "whisper": {"num_mel_bins": 8, "begin_suppress_tokens": None, "suppress_tokens": None},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": _MAMBA | {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": _MAMBA,
 }
 
+_NO_DEFAULT = {"gemma4_assistant", "gemma4_unified_assistant"}  # their own default is refused by their own check
+
+# Other classes, of kinds that are not enumerated, by model type.
+_MORE = {
+    "clip_text_model": {"text": "CLIPTextModel"},
+    "vit": {"image": "ViTForImageClassification"},
+    "whisper": {"speech": "WhisperForConditionalGeneration"},
+}
+
 
 def classes() -> Iterator[tuple[str, str, str]]:
-    """(model type, kind of head, class name) of every class of the mappings, by model type."""
+    """(model type, kind of head, class name) of every class of the mappings and a few more, by model type."""
     found: dict[str, dict[str, str]] = {}
     for kind, mapping in KINDS.items():
         for model_type, name in mapping.items():
             found.setdefault(model_type, {})[kind] = name if isinstance(name, str) else name[0]
+    for model_type, more in _MORE.items():
+        found.setdefault(model_type, {}).update(more)
     for model_type in sorted(found):
         for kind, name in found[model_type].items():
             yield model_type, kind, name
@@ -129,7 +153,9 @@ def classes() -> Iterator[tuple[str, str, str]]:
 
 def shrink(config_class: Any) -> dict[str, Any]:
     """The keywords of a config of this class with every size made small."""
-    fields = {name: value for name, value in vars(config_class()).items() if not name.startswith("_")}
+    odd = _ODD.get(config_class.model_type, {})
+    default = config_class(**odd) if config_class.model_type in _NO_DEFAULT else config_class()
+    fields = {name: value for name, value in vars(default).items() if not name.startswith("_")}
     every_head = fields.get("num_key_value_heads") == fields.get("num_attention_heads")
     found: dict[str, Any] = {}
     for name, value in fields.items():
@@ -147,7 +173,7 @@ def shrink(config_class: Any) -> dict[str, Any]:
                 found[name] = 50 + len(found) % 40
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     found |= {name: value for name, value in special.items() if name in fields}
-    return found | _ODD.get(config_class.model_type, {})
+    return found | odd
 
 
 def _two_kinds(kinds: list[str]) -> list[str]:
@@ -167,12 +193,21 @@ def build(model_type: str, kind: str, class_name: str) -> Any:
     if model_type == "encoder-decoder":
         config.decoder.is_decoder = config.decoder.add_cross_attention = True
     torch.manual_seed(0)
-    return model_class(config).eval()
+    model = model_class(config).eval()
+    if model_type.startswith("musicgen"):  # the token that pads its codebooks, one more than the codes
+        model.generation_config.decoder_start_token_id = model.generation_config.pad_token_id = VOCAB
+        model.generation_config.num_return_sequences = 1
+    return model
 
 
 def inputs(model: Any) -> dict[str, torch.Tensor]:
-    """Token ids and their mask, padded on the right, and what else the model wants."""
+    """Token ids and their mask, padded on the right, and what else the model wants; or a picture, or sound."""
     torch.manual_seed(1)
+    if model.config.model_type == "vit":
+        return {"pixel_values": torch.randn(BATCH, 3, 16, 16)}
+    if model.main_input_name == "input_features" and model.config.model_type == "whisper":
+        sound = torch.randn(BATCH, 8, 2 * model.config.max_source_positions)
+        return {"input_features": sound, "decoder_input_ids": torch.randint(5, 45, (BATCH, 4))}
     mask = (torch.arange(LENGTH) < torch.tensor([7, LENGTH, 4])[:, None]).long()
     found = {"input_ids": torch.randint(5, 45, (BATCH, LENGTH)) * mask, "attention_mask": mask}
     found["input_ids"][torch.arange(BATCH), mask.sum(1) - 1] = 2  # some classifiers look for the end of the sequence
@@ -181,6 +216,17 @@ def inputs(model: Any) -> dict[str, torch.Tensor]:
         found["bbox"] = torch.cat([corner, corner + 5], -1)
     if model.config.model_type.startswith("musicgen"):
         found["input_ids"] = found["input_ids"].repeat_interleave(model.config.num_codebooks, 0)
+    if model.config.model_type == "voxtral_realtime":  # as much sound as there are tokens
+        audio = model.config.audio_config
+        found["input_features"] = torch.randn(BATCH, audio.num_mel_bins, LENGTH * 2 * model.config.downsample_factor)
     if model.config.is_encoder_decoder and model.can_generate():
         found["decoder_input_ids"] = torch.randint(5, 45, (BATCH, 4))
+    return found
+
+
+def prompt(model: Any) -> dict[str, torch.Tensor]:
+    """What ``generate`` is given: the inputs, but for the decoder's, and sound for the tokens to come as well."""
+    found = {name: value for name, value in inputs(model).items() if not name.startswith("decoder_")}
+    if model.config.model_type == "voxtral_realtime":
+        found["input_features"] = found["input_features"].repeat(1, 1, 2)
     return found

@@ -7,12 +7,13 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fastreft import _ops
 
 from .arguments import Parser
 
-# What tests/test_architectures.py found: model type -> the kinds of head tested and the blocks, or why not.
+# What tests/test_architectures.py found: model type -> the classes tested, the blocks, `generate`; or why not.
 TABLE = Path(__file__).parent.parent / "architectures.json"
 
 
@@ -23,17 +24,41 @@ def facts() -> dict[str, str]:
 
 
 def models() -> list[str]:
-    """The table of model types, a line each: the kinds of head tested and what the blocks are called, or why not."""
+    """The table of model types, a line each: what was tested and what the blocks are called, or why not; then totals."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
-    width = max(map(len, table["models"]))
-    lines = []
+    rows = [("model type", "works", "generate", "heads tested; blocks (found by)")]
+    notes = []
     for model_type, entry in sorted(table["models"].items()):
-        text = (
-            entry.get("why_not") or f"{', '.join(entry['blocks'])} ({', '.join(entry['kinds'])}; by {entry['source']})"
+        generate = entry.get("generate", "-")
+        if generate not in ("-", "checked"):
+            notes.append(f"  {model_type}: {generate}")
+            generate = f"{generate.split()[0].rstrip(':')}*"
+        text = entry.get("why_not") or (
+            f"{', '.join(entry['classes'])}; {', '.join(entry['blocks'])} ({entry['source']})"
         )
-        lines.append(f"{model_type:<{width}}  {'-' if 'why_not' in entry else '+'} {text}")
-    works = sum("blocks" in entry for entry in table["models"].values())
-    return [*lines, f"{works} of {len(lines)} model types, tested with Transformers {table['transformers']}"]
+        rows.append((model_type, "no" if "why_not" in entry else "yes", generate, text))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+    ]
+    return [*lines, "", "* generate:", *notes, "", *totals(table)]
+
+
+def totals(table: dict[str, Any]) -> list[str]:
+    """How many types and classes of the table work, have their ``generate`` checked, and do not work."""
+    entries = table["models"].values()
+    works = [entry for entry in entries if "blocks" in entry]
+    checked = sum(entry.get("generate", "").startswith("checked") for entry in works)
+    distinct = {name for entry in works for name in entry["classes"].values()}
+    classes = sum(len(entry["classes"]) for entry in works)
+    return [
+        f"{len(works)} of {len(entries)} model types work, tested with Transformers {table['transformers']}",
+        f"{classes} of {sum(len(entry['classes']) for entry in entries)} heads of these types work, "
+        f"of {len(distinct)} different classes, as some types share one",
+        f"{checked} types have their generate checked, {sum('generate' not in entry for entry in works)} do not generate, "
+        f"{sum(entry.get('generate', '').startswith('not') for entry in works)} not checked",
+        f"{len(entries) - len(works)} model types do not work",
+    ]
 
 
 def run(argv: Sequence[str]) -> int:
