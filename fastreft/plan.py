@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import inputs, positions
 from .generation import Generate, Run
 from .inputs import Given
-from .positions import Positions, Tokens
+from .positions import Positions, Tied, Tokens
 
 _NO_LABELS = (
     "this forward in training has no labels, so all of its input is taken as the prompt, the answer too; Trainer keeps them "
@@ -48,7 +48,7 @@ class Plan:
         self.owner, self.tokens, self.explicit, self.idle = owner, tokens, explicit, idle
         self._found: dict[Any, list[Tensor | None]] = {}
 
-    def rows(self, spec: Positions, tied: bool, hidden: Tensor) -> list[Tensor | None]:
+    def rows(self, spec: Positions, tied: Tied, hidden: Tensor) -> list[Tensor | None]:
         """The rows of each intervention, int64 on the device of ``hidden`` (B, S, d); None for every row."""
         key = (spec, tied, hidden.get_device())
         found = self._found.get(key)
@@ -56,22 +56,20 @@ class Plan:
             found = self._found[key] = self._compute(spec, tied, hidden)
         return found
 
-    def _compute(self, spec: Positions, tied: bool, hidden: Tensor) -> list[Tensor | None]:
+    def _compute(self, spec: Positions, tied: Tied, hidden: Tensor) -> list[Tensor | None]:
         if self.tokens is None:
             return [None] if spec.everywhere or spec.written else []
         tokens = self.tokens(hidden.shape[0], hidden.shape[1], hidden.device)
         if self.explicit is not None:
-            return self._explicit(self.explicit.to(hidden.device), tokens, spec.groups(tied), tied)
+            return self._explicit(self.explicit.to(hidden.device), tokens, len(spec.shares(tied)), tied)
         found = positions.rows(spec, tokens, tied, hidden.device)
         return [index if index is None else index.reshape(-1) for index in found]
 
-    def _explicit(self, given: Tensor, tokens: Tokens, groups: int, tied: bool) -> list[Tensor | None]:
-        if groups > 1 and (given.ndim != 3 or given.shape[0] != groups):
-            raise ValueError(
-                f"reft_positions has shape {tuple(given.shape)}; with tied={tied!r} it must be ({groups}, batch, n), "
-                "the positions of each intervention in turn"
-            )
-        parts = given if groups > 1 else [given]
+    def _explicit(self, given: Tensor, tokens: Tokens, groups: int, tied: Tied) -> list[Tensor | None]:
+        parts = given if given.ndim == 3 else [given]
+        if len(parts) != groups:
+            wanted = f"({groups}, batch, n), the positions of each intervention in turn" if groups > 1 else "(batch, n)"
+            raise ValueError(f"reft_positions has shape {tuple(given.shape)}; with tied={tied!r} it must be {wanted}")
         return [positions.explicit_rows(index, tokens).reshape(-1) for index in parts]
 
 
