@@ -78,7 +78,7 @@ class Local(threading.local):
 
     plan: Plan | None = None  # of the forward
     run: Run | None = None  # the call of generate
-    outer: tuple[nn.Module, Tensor | None, Tensor | None] | None = None  # an encoder-decoder, see carry()
+    outer: tuple[nn.Module, Tensor | None, Tensor | None, Tensor | None] | None = None  # see carry()
 
     def __reduce__(self) -> tuple[type[Local], tuple[()]]:
         return Local, ()  # a copy of the model starts with no forward under way
@@ -143,7 +143,8 @@ class Shared:
         """Keep what an encoder-decoder is given for its stacks, which each make a plan of their own."""
         if self.local.outer is not None and self.local.outer[0] is not module:
             return None
-        self.local.outer = (module, *_taken(inputs.by_name(module, args, kwargs), kwargs))
+        given = inputs.by_name(module, args, kwargs)
+        self.local.outer = (module, *_taken(given, kwargs), inputs.attention_mask(given))
         return args, kwargs
 
     def put_down(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -156,7 +157,7 @@ class Shared:
 
         Explicit positions are the encoder's. The decoder's input is the labels, one to the right, or what is generated.
         """
-        _, carried, labels = self.local.outer or (None, None, None)
+        _, carried, labels, _ = self.local.outer or (None, None, None, None)
         run = self.local.run
         if given.get("encoder_hidden_states") is not None:
             return explicit, None if labels is None else nn.functional.pad(labels[:, :-1], (1, 0), value=-100), run
@@ -184,11 +185,14 @@ class Shared:
         if explicit is not None and shape is not None:
             positions.check_explicit(explicit, shape)
         mask, marks = inputs.attention_mask(given), inputs.marks(given)
+        if mask is None and shape is None and self.local.outer is not None and inputs.has_shorter_blocks(module):
+            mask = self.local.outer[3]  # Whisper's forward keeps it from the encoder, its generate does not
 
         def tokens(b: int, s: int, device: torch.device) -> Tokens:
             if explicit is not None:
                 return Tokens((b, s))
-            return positions.tokens_of((b, s), mask, labels, *inputs.packing(mask, marks, (b, s)))
+            shown = mask if shape is not None else inputs.shortened(module, mask, s)
+            return positions.tokens_of((b, s), shown, labels, *inputs.packing(shown, marks, (b, s)))
 
         if explicit is None and run is None and not torch.compiler.is_compiling():
             self._warn(module, labels, tokens)
