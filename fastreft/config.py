@@ -51,8 +51,12 @@ class ReftConfig(PeftConfig):
             "'prompt' all of it, 'all' every token, decoded ones too, 'decode' only those."
         },
     )
-    tied: bool = field(
-        default=True, metadata={"help": "Whether prefix and suffix ('fN+lM') share one intervention a layer."}
+    tied: bool | str = field(
+        default=True,
+        metadata={
+            "help": "Which positions share an intervention: true = all of a layer; false = those of the prefix and those "
+            "of the suffix ('fN+lM'), as in pyreft; position = none, each of the N + M has its own, as the paper's untied."
+        },
     )
     layers_to_transform: list[int] | int | str | None = field(
         default=None,
@@ -96,7 +100,7 @@ class ReftConfig(PeftConfig):
             )
         if not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r is {self.r!r}; it must be an integer of at least 1")
-        positions.parse(self.positions)
+        self._check_tied()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
         if activations.native_id(self.act_fn) is None:
@@ -109,6 +113,17 @@ class ReftConfig(PeftConfig):
                 "target_modules names the modules whose output is edited"
             )
         self._check_layers()
+
+    def _check_tied(self) -> None:
+        """``ValueError`` for positions that are none, and for another way to share interventions than there are."""
+        spec = positions.parse(self.positions)
+        if self.tied not in (True, False, "position"):
+            raise ValueError(f"tied is {self.tied!r}; it must be True, False or 'position'")
+        if self.tied == "position" and not spec.places:
+            raise ValueError(
+                f"tied is 'position' and positions {self.positions!r}, which is no fixed number of positions that could "
+                "have an intervention each; it must be 'fN', 'lM' or 'fN+lM', or tied True"
+            )
 
     def _check_layers(self) -> None:
         """``ValueError`` for layers that no model has."""

@@ -36,6 +36,9 @@ class Run:
 
         That is so for a forward with another cache, as classifier-free guidance runs beside it.
         """
+        if isinstance(cache, (tuple, list)) and cache and isinstance(cache[0], Tensor):
+            # XLNet's mems (T, B, d), cut anew for each step: what comes after them is run again, the prompt's last, too.
+            return cache[0].shape[0]
         if cache is None and self.cache is None:  # without a cache every forward runs the sequence from its start
             start = 0
         elif self.cache is None or cache is self.cache:

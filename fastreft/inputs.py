@@ -49,6 +49,27 @@ def attention_mask(given: Given) -> Tensor | None:
     return next((m for m in mask.values() if m is not None), None) if isinstance(mask, dict) else mask
 
 
+def has_shorter_blocks(module: nn.Module) -> bool:
+    """Does a model say that convolutions shorten its input before the blocks, as those of sound do?"""
+    return hasattr(module, "_get_feat_extract_output_lengths")
+
+
+def shortened(module: Any, mask: Tensor | None, columns: int) -> Tensor | None:
+    """A mask over samples or mel frames as one over the ``columns`` that the blocks of such a model see; others as is.
+
+    The model says how many of them come of so many samples; they come first, as these models pad on the right.
+    """
+    if mask is None or mask.ndim != 2 or mask.shape[1] == columns or not has_shorter_blocks(module):
+        return mask
+    lengths = module._get_feat_extract_output_lengths
+    before_adapter = {"add_adapter": False} if "add_adapter" in inspect.signature(lengths).parameters else {}
+    found = lengths(mask.sum(1), **before_adapter)
+    if not isinstance(found, Tensor):
+        return mask
+    hidden = (mask != 0).sum(1) == 0
+    return (torch.arange(columns, device=mask.device) < found[:, None]) & ~hidden[:, None]
+
+
 def marks(given: Given) -> tuple[Tensor | None, ...]:
     """What can say that several sequences are packed into a row: ``cu_seq_lens_q``, ``seq_idx`` and ``position_ids``."""
     bounds = given.get("cu_seq_lens_q")

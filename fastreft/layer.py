@@ -14,18 +14,19 @@ from .config import ReftConfig
 from .interventions import INTERVENTIONS, Intervention
 from .layouts import Layout
 from .plan import Plan, Shared
-from .positions import Positions
+from .positions import Positions, Tied
 
-# The attributes of a ReftLayer that hold interventions; the second is only filled for the suffix of untied ones.
+# The attributes of a ReftLayer that hold interventions, or, with one for each position, a list of them in the first. The
+# second is only filled where prefix and suffix have one each.
 _GROUPS = ("reft_edit", "reft_suffix")
 NO_MERGE = "an edit at positions has no weight form, so it cannot be merged; save the adapter instead"
 
 
 class Spec(NamedTuple):
-    """What one adapter edits at a module: the tokens, with one intervention or two, of its input or its output."""
+    """What one adapter edits at a module: the tokens, sharing interventions how, of its input or its output."""
 
     positions: Positions
-    tied: bool
+    tied: Tied
     at_input: bool
 
 
@@ -57,19 +58,23 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return self._block[0]
 
     def update_layer(self, adapter_name: str, config: ReftConfig) -> None:
-        """Add an adapter: one intervention, or one for the prefix and one for the suffix."""
+        """Add an adapter: one intervention, one for the prefix and one for the suffix, or one for each position."""
         spec = positions.parse(config.positions, pyreft_compat=config.pyreft_compat)
-        tied = spec.groups(config.tied) == 1
-        for group in _GROUPS[: 1 if tied else 2]:
-            getattr(self, group)[adapter_name] = INTERVENTIONS[config.intervention_type](
+        made = [
+            INTERVENTIONS[config.intervention_type](
                 embed_dim=self.width,
                 low_rank_dimension=config.r,
                 dropout=config.dropout,
                 act_fn=config.act_fn,
                 add_bias=config.add_bias,
             )
+            for _ in spec.shares(config.tied)
+        ]
+        held = [nn.ModuleList(made)] if config.tied == "position" else made
+        for group, item in zip(_GROUPS, held, strict=False):
+            getattr(self, group)[adapter_name] = item
         at_input = config.component == "block_input"
-        self.specs[adapter_name] = Spec(spec, tied, at_input)
+        self.specs[adapter_name] = Spec(spec, config.tied, at_input)
         # First of all hooks: whoever else looks at a module's output sees it edited, as the modules after it do.
         if at_input not in self._hooks:
             block = self._block[0]
@@ -88,6 +93,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             container = getattr(self, group)
             if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
                 container[adapter_name].to(device)
+
+    def interventions(self, adapter_name: str) -> list[Intervention]:
+        """An adapter's interventions, prefix first; empty where it does not edit this module."""
+        held: list[Any] = [self._modules[group]._modules.get(adapter_name) for group in _GROUPS]  # type: ignore[union-attr]
+        return [*held[0]] if isinstance(held[0], nn.ModuleList) else [item for item in held if item is not None]
 
     def detach(self) -> None:
         """Take the hooks and this layer off the module."""
@@ -159,8 +169,8 @@ def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
     for name in (active,) if isinstance(active, str) else active:
         spec = layer.specs.get(name)
         if spec is not None and spec.at_input is at_input:
-            for group, rows in zip(_GROUPS, _rows(layer, plan, spec, hidden), strict=False):
-                hidden = edit(layer._modules[group]._modules[name], hidden, rows, inplace)
+            for intervention, rows in zip(layer.interventions(name), _rows(layer, plan, spec, hidden), strict=False):
+                hidden = edit(intervention, hidden, rows, inplace)
     return hidden
 
 

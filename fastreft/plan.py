@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import inputs, positions
 from .generation import Generate, Run
 from .inputs import Given
-from .positions import Positions, Tokens
+from .positions import Positions, Tied, Tokens
 
 _NO_LABELS = (
     "this forward in training has no labels, so all of its input is taken as the prompt, the answer too; Trainer keeps them "
@@ -48,7 +48,7 @@ class Plan:
         self.owner, self.tokens, self.explicit, self.idle = owner, tokens, explicit, idle
         self._found: dict[Any, list[Tensor | None]] = {}
 
-    def rows(self, spec: Positions, tied: bool, hidden: Tensor) -> list[Tensor | None]:
+    def rows(self, spec: Positions, tied: Tied, hidden: Tensor) -> list[Tensor | None]:
         """The rows of each intervention, int64 on the device of ``hidden`` (B, S, d); None for every row."""
         key = (spec, tied, hidden.get_device())
         found = self._found.get(key)
@@ -56,22 +56,20 @@ class Plan:
             found = self._found[key] = self._compute(spec, tied, hidden)
         return found
 
-    def _compute(self, spec: Positions, tied: bool, hidden: Tensor) -> list[Tensor | None]:
+    def _compute(self, spec: Positions, tied: Tied, hidden: Tensor) -> list[Tensor | None]:
         if self.tokens is None:
             return [None] if spec.everywhere or spec.written else []
         tokens = self.tokens(hidden.shape[0], hidden.shape[1], hidden.device)
         if self.explicit is not None:
-            return self._explicit(self.explicit.to(hidden.device), tokens, spec.groups(tied), tied)
+            return self._explicit(self.explicit.to(hidden.device), tokens, len(spec.shares(tied)), tied)
         found = positions.rows(spec, tokens, tied, hidden.device)
         return [index if index is None else index.reshape(-1) for index in found]
 
-    def _explicit(self, given: Tensor, tokens: Tokens, groups: int, tied: bool) -> list[Tensor | None]:
-        if groups > 1 and (given.ndim != 3 or given.shape[0] != groups):
-            raise ValueError(
-                f"reft_positions has shape {tuple(given.shape)}; with tied={tied!r} it must be ({groups}, batch, n), "
-                "the positions of each intervention in turn"
-            )
-        parts = given if groups > 1 else [given]
+    def _explicit(self, given: Tensor, tokens: Tokens, groups: int, tied: Tied) -> list[Tensor | None]:
+        parts = given if given.ndim == 3 else [given]
+        if len(parts) != groups:
+            wanted = f"({groups}, batch, n), the positions of each intervention in turn" if groups > 1 else "(batch, n)"
+            raise ValueError(f"reft_positions has shape {tuple(given.shape)}; with tied={tied!r} it must be {wanted}")
         return [positions.explicit_rows(index, tokens).reshape(-1) for index in parts]
 
 
@@ -80,7 +78,7 @@ class Local(threading.local):
 
     plan: Plan | None = None  # of the forward
     run: Run | None = None  # the call of generate
-    outer: tuple[nn.Module, Tensor | None, Tensor | None] | None = None  # an encoder-decoder, see carry()
+    outer: tuple[nn.Module, Tensor | None, Tensor | None, Tensor | None] | None = None  # see carry()
 
     def __reduce__(self) -> tuple[type[Local], tuple[()]]:
         return Local, ()  # a copy of the model starts with no forward under way
@@ -145,7 +143,8 @@ class Shared:
         """Keep what an encoder-decoder is given for its stacks, which each make a plan of their own."""
         if self.local.outer is not None and self.local.outer[0] is not module:
             return None
-        self.local.outer = (module, *_taken(inputs.by_name(module, args, kwargs), kwargs))
+        given = inputs.by_name(module, args, kwargs)
+        self.local.outer = (module, *_taken(given, kwargs), inputs.attention_mask(given))
         return args, kwargs
 
     def put_down(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -158,7 +157,7 @@ class Shared:
 
         Explicit positions are the encoder's. The decoder's input is the labels, one to the right, or what is generated.
         """
-        _, carried, labels = self.local.outer or (None, None, None)
+        _, carried, labels, _ = self.local.outer or (None, None, None, None)
         run = self.local.run
         if given.get("encoder_hidden_states") is not None:
             return explicit, None if labels is None else nn.functional.pad(labels[:, :-1], (1, 0), value=-100), run
@@ -186,11 +185,14 @@ class Shared:
         if explicit is not None and shape is not None:
             positions.check_explicit(explicit, shape)
         mask, marks = inputs.attention_mask(given), inputs.marks(given)
+        if mask is None and shape is None and self.local.outer is not None and inputs.has_shorter_blocks(module):
+            mask = self.local.outer[3]  # Whisper's forward keeps it from the encoder, its generate does not
 
         def tokens(b: int, s: int, device: torch.device) -> Tokens:
             if explicit is not None:
                 return Tokens((b, s))
-            return positions.tokens_of((b, s), mask, labels, *inputs.packing(mask, marks, (b, s)))
+            shown = mask if shape is not None else inputs.shortened(module, mask, s)
+            return positions.tokens_of((b, s), shown, labels, *inputs.packing(shown, marks, (b, s)))
 
         if explicit is None and run is None and not torch.compiler.is_compiling():
             self._warn(module, labels, tokens)

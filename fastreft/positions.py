@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+Tied = bool | str  # True, False or "position": who shares an intervention, see Positions.shares
 ACCEPTED = "'fN', 'lM', 'fN+lM' (N, M >= 1, such as 'f5+l5'), 'prompt', 'decode' or 'all'"
 
 
@@ -37,9 +38,17 @@ class Positions:
         """How many tokens of a prompt can be chosen; 0 = no fixed number."""
         return self.first + self.last
 
-    def groups(self, tied: bool) -> int:
-        """How many interventions a layer has: 1 if ``tied``, one a side of fN+lM if not."""
-        return 2 if not tied and self.first and self.last else 1
+    def shares(self, tied: Tied) -> list[tuple[int, int]]:
+        """The places, from and up to, that each intervention of a layer has, prefix first.
+
+        One has them all if ``tied``; if not, one a side of fN+lM; and with "position" one each. A kind with no fixed
+        number of places has one intervention.
+        """
+        if tied == "position" and self.places:
+            return [(k, k + 1) for k in range(self.places)]
+        if not tied and self.first and self.last:
+            return [(0, self.first), (self.first, self.places)]
+        return [(0, self.places)]
 
 
 @dataclass
@@ -136,9 +145,9 @@ def _total(count: Tensor, starts: Tensor | None) -> Tensor:
 
 
 def rows(
-    positions: Positions, tokens: Tokens, tied: bool = True, device: torch.device | str = "cpu"
+    positions: Positions, tokens: Tokens, tied: Tied = True, device: torch.device | str = "cpu"
 ) -> list[Tensor | None]:
-    """The rows to edit of the flattened hidden state (B, S, d), for each of the ``positions.groups(tied)`` interventions.
+    """The rows to edit of the flattened hidden state (B, S, d), for each intervention of ``positions.shares(tied)``.
 
     Each is int64 (B, n), -1 = skip, no row twice; or None for every row; none is listed where no token can be meant.
     n is the intervention's share of N + M, prefix first; T for kinds with no fixed number; and for packed rows the share
@@ -154,17 +163,15 @@ def rows(
         return [_window(_listed(chosen.to(device)), tokens)]
     place = _place(positions, tokens, device)
     size = positions.places
-    bounds = [(0, size)]
-    if positions.groups(tied) == 2:
-        bounds = [(0, positions.first), (positions.first, size)]
+    shares = positions.shares(tied)
     if tokens.starts is None:
         index = _scatter(place, place < size, size)
-        return [_window(index[:, a:b], tokens) for a, b in bounds]
+        return [_window(index[:, a:b], tokens) for a, b in shares]
     many = tokens.sequences
     if many is None and place.device.type == "cpu" and not torch.compiler.is_compiling():
         many = int(tokens.starts.sum(1).max())
     found: list[Tensor | None] = []
-    for a, b in bounds:
+    for a, b in shares:
         chosen = (place >= a) & (place < b)
         n = tokens.shape[1] if many is None else min(tokens.shape[1], many * (b - a))
         found.append(_window(_scatter(chosen.cumsum(1) - 1, chosen, n), tokens))
@@ -220,7 +227,7 @@ def _window(index: Tensor, tokens: Tokens) -> Tensor:
 def check_explicit(index: Tensor, shape: tuple[int, int]) -> None:
     """Can ``index`` say columns of a (B, T) batch? See :func:`explicit_rows` for what is raised.
 
-    With several interventions a layer it may be (groups, B, n).
+    With several interventions a layer it is (interventions, B, n).
     """
     integers = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
     if not integers or index.ndim not in (2, 3) or index.shape[-2] == 0 or shape[0] % index.shape[-2]:

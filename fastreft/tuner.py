@@ -31,7 +31,8 @@ class ReftModel(BaseTuner):
     """PEFT's tuner for ReFT; made by :func:`get_reft_model` or ``peft.get_peft_model``.
 
     Its model takes one more keyword, ``reft_positions`` (B, n): the tokens to edit, as columns of the padded input,
-    instead of the configuration's (untied: (2, B, n)). Raises ``ValueError`` where the configuration does not fit.
+    instead of the configuration's; (k, B, n) where a layer has k interventions that are not ``tied``.
+    Raises ``ValueError`` where the configuration does not fit.
     """
 
     prefix = "reft_"

@@ -51,7 +51,7 @@ def edited(text: str, tied, compat: bool, shown: list[int], labels: list[int] | 
     group = {}
     for s, place in zip(prompt, places_of(text, len(prompt), compat), strict=True):
         if place is not None:
-            group[s] = int(not tied and first is not None and place >= first)
+            group[s] = place if tied == "position" else int(not tied and first is not None and place >= first)
     return group
 
 
@@ -77,7 +77,7 @@ def row_groups(found, batch: int, length: int) -> dict[int, int]:
     return out
 
 
-CASES = (st.sampled_from(KINDS), st.booleans(), st.booleans())
+CASES = (st.sampled_from(KINDS), st.sampled_from([True, False, "position"]), st.booleans())
 
 
 @settings(max_examples=200, deadline=None)

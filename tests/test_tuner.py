@@ -106,6 +106,11 @@ def test_untied_prefix_and_suffix_have_an_intervention_each():
         ValueError, match=r"reft_positions has shape \(3, 2\); with tied=False it must be \(2, batch, n\)"
     ):
         model(**inputs, reft_positions=index[0])
+    shared = get_reft_model(make("llama"), ReftConfig(positions="f2+l2"))
+    with pytest.raises(
+        ValueError, match=r"reft_positions has shape \(2, 3, 2\); with tied=True it must be \(batch, n\)"
+    ):
+        shared(**inputs, reft_positions=torch.stack(index))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -173,12 +173,13 @@ def _entries(model: nn.Module, adapter_name: str | None) -> list[Entry]:
     if active is None or not any(active in layer.reft_edit for _, layer in layers):
         raise ValueError(f"adapter_name is {adapter_name!r}; this {type(model).__name__} has no such ReFT adapter")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    held = [(name, layer, layer.interventions(active)) for name, layer in layers]
     entries = []
-    for containers in ("reft_edit", "reft_suffix"):
-        for name, layer in layers:
-            if active in getattr(layer, containers):
+    for i in range(max(len(interventions) for _, _, interventions in held)):
+        for name, layer, interventions in held:
+            if interventions:
                 place = components.Place(name, "input" if layer.specs[active].at_input else "output")
-                entries.append(Entry(*components.describe(base, place), getattr(layer, containers)[active]))
+                entries.append(Entry(*components.describe(base, place), interventions[i]))
     return entries
 
 

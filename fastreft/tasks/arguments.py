@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import types
@@ -11,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from .errors import UserError, nearest, user_errors
 
@@ -70,11 +72,21 @@ class Parser(HfArgumentParser):
         return flags
 
 
+def _bool_or_word(text: str) -> bool | str:
+    """A flag of type ``bool | str``: yes or no in any of the ways that flags take, else the word as it is."""
+    try:
+        return string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        return text
+
+
 def _argument_type(hint: Any) -> Any:
     """The one type that a flag has: of a union, its list, or else its first member other than None."""
     if get_origin(hint) not in (Union, types.UnionType):
         return hint
     members = [member for member in get_args(hint) if member is not type(None)]
+    if members == [bool, str]:
+        return _bool_or_word
     chosen = next((member for member in members if get_origin(member) is list), members[0])
     if get_origin(chosen) is list and str in members:
         chosen = list[str]  # takes whatever the others take

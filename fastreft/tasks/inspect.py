@@ -52,11 +52,12 @@ def adapter_rows(path: str) -> tuple[list[str], list[tuple[str, ...]]]:
     settings = [f"{name} {getattr(config, name)}" for name in names]
     found: dict[str, torch.nn.Module] = {}
     for key, value in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.reft\.(reft_edit|reft_suffix)\.(\w+)", key)
+        match = re.fullmatch(r"base_model\.model\.(.+)\.reft\.(reft_edit|reft_suffix)\.(?:(\d+)\.)?(\w+)", key)
         if match is not None:
-            where = match[1] + (" (suffix)" if match[2] == "reft_suffix" else "")
+            which = "suffix" if match[2] == "reft_suffix" else match[3]  # of several at one place
+            where = match[1] + (f" ({which})" if which else "")
             found.setdefault(where, torch.nn.Module()).register_parameter(
-                match[3], torch.nn.Parameter(value, requires_grad=False)
+                match[4], torch.nn.Parameter(value, requires_grad=False)
             )
     rows = []
     for where, held in found.items():
