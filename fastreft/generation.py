@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from . import inputs, positions
 from .positions import Tokens
 
+NO_BATCHES = (
+    "continuous batching runs the tokens of several requests in one forward, and no token says whether it is a prompt's: "
+    "use generate without cache_implementation='paged'"
+)
+
 
 class Run:
     """One call of ``generate``: its prompt, and how far its forwards have come.
@@ -74,6 +79,8 @@ class Generate:
         self.model, self.local = model, local
         self.inner = model.__dict__.get("generate")  # somebody else's
         model.__dict__["generate"] = self
+        # Its forwards fail in a thread of its own, which logs that and gives the prompts back as if nothing were wrong.
+        model.__dict__["init_continuous_batching"] = _refuse_batches
 
     def __call__(self, *args: Any, reft_positions: Tensor | None = None, **kwargs: Any) -> Any:
         given = dict(zip(("inputs", "generation_config"), args, strict=False), **kwargs)
@@ -87,10 +94,16 @@ class Generate:
 
     def remove(self) -> None:
         """Give the model its own ``generate`` back."""
+        self.model.__dict__.pop("init_continuous_batching", None)
         if self.model.__dict__.get("generate") is self:
             del self.model.__dict__["generate"]
             if self.inner is not None:
                 self.model.__dict__["generate"] = self.inner
+
+
+def _refuse_batches(*args: Any, **kwargs: Any) -> Any:
+    """Always a ``ValueError``, where ``generate_batch`` and its like begin."""
+    raise ValueError(NO_BATCHES)
 
 
 def _run_of(model: Any, given: dict[str, Any], explicit: Tensor | None) -> Run:

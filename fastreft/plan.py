@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import inputs, positions
-from .generation import Generate, Run
+from .generation import NO_BATCHES, Generate, Run
 from .inputs import Given
 from .positions import Positions, Tied, Tokens
 
@@ -168,10 +168,7 @@ class Shared:
         self, module: nn.Module, given: Given, explicit: Tensor | None, labels: Tensor | None, run: Run | None
     ) -> Plan:
         if "write_index" in given:
-            raise ValueError(
-                "continuous batching runs the tokens of several requests in one forward, and no token says whether it is "
-                "a prompt's: use generate without cache_implementation='paged'"
-            )
+            raise ValueError(NO_BATCHES)
         shape, cache = inputs.batch_shape(given), inputs.cache_of(given)
         start = None if run is None or shape is None else run.advance(cache, shape[1])
         if run is not None and start is not None:

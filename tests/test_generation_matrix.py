@@ -129,6 +129,54 @@ def test_a_static_cache(family, positions):
     check(made.model.generate(**inputs, **SHOWN, cache_implementation="static", disable_compile=True), wanted)
 
 
+@pytest.mark.parametrize("family", ["llama", "bart"])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_static_cache_with_compile(family, fullgraph):
+    """As generate does it by itself on a GPU: the prefill eager, the decode steps compiled."""
+    made, inputs, _, wanted = greedy(family)
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = transformers.CompileConfig(backend=backend, mode=None, fullgraph=fullgraph)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    check(made.model.generate(**inputs, **SHOWN, cache_implementation="static", compile_config=config), wanted)
+    assert graphs
+
+
+def test_a_compiled_forward():
+    made, inputs, _, wanted = greedy("gpt2")
+    base = made.model.get_base_model()
+    torch._dynamo.reset()
+    base.forward = torch.compile(base.forward, backend="eager")
+    try:
+        check(made.model.generate(**inputs, **SHOWN), wanted)
+    finally:
+        del base.forward
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bart"])
+def test_sequences_that_end_early(family):
+    made, inputs, chosen, (ids, _) = greedy(family)
+    ending = GREEDY | {"eos_token_id": int(ids[0, -NEW + 1]), "max_new_tokens": 9}
+    assert torch.equal(made.model.generate(**inputs, **ending), made.generated(chosen, **inputs, **ending))
+    beams = ending | {"num_beams": 3, "early_stopping": True}
+    assert torch.equal(made.model.generate(**inputs, **beams), made.generated(chosen, **inputs, **beams))
+
+
+def test_continuous_batching_is_refused_in_the_callers_thread():
+    made, inputs, _, wanted = greedy("llama")
+    base = made.model.get_base_model()
+    with pytest.raises(ValueError, match="continuous batching runs the tokens of several requests"):
+        made.model.generate(**inputs, **GREEDY, cache_implementation="paged")
+    with pytest.raises(ValueError, match="continuous batching runs the tokens of several requests"):
+        base.generate_batch([[3, 4, 5]], max_new_tokens=2)
+    check(made.model.generate(**inputs, **SHOWN), wanted)
+
+
 @pytest.mark.parametrize("family", [*CAUSAL, *SEQ2SEQ])
 @pytest.mark.parametrize("positions", ["f2+l3", "l1"])
 def test_assisted(family, positions):

@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from tempfile import TemporaryDirectory
 
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload, disk_offload
 from tiny import batch, blocks, logits, make
 from torch import nn
@@ -84,3 +86,47 @@ def test_autocast():
 def test_a_configuration_survives_a_pickle_and_a_copy():
     config = ReftConfig(component="mlp_output", layers_to_transform="1:")
     assert pickle.loads(pickle.dumps(config)).to_dict() == copy.deepcopy(config).to_dict() == config.to_dict()
+
+
+def used(base, **loading):
+    """Attach, train a step, generate, save and load on a base: each as it should be, the loaded one to the bit."""
+    inputs, greedy = batch("left"), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    plain = logits(base, inputs)
+    model = get_reft_model(base, ReftConfig(task_type="CAUSAL_LM", positions="f2+l3"))
+    wanted = logits(model, inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), plain)
+    assert not torch.equal(wanted, plain)
+    labels = inputs["input_ids"].clone()
+    labels[:, :7] = -100
+    model(**inputs, labels=labels).loss.backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
+    written = model.generate(**inputs, **greedy)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = peft.PeftModel.from_pretrained(model.unload(), folder, **loading)
+    assert torch.equal(logits(again, inputs), wanted)
+    assert torch.equal(again.generate(**inputs, **greedy), written)
+
+
+@pytest.mark.parametrize("where", ["cpu", "auto"])
+def test_a_device_map(where, tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=where)
+    used(base, device_map=where, max_memory={"cpu": "1GiB"})
+
+
+def test_a_torchao_base():
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    base = make("llama")
+    torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
+    used(base)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_bitsandbytes_base(bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    make("llama").save_pretrained(tmp_path)
+    config = transformers.BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    used(load(tmp_path, device_map="cpu", quantization_config=config))
