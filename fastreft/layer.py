@@ -49,6 +49,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.name, self.width, self.layout, self.fresh = name, width, layout, fresh
         self.checked = False  # has a hidden state of the right shape been seen?
         self._shared = shared
+        shared.layers.append(self)
         self._block = (block,)  # in a tuple, as a module must not be its own grandchild
         self._active_adapter = []
         self._hooks: dict[bool, Any] = {}

@@ -90,6 +90,7 @@ class Shared:
     def __init__(self, model: nn.Module, block_names: list[str]):
         self.local = Local()
         self.specs: set[Positions] = set()
+        self.layers: list[Any] = []  # the ReftLayers that share this
         self.decodes = False  # does any adapter edit decode steps?
         self.two_stacks = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         can_generate = getattr(model, "can_generate", None)
@@ -176,9 +177,11 @@ class Shared:
                 explicit = run.explicit
             if cache is not None and start >= (run.length or 0):
                 return self._decoding(module, run)
+            self._check_mask(given)
             return Plan(module, lambda b, s, device: run.tokens(b, s, start, device), explicit)
         if explicit is None and inputs.cached_tokens(cache):
             return self._decoding(module, None)
+        self._check_mask(given)
         if explicit is not None and shape is not None:
             positions.check_explicit(explicit, shape)
         mask, marks = inputs.attention_mask(given), inputs.marks(given)
@@ -194,6 +197,11 @@ class Shared:
         if explicit is None and run is None and not torch.compiler.is_compiling():
             self._warn(module, labels, tokens)
         return Plan(module, tokens, explicit)
+
+    def _check_mask(self, given: Given) -> None:
+        """Refuse a sample without a token before any block runs; a base whose adapters are disabled takes what it takes."""
+        if not torch.compiler.is_compiling() and not all(layer._disable_adapters for layer in self.layers):
+            positions.check_mask(inputs.attention_mask(given))
 
     def _decoding(self, module: nn.Module, run: Run | None) -> Plan:
         """The plan of a forward whose tokens all come after the prompt. Explicit positions of generate are all it edits."""

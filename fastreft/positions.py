@@ -224,6 +224,17 @@ def _window(index: Tensor, tokens: Tokens) -> Tensor:
     return (column + first).masked_fill(~inside, -1)
 
 
+def check_mask(mask: Tensor | None) -> None:
+    """``ValueError`` naming a sample of which ``mask`` (B, S) shows no token; a look that only a CPU gives without waiting."""
+    if mask is None or mask.ndim != 2 or mask.device.type != "cpu":
+        return
+    shown = mask.any(1)
+    if not bool(shown.all()):
+        raise ValueError(
+            f"attention_mask hides every token of sample {int(shown.int().argmin())}; each sample must show one at least"
+        )
+
+
 def check_explicit(index: Tensor, shape: tuple[int, int]) -> None:
     """Can ``index`` say columns of a (B, T) batch? See :func:`explicit_rows` for what is raised.
 
