@@ -30,9 +30,10 @@ inline void bind_policy(pybind11::module_& module) {
   policy.def("padded_rank", &padded_rank, py::arg("r"), "r padded to 8, 16, 32 or 64; 0 beyond.");
   policy.def(
       "fused",
-      [](int64_t n, int64_t d, int64_t r, int shrinks, int expands, bool both, const Device& device) {
-        const FusedPlan plan =
-            both ? plan_both(n, d, r, expands, device) : plan_pass(n, d, r, shrinks, expands, device);
+      [](int64_t n, int64_t d, int64_t r, int shrinks, int expands, bool both, const Device& device, bool streamed) {
+        const FusedPlan plan = both       ? plan_both(n, d, r, expands, device)
+                               : streamed ? plan_streamed(n, d, r, shrinks, expands, device)
+                                          : plan_pass(n, d, r, shrinks, expands, device);
         py::dict out;
         out["fits"] = plan.fits;
         out["rank"] = plan.shape.rank;
@@ -40,6 +41,7 @@ inline void bind_policy(pybind11::module_& module) {
         out["rows"] = plan.shape.rows;
         out["stages"] = plan.shape.stages;
         out["width"] = plan.shape.width;
+        out["pieces"] = plan.shape.pieces;
         out["tiles"] = plan.tiles;
         out["clusters"] = plan.clusters;
         out["shared"] = plan.shared;
@@ -47,7 +49,8 @@ inline void bind_policy(pybind11::module_& module) {
         return out;
       },
       py::arg("n"), py::arg("d"), py::arg("r"), py::arg("shrinks"), py::arg("expands"), py::arg("both"),
-      py::arg("device"), "A pass on tensor cores; `both`: the one-pass backward.");
+      py::arg("device"), py::arg("streamed") = false,
+      "A pass on tensor cores; `both`: the one-pass backward; `streamed`: with the matrices in pieces.");
   policy.def(
       "copy",
       [](int64_t total, int cluster, const Device& device) {

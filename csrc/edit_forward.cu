@@ -1,5 +1,5 @@
-// The forward of the edit, rows and dense: one launch of the tensor-core pass (edit_fused.cuh) where the shapes allow
-// it, else of the CUDA-core pass (edit_simple.cuh).
+// The forward of the edit, rows and dense: one launch of a tensor-core pass (edit_fused.cuh, edit_streamed.cuh) where
+// the shapes allow it, else of the CUDA-core pass (edit_simple.cuh).
 #include "edit_host.h"
 #include "kernels.h"
 

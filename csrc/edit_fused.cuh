@@ -24,6 +24,9 @@ struct Fused {
   int64_t clusters = 0;  // that edit; CTAs behind them copy
 };
 
+// Where only one of two matrices is there it comes first in shared memory.
+__device__ __forceinline__ int only_second(const Matrix2 (&pair)[2]) { return pair[0].w.p != nullptr ? 0 : 1; }
+
 // Waits for the oldest of `stages` copies in flight.
 __device__ __forceinline__ void wait_for_oldest(int stages) {
   if (stages == 2) {
@@ -251,6 +254,39 @@ __device__ __forceinline__ void keep_packed(const Pass& p, int64_t i, int k, boo
   if (p.packed_depth > Rank) to[Rank / 2] = to[third + Rank / 2] = to[2 * third + Rank / 2] = 0;
 }
 
+// The coordinates of the rows that this rank of the cluster owns, from what the ranks sent, to every rank.
+template <typename T, int Rank, bool Backward>
+__device__ __forceinline__ void work_out_coordinates(const Pass& p, const FusedShape& s, const FusedLayout& at,
+                                                     int64_t first, int rank, const float* received, T* coordinates) {
+  const int sums = s.shrinks * Rank, own = own_rows(s);
+  const int shrink_from = only_second(p.shrink), expand_from = only_second(p.expand);
+  for (int e = threadIdx.x; e < own * Rank / 2; e += kFusedWarps * 32) {
+    const int m = rank * own + e / (Rank / 2), k = e % (Rank / 2) * 2;
+    if (m >= s.rows) continue;
+    const int64_t i = first + m;
+    const bool live = listed_row(p.index, i, p.n, p.total) >= 0;
+    float u[2] = {}, v[2] = {};
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      float total[2] = {};
+      for (int q = 0; q < s.shrinks; ++q) {
+        float sum = 0;
+        for (int from = 0; from < s.cluster; ++from)
+          sum += received[(from * own + m % own) * sums + q * Rank + k + pair];
+        (q + shrink_from == 0 ? total[0] : total[1]) = sum;
+      }
+      coordinate<Backward>(p, i, k + pair, total[0], total[1], live, u[pair], v[pair]);
+    }
+    if (Backward && p.packed != nullptr && i < p.n) keep_packed<T, Rank>(p, i, k, live, u, v);
+    for (int q = 0; q < s.expands; ++q) {
+      const bool gradient_of_p = q + expand_from == 1;
+      const uint32_t two = gradient_of_p ? pack<T>(v[0], v[1]) : pack<T>(u[0], u[1]);
+      uint32_t* to = reinterpret_cast<uint32_t*>(coordinates + m * at.coordinate_pitch + q * Rank + k);
+      for (int other = 0; other < s.cluster; ++other) *(s.cluster > 1 ? of_rank(to, other) : to) = two;
+    }
+  }
+}
+
 template <typename T, int Rank, bool Backward>
 __global__ void __launch_bounds__(kFusedWarps * 32, per_sm_of_rank(Rank))
     fused_kernel(const __grid_constant__ Fused f) {
@@ -274,8 +310,7 @@ __global__ void __launch_bounds__(kFusedWarps * 32, per_sm_of_rank(Rank))
   const int64_t tile_size = s.rows * at.pitch;
   const int depth = s.expands * Rank > 16 ? s.expands * Rank : 16;
   const int sums = s.shrinks * Rank, own = own_rows(s);
-  // Where only one of two matrices is there it comes first in shared memory.
-  const int shrink_from = p.shrink[0].w.p != nullptr ? 0 : 1, expand_from = p.expand[0].w.p != nullptr ? 0 : 1;
+  const int shrink_from = only_second(p.shrink), expand_from = only_second(p.expand);
 
   const auto fetch = [&](int64_t tile, int stage) {
     if (tile < f.tiles)
@@ -316,31 +351,7 @@ __global__ void __launch_bounds__(kFusedWarps * 32, per_sm_of_rank(Rank))
     }
     cluster_sync(s.cluster);  // (1) all sums have arrived; nobody reads the coordinates of the tile before any more
 
-    for (int e = threadIdx.x; e < own * Rank / 2; e += kFusedWarps * 32) {
-      const int m = rank * own + e / (Rank / 2), k = e % (Rank / 2) * 2;
-      if (m >= s.rows) continue;
-      const int64_t i = first + m;
-      const bool live = listed_row(p.index, i, p.n, p.total) >= 0;
-      float u[2] = {}, v[2] = {};
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        float total[2] = {};
-        for (int q = 0; q < s.shrinks; ++q) {
-          float sum = 0;
-          for (int from = 0; from < s.cluster; ++from)
-            sum += received[(from * own + m % own) * sums + q * Rank + k + pair];
-          (q + shrink_from == 0 ? total[0] : total[1]) = sum;
-        }
-        coordinate<Backward>(p, i, k + pair, total[0], total[1], live, u[pair], v[pair]);
-      }
-      if (Backward && p.packed != nullptr && i < p.n) keep_packed<T, Rank>(p, i, k, live, u, v);
-      for (int q = 0; q < s.expands; ++q) {
-        const bool gradient_of_p = q + expand_from == 1;
-        const uint32_t two = gradient_of_p ? pack<T>(v[0], v[1]) : pack<T>(u[0], u[1]);
-        uint32_t* to = reinterpret_cast<uint32_t*>(coordinates + m * at.coordinate_pitch + q * Rank + k);
-        for (int other = 0; other < s.cluster; ++other) *(s.cluster > 1 ? of_rank(to, other) : to) = two;
-      }
-    }
+    work_out_coordinates<T, Rank, Backward>(p, s, at, first, rank, received, coordinates);
     cluster_sync(s.cluster);  // (2) all coordinates have arrived; nobody reads `received` any more
 
     if (p.out.p != nullptr) {

@@ -1,7 +1,7 @@
 // Host helpers that the forward and the backward share: alignment questions and the two roads of a pass over rows.
 #pragma once
-#include "edit_fused.cuh"
 #include "edit_simple.cuh"
+#include "edit_streamed.cuh"
 #include "launch.h"
 
 namespace fastreft {
@@ -54,6 +54,14 @@ int simple_pass(const Pass& p, DType type, bool shrinks, void* stream, const Dev
 
 template <typename T, bool Backward>
 int fused_pass_as(const Fused& f, const Grid& grid, void* stream) {
+  if (f.shape.pieces > 1) {
+    switch (f.shape.rank) {
+      case 8: return launch<streamed_kernel<T, 8, Backward>>(grid, stream, f);
+      case 16: return launch<streamed_kernel<T, 16, Backward>>(grid, stream, f);
+      case 32: return launch<streamed_kernel<T, 32, Backward>>(grid, stream, f);
+      case 64: return launch<streamed_kernel<T, 64, Backward>>(grid, stream, f);
+    }
+  }
   switch (f.shape.rank) {
     case 8: return launch<fused_kernel<T, 8, Backward>>(grid, stream, f);
     case 16: return launch<fused_kernel<T, 16, Backward>>(grid, stream, f);
@@ -66,7 +74,8 @@ int fused_pass_as(const Fused& f, const Grid& grid, void* stream) {
 // The plan of a pass on tensor cores; `fits` is false where the CUDA cores have to do it.
 inline FusedPlan fused_plan_of(const Pass& p, DType type, const Device& device) {
   if (device.major < 8 || !sixteen_bits(type) || !vector_pass(p, type)) return {};
-  return plan_pass(p.n, p.d, p.r, present(p.shrink), present(p.expand), device);
+  const FusedPlan resident = plan_pass(p.n, p.d, p.r, present(p.shrink), present(p.expand), device);
+  return resident.fits ? resident : plan_streamed(p.n, p.d, p.r, present(p.shrink), present(p.expand), device);
 }
 
 // The argument and the grid of a pass on tensor cores.

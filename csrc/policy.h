@@ -55,7 +55,8 @@ struct FusedShape {
   int extra = 0;                 // further coordinates a row, behind those of the expand (the one-pass backward's)
   int inputs = 1;                // tensors streamed
   int cluster = 1, rows = 16, stages = 2;
-  int width = 0;  // columns a CTA owns, a multiple of 128: 16 for each warp
+  int width = 0;   // columns a CTA owns, or handles at a time, a multiple of 128: 16 for each warp
+  int pieces = 1;  // of that width; more than one where the matrices are streamed (edit_streamed.cuh)
 };
 
 // Rows of a tile whose coordinates one CTA of the cluster works out; the last CTA may have fewer.
@@ -144,6 +145,36 @@ inline FusedPlan plan_fused(int64_t n, int64_t d, int64_t r, int shrinks, int ex
 // A plain pass: the forward, or dh and the coordinates.
 inline FusedPlan plan_pass(int64_t n, int64_t d, int64_t r, int shrinks, int expands, const Device& device) {
   return plan_fused(n, d, r, shrinks, expands, 0, 1, 0, per_sm_of_rank(padded_rank(r)), device);
+}
+
+// The pass where the matrices do not stay in shared memory (edit_streamed.cuh): pieces of the columns, one CTA a tile.
+inline FusedPlan plan_streamed(int64_t n, int64_t d, int64_t r, int shrinks, int expands, const Device& device) {
+  FusedPlan plan;
+  FusedShape& s = plan.shape;
+  s.rank = padded_rank(r);
+  if (s.rank == 0 || n <= 0 || d <= 0 || d % 8 != 0) return plan;
+  s.shrinks = shrinks;
+  s.expands = expands;
+  for (int per_sm = per_sm_of_rank(s.rank); per_sm >= 1; --per_sm) {
+    const int64_t limit = per_sm == 2 ? half_of_shared(device.shared) : device.shared;
+    const int64_t ctas = static_cast<int64_t>(device.multiprocessors) * per_sm;
+    for (s.rows = 64; s.rows >= 16; s.rows /= 2) {
+      if (s.rows > 16 && ceil_div(n, s.rows) < ctas) continue;                 // rather more CTAs than taller tiles
+      if (per_sm == 2 && s.rows < 32 && ceil_div(n, s.rows) > ctas) continue;  // as in plan_fused
+      for (s.width = 512; s.width >= 128; s.width /= 2) {
+        if (s.width > 128 && s.width >= 2 * d) continue;
+        s.pieces = static_cast<int>(ceil_div(d, s.width));
+        plan.shared = fused_layout(s).bytes;
+        if (plan.shared > limit) continue;
+        plan.fits = true;
+        plan.per_sm = per_sm;
+        plan.tiles = ceil_div(n, s.rows);
+        plan.clusters = plan.tiles < ctas ? plan.tiles : ctas;
+        return plan;
+      }
+    }
+  }
+  return plan;
 }
 
 // The one-pass backward (edit_both.cuh): g and h streamed, sums over a slice of kBothColumns at most in registers.

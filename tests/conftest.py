@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from simt import harness
 from torch import Tensor
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -33,6 +34,12 @@ def shared() -> Path:
     if not SHARED.exists():
         pytest.skip("no ../shared beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory) -> Path:
+    """The CUDA kernels as a program for the host (tests/simt), built once."""
+    return harness.build(tmp_path_factory.mktemp("simt"))
 
 
 @pytest.fixture(params=DEVICES)

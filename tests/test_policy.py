@@ -76,6 +76,19 @@ def test_fused_pass(shrinks, expands, device):
             check_fused(plan, n, d, r, device)
 
 
+@pytest.mark.parametrize(("shrinks", "expands"), MATRICES)
+def test_streamed_pass(shrinks, expands, device):
+    for n, d, r in itertools.product(ROWS, WIDTHS, RANKS):
+        plan = policy.fused(n, d, r, shrinks, expands, False, device, streamed=True)
+        assert plan["fits"] or (r > 32 and 2 in (shrinks, expands)), (
+            "beyond that a matrix pair is more than all there is"
+        )
+        if plan["fits"]:
+            assert plan["cluster"] == 1
+            check_fused(plan | {"width": plan["width"] * plan["pieces"]}, n, d, r, device)
+            assert plan["width"] % 128 == 0 and (plan["pieces"] - 1) * plan["width"] < d
+
+
 @pytest.mark.parametrize("expands", [0, 1, 2])
 def test_one_pass_backward(expands, device):
     for n, d, r in itertools.product(ROWS, WIDTHS, RANKS):

@@ -51,9 +51,9 @@ def test_positions_that_are_none(text):
 def test_rows_out_of_range():
     inputs = batch("left")
     model = refusing()
-    with pytest.raises(IndexError, match="^reft_positions holds 9, past the last of 9 tokens$"):
+    with pytest.raises(IndexError, match=r"^reft_positions holds 9, past the last of 9 tokens$"):
         model(**inputs, reft_positions=torch.tensor([[9]]))
-    with pytest.raises(IndexError, match="^reft_positions holds 9, past the last of 9 tokens$"):
+    with pytest.raises(IndexError, match=r"^reft_positions holds 9, past the last of 9 tokens$"):
         model.generate(**inputs, reft_positions=torch.tensor([[9]]), max_new_tokens=1)
 
 
@@ -61,7 +61,9 @@ def test_rows_of_another_kind_or_shape():
     inputs = batch("left")
     model = refusing()
     for index in (torch.tensor([[0.5]]), torch.tensor([[True]]), torch.zeros(2, 1, dtype=torch.long), torch.tensor(1)):
-        with pytest.raises(ValueError, match=r"^reft_positions has shape .*; it must be integers of shape \(batch, n\)"):
+        with pytest.raises(
+            ValueError, match=r"^reft_positions has shape .*; it must be integers of shape \(batch, n\)"
+        ):
             model(**inputs, reft_positions=index)
 
 
@@ -72,7 +74,7 @@ def test_a_mask_that_hides_a_whole_sample(how):
     inputs["attention_mask"][1] = 0
     model = refusing()
     call = model if how == "forward" else lambda **given: model.generate(**given, max_new_tokens=1)
-    with pytest.raises(ValueError, match="^attention_mask hides every token of sample 1; each sample must show one"):
+    with pytest.raises(ValueError, match=r"^attention_mask hides every token of sample 1; each sample must show one"):
         call(**inputs)
     with model.disable_adapter(), pytest.raises(Ran):  # the base takes it as ever
         call(**inputs)

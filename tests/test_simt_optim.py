@@ -1,0 +1,209 @@
+"""The CUDA kernels of the retraction and the optimizer step, run on the host as test_simt.py runs those of the edit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from simt import harness
+
+from fastreft import reference
+
+pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="needs g++ on Linux")
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def items(case: harness.Case, **columns) -> None:
+    """One field of every item from each list of tensors."""
+    for key, tensors in columns.items():
+        for i, tensor in enumerate(tensors):
+            case.set(**{f"{key}__{i}": case.load(f"{key}{i}", tensor)})
+    for i, tensor in enumerate(columns["param"]):
+        case.set(**{f"r__{i}": tensor.shape[0], f"d__{i}": tensor.shape[1], f"type__{i}": harness.TYPES[tensor.dtype]})
+    case.set(count=len(columns["param"]))
+
+
+def statuses(got, count):
+    return got.pop("SCRATCH")[:count].tolist()
+
+
+def retract(matrices, runner, folder, **kwargs):
+    case = harness.Case(runner, folder, **kwargs)
+    items(case, param=matrices)
+    case.call("retract")
+    case.tensors["SCRATCH"] = (torch.int32, (-1,))
+    case.want(*(f"param{i}" for i in range(len(matrices))), "SCRATCH")
+    got = case.run()
+    status = statuses(got, len(matrices))
+    return list(got.values()), status
+
+
+def skewed(r, d, dtype, seed=0):
+    torch.manual_seed(seed)
+    return (torch.linalg.qr(torch.randn(d, r, dtype=F64))[0].T + 0.3 * torch.randn(r, d) / d**0.5).to(dtype)
+
+
+@pytest.mark.parametrize("device", [harness.H200, harness.A100], ids=["clusters", "single CTAs"])
+@pytest.mark.parametrize(
+    "shapes", [[(4, 1100), (1, 64), (7, 33)], [(64, 600)], [(16, 2048), (3, 8)], [(70, 80)], [(32, 32)]], ids=str
+)
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_retraction(dtype, shapes, device, runner, tmp_path):
+    given = [skewed(r, d, dtype) for r, d in shapes]
+    got, status = retract(given, runner, tmp_path, device=device)
+    again, _ = retract(given, runner, tmp_path, device=device, seed=2)
+    exact = [m.double() for m in given]
+    reference.retract_(exact)
+    eps = torch.finfo(dtype).eps
+    for R, Q, same in zip(got, exact, again, strict=True):
+        # The condition of these matrices is below 10; a square one's is not bounded that way.
+        slack = 100 if R.shape[0] * 2 > R.shape[1] else 4
+        assert (R.double() - Q).abs().max() <= slack * eps
+        if dtype != BF16:
+            # fp64 sums of d terms round like sqrt(d); fp32's are summed in fp64.
+            terms = R.shape[1] if dtype == F64 else 1
+            assert (R.double() @ R.double().T - torch.eye(len(R))).abs().max() <= (8 + terms**0.5) * eps
+        assert torch.equal(R, same)
+    assert status == [0] * len(shapes)
+
+
+@pytest.mark.parametrize("plant", ["1 -1 -1 0", "2 -1 -1 0", "4 -1 -1 0", "-1 0 -1 0"])  # 3 barriers, a cluster's
+def test_a_barrier_left_out_of_a_retraction_is_noticed(plant, runner, tmp_path):
+    given = [skewed(8, 2048, F32), skewed(3, 300, F32)]
+    exact = [m.double() for m in given]
+    reference.retract_(exact)
+
+    def fails(seed, plant):
+        try:
+            got, _ = retract(given, runner, tmp_path, seed=seed, plant=plant)
+        except RuntimeError:
+            return True
+        eps = torch.finfo(F32).eps
+        return not all((R.double() - Q).abs().max() <= 4 * eps for R, Q in zip(got, exact, strict=True))
+
+    assert not fails(1, "")
+    assert any(fails(seed, plant) for seed in range(1, 4))
+
+
+def test_retraction_of_dependent_rows_and_of_what_is_not_finite(runner, tmp_path):
+    dependent, broken = skewed(6, 40, F32), skewed(3, 300, F32)
+    dependent[2], dependent[4] = 0, dependent[1]
+    broken[1, 2] = float("nan")
+    got, status = retract([dependent, broken, skewed(5, 50, BF16)], runner, tmp_path)
+    assert status == [1, 2, 0]
+    assert (got[0] @ got[0].T - torch.eye(6)).abs().max() < 1e-6
+    assert (got[0][:2] - reference_q(dependent[:2])).abs().max() < 1e-6
+    assert torch.equal(got[1].nan_to_num(7.0), broken.nan_to_num(7.0))
+
+
+def reference_q(R):
+    R = R.double()
+    reference.retract_([R])
+    return R
+
+
+STEP = dict(lr=0.02, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, correction1=0.271, correction2=0.0297)
+
+
+def step_reference(R, g, m, v, orthonormal):
+    """The step of csrc/edit.h (StepItem) in fp64."""
+    R, g, m, v = (x.double() for x in (R, g, m, v))
+    if orthonormal:
+        A = g @ R.T
+        g = g - 0.5 * (A + A.T) @ R
+    else:
+        R = R * (1 - STEP["lr"] * STEP["weight_decay"])
+    m = STEP["beta1"] * m + (1 - STEP["beta1"]) * g
+    v = STEP["beta2"] * v + (1 - STEP["beta2"]) * g * g
+    Y = R - STEP["lr"] * (m / STEP["correction1"]) / ((v / STEP["correction2"]).sqrt() + STEP["eps"])
+    return (reference_q(Y) if orthonormal else Y), m, v
+
+
+@pytest.mark.parametrize("device", [harness.H200, harness.A100], ids=["clusters", "single CTAs"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_step(dtype, device, runner, tmp_path):
+    torch.manual_seed(3)
+    shapes = [(4, 1100), (4, 1100), (4, 1), (20, 64), (70, 130)]
+    orthonormal = [True, False, False, True, True]
+    moments = F64 if dtype == F64 else F32
+    param = [
+        (reference_q(torch.randn(*s)) if o else torch.randn(*s, dtype=F64)).to(dtype)
+        for s, o in zip(shapes, orthonormal, strict=True)
+    ]
+    g = [torch.randn(*s, dtype=F64).to(dtype) for s in shapes]
+    m = [0.1 * torch.randn(*s, dtype=F64).to(moments) for s in shapes]
+    v = [torch.rand(*s, dtype=F64).to(moments) + 0.01 for s in shapes]
+    case = harness.Case(runner, tmp_path, device=device)
+    items(case, param=param, g=g, m=m, v=v)
+    case.set(**STEP, **{f"orthonormal__{i}": int(o) for i, o in enumerate(orthonormal)})
+    case.call("step")
+    case.tensors["SCRATCH"] = (torch.int32, (-1,))
+    case.want(*(f"{k}{i}" for k in ("param", "m", "v") for i in range(len(shapes))), "SCRATCH")
+    got = case.run()
+    assert statuses(got, len(shapes)) == [0] * len(shapes)
+    eps = torch.finfo(dtype).eps
+    for i, o in enumerate(orthonormal):
+        want = step_reference(param[i], g[i], m[i], v[i], o)
+        for key, x in zip(("param", "m", "v"), want, strict=True):
+            error = (got[f"{key}{i}"].double() - x).abs().max() / x.abs().max()
+            # m and v are fp32 whatever the parameter is; 32 roundings for the r-term products before them.
+            assert error <= 32 * (eps if key == "param" else torch.finfo(moments).eps), (key, i, float(error))
+
+
+def correction(beta: float, t: int) -> float:
+    """1 - beta^t as bias_correction in csrc/edit.h multiplies it."""
+    power = 1.0
+    while t:
+        power, t, beta = power * beta if t & 1 else power, t >> 1, beta * beta
+    return 1 - power
+
+
+@pytest.mark.parametrize("device", [harness.H200, harness.A100], ids=["clusters", "single CTAs"])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_step_reads_its_rate_and_ages_from_memory(dtype, device, runner, tmp_path):
+    """As a captured step does: the bits of the step with the same numbers given."""
+    torch.manual_seed(5)
+    shapes, orthonormal, ages = [(4, 1100), (4, 1100), (9, 1100), (1, 3)], [True, True, False, False], [3, 40, 3, 1000]
+    param = [reference_q(torch.randn(*s)).to(dtype) for s in shapes]
+    g = [torch.randn(*s, dtype=dtype) for s in shapes]
+    v = [torch.rand(*s, dtype=dtype) + 0.01 for s in shapes]
+    lr = torch.tensor([0.03], dtype=dtype)
+
+    def step(folder, live, **numbers):
+        case = harness.Case(runner, folder, device=device)
+        items(case, param=param, g=g, m=g, v=v)
+        if live:
+            case.set(**{f"age__{i}": case.load(f"age{i}", torch.tensor([float(t)])) for i, t in enumerate(ages)})
+            case.set(live_lr=case.load("lr", lr), live_lr__type=harness.TYPES[dtype])
+        case.set(**STEP | numbers, **{f"orthonormal__{i}": int(o) for i, o in enumerate(orthonormal)})
+        case.call("step")
+        case.want(*(f"{k}{i}" for k in ("param", "m", "v") for i in range(len(shapes))))
+        return case.run()
+
+    got = step(tmp_path / "live", True, lr=2.0)
+    for age in set(ages):
+        numbers = {f"correction{i}": correction(STEP[f"beta{i}"], age) for i in (1, 2)}
+        want = step(tmp_path / str(age), False, lr=2 * lr.item(), **numbers)
+        for i, t in enumerate(ages):
+            for key in ("param", "m", "v"):
+                same = torch.equal(got[f"{key}{i}"], want[f"{key}{i}"])
+                assert same if t == age or key != "param" else not same, (key, i, age)
+
+
+def test_step_leaves_an_item_alone_whose_gradient_is_not_finite_and_shortens_a_step_that_is_singular(runner, tmp_path):
+    torch.manual_seed(4)
+    good, bad = reference_q(torch.randn(3, 50)).float(), reference_q(torch.randn(3, 50)).float()
+    g = torch.randn(3, 50)
+    g[2, 7] = float("inf")
+    case = harness.Case(runner, tmp_path)
+    # The direction U is R itself in the first row: Y = R - lr U has a vanishing first row at lr = 1.
+    m, v = torch.zeros(3, 50), torch.full((3, 50), 1e-12)
+    m[0] = good[0] * 1e-6
+    items(case, param=[bad, good], g=[g, torch.zeros(3, 50)], m=[m, m.clone()], v=[v, v.clone()])
+    case.set(lr=1.0, beta1=1, beta2=1, eps=0, orthonormal__0=1, orthonormal__1=1)
+    case.call("step")
+    case.tensors["SCRATCH"] = (torch.int32, (-1,))
+    case.want("param0", "m0", "v0", "param1", "SCRATCH")
+    got = case.run()
+    assert statuses(got, 2) == [2, 1]
+    assert torch.equal(got["param0"], bad) and torch.equal(got["m0"], m) and torch.equal(got["v0"], v)
+    assert (got["param1"] - good).abs().max() < 1e-6  # half of R along R: retracted to R again
