@@ -76,9 +76,12 @@ class Plan:
 class Local(threading.local):
     """What this thread is in: servers run several forwards of a model at once."""
 
-    plan: Plan | None = None  # of the forward
-    run: Run | None = None  # the call of generate
-    outer: tuple[nn.Module, Tensor | None, Tensor | None, Tensor | None] | None = None  # see carry()
+    def __init__(
+        self,
+    ) -> None:  # in each thread; not on the class, or a compiled forward is compiled again for the second
+        self.plan: Plan | None = None  # of the forward
+        self.run: Run | None = None  # the call of generate
+        self.outer: tuple[nn.Module, Tensor | None, Tensor | None, Tensor | None] | None = None  # see carry()
 
     def __reduce__(self) -> tuple[type[Local], tuple[()]]:
         return Local, ()  # a copy of the model starts with no forward under way

@@ -6,6 +6,7 @@ import torch
 import transformers
 from conftest import assert_as_good
 from tiny import VOCAB, batch, logits, make
+from torch._dynamo.backends.debugging import aot_eager
 
 from fastreft import ReftAdamW, ReftConfig, get_reft_model, param_groups
 
@@ -98,3 +99,34 @@ def test_checkpointed_gradients_are_those_without(kind, use_reentrant):
         assert_as_good(got, plain, step(torch.float64, False))
     else:
         assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
+
+
+@pytest.mark.parametrize("side", ["left", None])
+def test_a_compiled_model_trains_and_is_compiled_once(side):
+    inputs = batch(side or "left", *(() if side else ((9, 9, 9),)))
+    graphs = []
+
+    def step(dtype, compiled):
+        torch.manual_seed(7)
+        model = get_reft_model(make("llama"), ReftConfig(task_type="CAUSAL_LM", positions="f2+l3")).to(dtype).train()
+        call = torch.compile(model, backend=counted) if compiled else model
+        found = []
+        for ids in (inputs["input_ids"], inputs["input_ids"].flip(1) * inputs["attention_mask"]):
+            given = inputs | {"input_ids": ids, "labels": answers(inputs)}
+            out = call(**given)
+            out.loss.backward()
+            found += [out.logits.detach(), *gradients(model).values()]
+            found = [t.clone() for t in found]
+            model.zero_grad()
+            graphs.append(None)  # a batch is over
+        return found
+
+    def counted(graph, given):
+        graphs.append(graph)
+        return aot_eager(graph, given)
+
+    torch._dynamo.reset()
+    got = step(torch.float32, True)
+    assert graphs[0] is not None
+    assert graphs[-2:] == [None, None]  # nothing was compiled between the ends of the two batches
+    assert_as_good(got, step(torch.float32, False), step(torch.float64, False))
