@@ -76,9 +76,8 @@ class Plan:
 class Local(threading.local):
     """What this thread is in: servers run several forwards of a model at once."""
 
-    def __init__(
-        self,
-    ) -> None:  # in each thread; not on the class, or a compiled forward is compiled again for the second
+    def __init__(self) -> None:
+        # In each thread, and not on the class: a compiled forward would find other attributes the second time.
         self.plan: Plan | None = None  # of the forward
         self.run: Run | None = None  # the call of generate
         self.outer: tuple[nn.Module, Tensor | None, Tensor | None, Tensor | None] | None = None  # see carry()
