@@ -20,6 +20,11 @@ NO_BATCHES = (
     "use generate without cache_implementation='paged'"
 )
 
+NO_GUIDANCE = (
+    "guidance_scale is given with use_cache=False, where the unconditional forward cannot be told from the prompt's: "
+    "leave use_cache at True"
+)
+
 
 class Run:
     """One call of ``generate``: its prompt, and how far its forwards have come.
@@ -107,8 +112,11 @@ def _refuse_batches(*args: Any, **kwargs: Any) -> Any:
 
 
 def _run_of(model: Any, given: dict[str, Any], explicit: Tensor | None) -> Run:
-    """What the arguments of ``generate`` say of the prompt. Checks explicit positions."""
+    """What the arguments of ``generate`` say of the prompt. ``ValueError`` for what cannot be followed."""
     config = given.get("generation_config")
+    cacheless = _setting("use_cache", given, config, model) is False
+    if cacheless and _setting("guidance_scale", given, config, model) not in (None, 1):
+        raise ValueError(NO_GUIDANCE)
     ids = given.get("inputs") if given.get("input_ids") is None else given["input_ids"]
     embedded = given.get("inputs_embeds")
     source = ids if embedded is None else embedded

@@ -163,8 +163,11 @@ def with_first(output: Any, hidden: Tensor) -> Any:
 
 def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
     """The hidden state as the active adapters leave it; ``hidden`` itself where it was edited in place, or not at all."""
-    if not layer.checked:
+    if torch.compiler.is_compiling():  # at no cost, and a flag that changes would have it compiled again
         _check(layer, hidden)
+    elif not layer.checked:
+        _check(layer, hidden)
+        layer.checked = True
     active = layer._active_adapter
     inplace = layer.fresh and not at_input
     for name in (active,) if isinstance(active, str) else active:
@@ -183,7 +186,6 @@ def _check(layer: Any, hidden: Any) -> None:
             f"{layer.name} cannot be edited: its hidden state is {shape}; it must be a tensor (batch, tokens, "
             f"{layer.width}), {layer.width} being the model's hidden size"
         )
-    layer.checked = True
 
 
 def _rows(layer: Any, plan: Plan, spec: Spec, hidden: Tensor) -> list[Tensor | None]:

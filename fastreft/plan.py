@@ -76,9 +76,11 @@ class Plan:
 class Local(threading.local):
     """What this thread is in: servers run several forwards of a model at once."""
 
-    plan: Plan | None = None  # of the forward
-    run: Run | None = None  # the call of generate
-    outer: tuple[nn.Module, Tensor | None, Tensor | None, Tensor | None] | None = None  # see carry()
+    def __init__(self) -> None:
+        # In each thread, and not on the class: a compiled forward would find other attributes the second time.
+        self.plan: Plan | None = None  # of the forward
+        self.run: Run | None = None  # the call of generate
+        self.outer: tuple[nn.Module, Tensor | None, Tensor | None, Tensor | None] | None = None  # see carry()
 
     def __reduce__(self) -> tuple[type[Local], tuple[()]]:
         return Local, ()  # a copy of the model starts with no forward under way

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from . import blocks, layouts, optim
@@ -32,15 +32,16 @@ class ReftModel(BaseTuner):
 
     Its model takes one more keyword, ``reft_positions`` (B, n): the tokens to edit, as columns of the padded input,
     instead of the configuration's; (k, B, n) where a layer has k interventions that are not ``tied``.
-    Raises ``ValueError`` where the configuration does not fit.
+    Raises ``ValueError`` where the configuration does not fit, or another method's adapter on the model has the name.
     """
 
     prefix = "reft_"
     tuner_layer_cls = ReftLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        _check_name(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         optim.guard_optimizers()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,6 +201,17 @@ def _layer_of(name: str) -> int:
     """The layer that a module's name speaks of: its first number; -1 where it has none."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found[1]) if found else -1
+
+
+def _check_name(model: nn.Module, adapter_name: str) -> None:
+    """``ValueError`` where another method's adapter has the name: PEFT would save both under this one's configuration."""
+    held = getattr(model, "peft_config", {}).get(adapter_name)
+    others = (isinstance(m, BaseTunerLayer) and not isinstance(m, ReftLayer) for m in model.modules())
+    if held is not None and held.peft_type != "REFT" and any(others):
+        raise ValueError(
+            f"adapter_name is {adapter_name!r}, as the model's {held.peft_type.value} adapter is named, which could no longer "
+            "be saved; give another: inject_adapter_in_model(config, model, adapter_name='edit')"
+        )
 
 
 def _matches(config: ReftConfig, targets: list[str] | str, name: str) -> Any:

@@ -232,3 +232,10 @@ def test_a_pipeline(family):
     got = [out[0]["generated_text"].split() for out in found]
     # Special tokens are not printed.
     assert got == [[w for w in text.split() if w != "w0"] for text in written]
+
+
+def test_guidance_without_a_cache_is_refused():
+    made, inputs, _, _ = greedy("llama")
+    with pytest.raises(ValueError, match="guidance_scale is given with use_cache=False"):
+        made.model.generate(**inputs, **GREEDY, guidance_scale=2.0, use_cache=False)
+    made.model.generate(**inputs, **GREEDY, guidance_scale=1.0, use_cache=False)

@@ -15,23 +15,6 @@ from torch import nn
 from fastreft import ReftConfig, get_reft_model
 
 
-def test_lora_and_reft_on_one_model():
-    inputs = batch("left")
-    base = peft.get_peft_model(make("llama"), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
-    with_lora = logits(base, inputs)
-    model = peft.inject_adapter_in_model(ReftConfig(positions="f1+l1"), base.get_base_model())
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".reft." in name or "lora_" in name)
-    out = model(**inputs).logits
-    assert not torch.equal(out, with_lora)
-    out.square().sum().backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trained)
-    assert any("lora_" in n for n, _ in model.named_parameters()) and any(
-        ".reft." in n for n, _ in model.named_parameters()
-    )
-
-
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_an_offloaded_model(where, tmp_path):
     inputs = batch("left")
