@@ -89,13 +89,13 @@ class Generate:
 
     def __call__(self, *args: Any, reft_positions: Tensor | None = None, **kwargs: Any) -> Any:
         given = dict(zip(("inputs", "generation_config"), args, strict=False), **kwargs)
-        outer, self.local.run = self.local.run, _run_of(self.model, given, reft_positions)
+        outer, self.local.here.run = self.local.here.run, _run_of(self.model, given, reft_positions)
         try:
             if self.inner is not None:
                 return self.inner(*args, **kwargs)
             return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
-            self.local.run = outer
+            self.local.here.run = outer
 
     def remove(self) -> None:
         """Give the model its own ``generate`` back."""

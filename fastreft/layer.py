@@ -121,7 +121,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 def _edit_output(block: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook: the module's output with the rows of this forward edited; None where nothing is to do."""
     layer: Any = block._modules["reft"]
-    plan = layer._shared.local.plan
+    plan = layer._shared.local.here.plan
     if plan is None or plan.idle or layer._disable_adapters:
         return None
     given = output if isinstance(output, Tensor) else first(output)
@@ -134,7 +134,7 @@ def _edit_output(block: nn.Module, args: Any, output: Any) -> Any:
 def _edit_input(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward pre-hook: the module's arguments with the hidden state, their first tensor, edited in a copy."""
     layer: Any = block._modules["reft"]
-    plan = layer._shared.local.plan
+    plan = layer._shared.local.here.plan
     if plan is None or plan.idle or layer._disable_adapters:
         return None
     if args:

@@ -73,24 +73,33 @@ class Plan:
         return [positions.explicit_rows(index, tokens).reshape(-1) for index in parts]
 
 
-class Local(threading.local):
-    """What this thread is in: servers run several forwards of a model at once."""
+class PerThread(threading.local):
+    """``here``, an object of each thread's own: servers run several forwards of a model at once.
+
+    The state is an object in here, and not in this one's attributes, as a compiled frame that changes those loses the change.
+    """
+
+    def __init__(self, make: Callable[[], Any]):
+        self.make, self.here = make, make()
+
+    def __reduce__(self) -> tuple[type[PerThread], tuple[Callable[[], Any]]]:
+        return PerThread, (self.make,)  # a copy of the model starts with no forward under way
+
+
+class Here:
+    """What a thread is in."""
 
     def __init__(self) -> None:
-        # In each thread, and not on the class: a compiled forward would find other attributes the second time.
         self.plan: Plan | None = None  # of the forward
         self.run: Run | None = None  # the call of generate
         self.outer: tuple[nn.Module, Tensor | None, Tensor | None, Tensor | None] | None = None  # see carry()
-
-    def __reduce__(self) -> tuple[type[Local], tuple[()]]:
-        return Local, ()  # a copy of the model starts with no forward under way
 
 
 class Shared:
     """What the blocks of one model have in common: the plan, and the hooks that make it."""
 
     def __init__(self, model: nn.Module, block_names: list[str]):
-        self.local = Local()
+        self.local = PerThread(Here)
         self.specs: set[Positions] = set()
         self.layers: list[Any] = []  # the ReftLayers that share this
         self.decodes = False  # does any adapter edit decode steps?
@@ -115,7 +124,7 @@ class Shared:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Any:
         """Make the plan of a forward from its inputs. An inner model called by the outer one leaves it alone."""
-        local = self.local
+        local = self.local.here
         plan, run = local.plan, local.run
         if plan is not None and plan.owner is not module:
             return None
@@ -138,30 +147,30 @@ class Shared:
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forget the plan when the forward that made it is over, or has failed."""
-        plan = self.local.plan
+        plan = self.local.here.plan
         if plan is not None and plan.owner is module:
-            self.local.plan = None
+            self.local.here.plan = None
 
     def carry(self, module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Any:
         """Keep what an encoder-decoder is given for its stacks, which each make a plan of their own."""
-        if self.local.outer is not None and self.local.outer[0] is not module:
+        if self.local.here.outer is not None and self.local.here.outer[0] is not module:
             return None
         given = inputs.by_name(module, args, kwargs)
-        self.local.outer = (module, *_taken(given, kwargs), inputs.attention_mask(given))
+        self.local.here.outer = (module, *_taken(given, kwargs), inputs.attention_mask(given))
         return args, kwargs
 
     def put_down(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forget it when that forward is over, or has failed."""
-        if self.local.outer is not None and self.local.outer[0] is module:
-            self.local.outer = None
+        if self.local.here.outer is not None and self.local.here.outer[0] is module:
+            self.local.here.outer = None
 
     def _side(self, given: Given, explicit: Tensor | None) -> tuple[Tensor | None, Tensor | None, Run | None]:
         """What a stack of an encoder-decoder takes of what the whole is given.
 
         Explicit positions are the encoder's. The decoder's input is the labels, one to the right, or what is generated.
         """
-        _, carried, labels, _ = self.local.outer or (None, None, None, None)
-        run = self.local.run
+        _, carried, labels, _ = self.local.here.outer or (None, None, None, None)
+        run = self.local.here.run
         if given.get("encoder_hidden_states") is not None:
             return explicit, None if labels is None else nn.functional.pad(labels[:, :-1], (1, 0), value=-100), run
         of_generate = None if run is None else run.explicit
@@ -187,8 +196,8 @@ class Shared:
         if explicit is not None and shape is not None:
             positions.check_explicit(explicit, shape)
         mask, marks = inputs.attention_mask(given), inputs.marks(given)
-        if mask is None and shape is None and self.local.outer is not None and inputs.has_shorter_blocks(module):
-            mask = self.local.outer[3]  # Whisper's forward keeps it from the encoder, its generate does not
+        if mask is None and shape is None and self.local.here.outer is not None and inputs.has_shorter_blocks(module):
+            mask = self.local.here.outer[3]  # Whisper's forward keeps it from the encoder, its generate does not
 
         def tokens(b: int, s: int, device: torch.device) -> Tokens:
             if explicit is not None:
@@ -238,18 +247,18 @@ class Shared:
 class Checkpoint:
     """A checkpoint function that carries the plan over to the recomputation, which comes after the forward's end."""
 
-    def __init__(self, function: Callable[..., Any], local: Local):
+    def __init__(self, function: Callable[..., Any], local: PerThread):
         self.function, self.local = function, local
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        plan = self.local.plan
+        plan = self.local.here.plan
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            outer, self.local.plan = self.local.plan, plan
+            outer, self.local.here.plan = self.local.here.plan, plan
             try:
                 return block(*args, **kwargs)
             finally:
-                self.local.plan = outer
+                self.local.here.plan = outer
 
         return self.function(run, *args, **kwargs)
 

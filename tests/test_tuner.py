@@ -149,7 +149,7 @@ def test_a_failed_forward_leaves_no_plan():
     model = get_reft_model(make("llama"), ReftConfig())
     with pytest.raises(IndexError, match="reft_positions holds 9, past the last of 9 tokens"):
         model(**inputs, reft_positions=torch.tensor([[9]]))
-    assert model.base_model._shared.local.plan is None
+    assert model.base_model._shared.local.here.plan is None
 
 
 def test_labels_from_the_first_token_are_warned_of_once():

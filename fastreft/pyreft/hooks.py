@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,26 +10,24 @@ from torch import Tensor, nn
 
 from ..interventions import Intervention
 from ..layer import edit, first, with_first
-from ..plan import Checkpoint
+from ..plan import Checkpoint, PerThread
 from .components import Place, block_names
 from .locations import Locations
 
 
-class _Local(threading.local):
-    """What this thread is in: the locations of a call of ours, and whether this forward is a decode step."""
+class _Here:
+    """What a thread is in: the locations of a call of ours, and whether this forward is a decode step."""
 
-    plan: Locations | None = None  # named as Checkpoint wants it
-    decoding = False
-
-    def __reduce__(self) -> tuple[type[_Local], tuple[()]]:
-        return _Local, ()  # a copy of the model starts with no call under way
+    def __init__(self) -> None:
+        self.plan: Locations | None = None  # named as Checkpoint wants it
+        self.decoding = False
 
 
 class Hooks:
     """Every place of the model with its interventions, counted as the representations are."""
 
     def __init__(self, model: nn.Module, places: Sequence[Place], interventions: Sequence[Intervention]):
-        self.local = _Local()
+        self.local = PerThread(_Here)
         edits: dict[Place, list[tuple[int, Intervention]]] = {}
         for i, (place, intervention) in enumerate(zip(places, interventions, strict=True)):
             edits.setdefault(place, []).append((i, intervention))
@@ -49,33 +46,33 @@ class Hooks:
 
     def run(self, where: Locations, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """``call(**arguments)``, with the model edited at ``where``."""
-        outer, self.local.plan = self.local.plan, where
+        outer, self.local.here.plan = self.local.here.plan, where
         try:
             return call(**arguments)
         finally:
-            self.local.plan, self.local.decoding = outer, False
+            self.local.here.plan, self.local.here.decoding = outer, False
 
     def _begin(self, module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        if self.local.plan is None:
+        if self.local.here.plan is None:
             return
-        self.local.decoding = getattr(kwargs.get("past_key_values"), "get_seq_length", int)() > 0
+        self.local.here.decoding = getattr(kwargs.get("past_key_values"), "get_seq_length", int)() > 0
         if torch.is_grad_enabled() and module.training:
             for inner in self._checkpointers:
                 function = inner.__dict__.get("_gradient_checkpointing_func")
                 if function is not None and not (isinstance(function, Checkpoint) and function.local is self.local):
-                    inner.__dict__["_gradient_checkpointing_func"] = Checkpoint(function, self.local)  # type: ignore[arg-type]
+                    inner.__dict__["_gradient_checkpointing_func"] = Checkpoint(function, self.local)
 
 
 class _Edits:
     """The edits at one place, in their order."""
 
-    def __init__(self, local: _Local, edits: list[tuple[int, Intervention]], fresh: bool):
+    def __init__(self, local: PerThread, edits: list[tuple[int, Intervention]], fresh: bool):
         self.local, self.edits, self.fresh = local, edits, fresh
 
     def edited(self, hidden: Tensor) -> Tensor | None:
         """The edited hidden state (B, S, d), in place where it may be; None where nothing is to do."""
-        where = self.local.plan
-        if where is None or where.prompt is self.local.decoding:
+        where = self.local.here.plan
+        if where is None or where.prompt is self.local.here.decoding:
             return None
         for i, intervention in self.edits:
             rows = where.rows(i, (hidden.shape[0], hidden.shape[1]), hidden.device)
