@@ -56,6 +56,26 @@ def test_hooks_of_others_stay_and_see_the_edit():
     assert torch.equal(seen[0], seen[2])
 
 
+def test_hooks_added_afterwards_see_the_edit_and_go_without_it():
+    inputs, seen = batch("left"), []
+    base = make("llama")
+    plain = logits(base, inputs)
+    model = get_reft_model(base, ReftConfig(positions="all"))
+    wanted = logits(model, inputs)
+    first, second = (
+        base.model.layers[0].register_forward_hook(lambda _m, _a, output: seen.append(output.clone())) for _ in range(2)
+    )
+    assert torch.equal(logits(model, inputs), wanted)
+    first.remove()
+    assert torch.equal(logits(model, inputs), wanted)
+    model.unload()
+    assert torch.equal(logits(base, inputs), plain)
+    second.remove()
+    assert torch.equal(logits(base, inputs), plain)
+    edited, also, still, bare = seen
+    assert torch.equal(edited, also) and torch.equal(edited, still) and not torch.equal(edited, bare)
+
+
 def test_autocast():
     inputs = batch("left")
     model = get_reft_model(make("llama"), ReftConfig())
