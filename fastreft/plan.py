@@ -188,11 +188,12 @@ class Shared:
                 explicit = run.explicit
             if cache is not None and start >= (run.length or 0):
                 return self._decoding(module, run)
-            self._check_mask(given)
+            if start == 0:  # the mask of the whole prompt: a chunk of it may be padding alone
+                self._check_mask(run.mask)
             return Plan(module, lambda b, s, device: run.tokens(b, s, start, device), explicit)
         if explicit is None and inputs.cached_tokens(cache):
             return self._decoding(module, None)
-        self._check_mask(given)
+        self._check_mask(inputs.attention_mask(given))
         if explicit is not None and shape is not None:
             positions.check_explicit(explicit, shape)
         mask, marks = inputs.attention_mask(given), inputs.marks(given)
@@ -209,10 +210,10 @@ class Shared:
             self._warn(module, labels, tokens)
         return Plan(module, tokens, explicit)
 
-    def _check_mask(self, given: Given) -> None:
+    def _check_mask(self, mask: Tensor | None) -> None:
         """Refuse a sample without a token before any block runs; a base whose adapters are disabled takes what it takes."""
         if not torch.compiler.is_compiling() and not all(layer._disable_adapters for layer in self.layers):
-            positions.check_mask(inputs.attention_mask(given))
+            positions.check_mask(mask)
 
     def _decoding(self, module: nn.Module, run: Run | None) -> Plan:
         """The plan of a forward whose tokens all come after the prompt. Explicit positions of generate are all it edits."""
