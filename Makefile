@@ -1,8 +1,10 @@
 # make demo | make test: each makes .venv, installs, builds the native core and does its job.
-# PYTHON=python3.12 chooses the interpreter, TORCH=torch==2.11.0 another torch than the tested one.
+# PYTHON=python3.12 chooses the interpreter, TORCH=torch==2.11.0 another torch than the tested one, TESTERS=8 how many
+# processes share the tests.
 
 PYTHON ?= python3
 TORCH  ?= $(shell grep '^torch==' constraints.txt)
+TESTERS ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := $(wildcard csrc/*) setup.py
@@ -13,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fastreft demo
 
 test: $(VENV)/.installed check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTERS) --dist worksteal
 
 # Against the real pyreft and pyvene, which pin a Transformers they no longer need: installed without their dependencies.
 test-pyreft: .venv-pyreft/.installed

@@ -58,6 +58,10 @@ def _fake_matrices(matrices, *rest):
     return matrices[0].new_empty((0,), dtype=torch.uint8)
 
 
+def _fake_prompt_rows(mask, labels, batch, length, first, last, pyreft_compat):
+    return torch.empty((batch, first + last), dtype=torch.int64)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "edit": _fake_edit,
     "edit_rows_": _fake_edit_rows_,
@@ -69,4 +73,5 @@ FAKES: dict[str, Callable[..., Any]] = {
     "edit_rows_backward": _fake_edit_rows_backward,
     "retract_": _fake_matrices,
     "step_": _fake_matrices,
+    "prompt_rows": _fake_prompt_rows,
 }

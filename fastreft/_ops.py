@@ -100,6 +100,7 @@ class _Native:
     if _CPU:
         edit_rows_ = torch.ops.fastreft.unguarded_edit_rows_.default._op
         edit_rows_backward_ = torch.ops.fastreft.unguarded_edit_rows_backward_.default._op
+        prompt_rows = torch.ops.fastreft.prompt_rows.default._op
 
 
 # ---- what functional.py calls --------------------------------------------------------------------------------------
@@ -183,6 +184,30 @@ def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
         return h
     except RuntimeError as error:
         raise _explain(error, h, U, V, P, b, c, rows) from None
+
+
+def finds_rows(mask: Tensor | None, labels: Tensor | None, device: torch.device) -> bool:
+    """Does the native op find the rows of such a batch? On a CPU, and outside a graph, where the compiler fuses torch's."""
+    return (
+        _CPU
+        and device.type == "cpu"
+        and (mask is None or (mask.is_cpu and not mask.is_floating_point()))
+        and (labels is None or (labels.is_cpu and not labels.is_floating_point()))
+        and not torch.compiler.is_compiling()
+    )
+
+
+def prompt_rows(mask, labels, batch: int, length: int, first: int, last: int, pyreft_compat: bool) -> Tensor:
+    """The rows of fN+lM in a padded batch (csrc/positions.h): int64 (batch, first + last), -1 = skip."""
+    return _Native.prompt_rows(mask, labels, batch, length, first, last, pyreft_compat)
+
+
+def hidden_sample(mask: Tensor) -> int:
+    """The first sample of which mask (B, S), of integers or bools on a CPU, shows no token; -1 where there is none."""
+    if _CPU and not mask.is_floating_point():
+        return _C.hidden_sample(mask.data_ptr(), mask.element_size(), *mask.shape, *mask.stride())
+    shown = mask.any(1)
+    return -1 if bool(shown.all()) else int(shown.int().argmin())
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------

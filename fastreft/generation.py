@@ -65,13 +65,14 @@ class Run:
         """The tokens of a forward over ``columns`` from ``start``; beams share the mask of their sample."""
         length = self.length or 0
         total = max(length, start + columns)
-        if self.mask is None:
-            mask = torch.ones(batch, length, dtype=torch.bool, device=device)
-        else:
-            mask = self.mask.to(device).repeat_interleave(batch // len(self.mask), 0)
-        written = (torch.arange(total, device=device) >= length).expand(batch, total)
-        prompt = nn.functional.pad(mask, (0, total - length))
-        return Tokens((batch, total), prompt, written, window=(start, columns))
+        mask = None if self.mask is None else self.mask.to(device).repeat_interleave(batch // len(self.mask), 0)
+        if start == 0 and total == columns == length:
+            return Tokens((batch, total), mask)
+        if mask is not None:
+            mask = nn.functional.pad(mask, (0, total - length), value=True)
+        # What is written is what has a label.
+        labels = torch.where(torch.arange(total, device=device) < length, -100, 0).expand(batch, total)
+        return Tokens((batch, total), mask, labels, window=(start, columns))
 
 
 class Generate:

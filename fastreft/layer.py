@@ -163,13 +163,14 @@ def with_first(output: Any, hidden: Tensor) -> Any:
 
 def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
     """The hidden state as the active adapters leave it; ``hidden`` itself where it was edited in place, or not at all."""
-    if torch.compiler.is_compiling():  # at no cost, and a flag that changes would have it compiled again
+    compiling = torch.compiler.is_compiling()
+    if compiling:  # at no cost, and a flag that changes would have it compiled again
         _check(layer, hidden)
     elif not layer.checked:
         _check(layer, hidden)
         layer.checked = True
     active = layer._active_adapter
-    inplace = layer.fresh and not at_input
+    inplace = layer.fresh and not at_input and not compiling
     for name in (active,) if isinstance(active, str) else active:
         spec = layer.specs.get(name)
         if spec is not None and spec.at_input is at_input:
@@ -197,12 +198,12 @@ def _rows(layer: Any, plan: Plan, spec: Spec, hidden: Tensor) -> list[Tensor | N
 
 
 def edit(intervention: Intervention, hidden: Tensor, rows: Tensor | None, inplace: bool) -> Tensor:
-    """The edited hidden state, shape of ``hidden``: in place where autograd and the compiler allow, else a new tensor."""
+    """The edited hidden state, shape of ``hidden``: in place, which the compiler cannot, where autograd allows it; else a
+    new tensor."""
     # forward() and not a call: an edit costs microseconds, and so does a module's call. A plan lists no row twice.
     if rows is None:
         return intervention.forward(hidden)
-    inplace = inplace and not torch.compiler.is_compiling() and not _refuses_edits(hidden)
-    return intervention.forward(hidden, rows=rows, inplace=inplace, unique=True)
+    return intervention.forward(hidden, rows=rows, inplace=inplace and not _refuses_edits(hidden), unique=True)
 
 
 def _refuses_edits(hidden: Tensor) -> bool:

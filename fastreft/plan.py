@@ -193,10 +193,10 @@ class Shared:
             return Plan(module, lambda b, s, device: run.tokens(b, s, start, device), explicit)
         if explicit is None and inputs.cached_tokens(cache):
             return self._decoding(module, None)
-        self._check_mask(inputs.attention_mask(given))
+        mask, marks = inputs.attention_mask(given), inputs.marks(given)
+        self._check_mask(mask)
         if explicit is not None and shape is not None:
             positions.check_explicit(explicit, shape)
-        mask, marks = inputs.attention_mask(given), inputs.marks(given)
         if mask is None and shape is None and self.local.here.outer is not None and inputs.has_shorter_blocks(module):
             mask = self.local.here.outer[3]  # Whisper's forward keeps it from the encoder, its generate does not
 

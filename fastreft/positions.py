@@ -7,7 +7,7 @@
 With the prompt L tokens long, fN+lM takes f = min(N, floor(L / 2)) tokens from its start and l = min(M, ceil(L / 2))
 from its end; fN or lM alone takes min(N, L). Source: ReFT (Wu et al. 2024, arXiv 2404.03592), section 4;
 ``pyreft_compat`` floors both, alone or together, as pyreft's ``get_intervention_locations`` does. The shapes are fixed
-by N, M, B and S, so nothing here waits for a GPU. Imports torch alone.
+by N, M, B and S, so nothing here waits for a GPU. On a CPU a native op finds the rows of plain batches in one pass.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from . import _ops
 
 Tied = bool | str  # True, False or "position": who shares an intervention, see Positions.shares
 ACCEPTED = "'fN', 'lM', 'fN+lM' (N, M >= 1, such as 'f5+l5'), 'prompt', 'decode' or 'all'"
@@ -55,17 +57,40 @@ class Positions:
 class Tokens:
     """What is known of the tokens of a batch, (B, T), and which columns of it a forward runs.
 
-    Masks are bool (B, T) on one device. ``prompt`` None = all of it; ``written`` None = none; ``starts``, the first token
-    of each of several sequences packed into a row, None = one sequence a row, of which there are at most ``sequences``
-    (None = not known). ``window`` (start, S), None = (0, T); with one, ``prompt`` is given.
+    ``mask`` (B, T), non-zero = shown, None = all; ``labels`` (B, T), None = no answer; ``starts`` bool (B, T), the first
+    token of each of several sequences packed into a row, None = one sequence a row, of which there are at most
+    ``sequences`` (None = not known). ``window`` (start, S), None = (0, T).
     """
 
     shape: tuple[int, int]
-    prompt: Tensor | None = None
-    written: Tensor | None = None
+    mask: Tensor | None = None
+    labels: Tensor | None = None
     starts: Tensor | None = None
     sequences: int | None = None
     window: tuple[int, int] | None = None
+
+    @property
+    def prompt(self) -> Tensor | None:
+        """Bool (B, T): shown, and before the first label other than -100 of its sequence; None = all."""
+        if self._labelled is None:
+            return self._shown
+        unanswered = _count(self._labelled, self.starts) == 0
+        return unanswered if self._shown is None else self._shown & unanswered.to(self._shown.device)
+
+    @property
+    def written(self) -> Tensor | None:
+        """Bool (B, T): shown, with a label other than -100; None = none."""
+        if self._labelled is None or self._shown is None:
+            return self._labelled
+        return self._shown & self._labelled.to(self._shown.device)
+
+    @property
+    def _shown(self) -> Tensor | None:
+        return None if self.mask is None else self.mask != 0
+
+    @property
+    def _labelled(self) -> Tensor | None:
+        return None if self.labels is None else self.labels != -100
 
 
 @lru_cache
@@ -100,29 +125,17 @@ def tokens_of(
     ``attention_mask`` is (B, S), non-zero = shown, or (B, heads, queries, keys) as attention takes it (bool, or additive
     with 0 = shown), where a token is shown that sees itself. ``labels`` is (B, S). ``ValueError`` for other shapes.
     """
-    shown = written = None
-    if attention_mask is not None:
-        seen = attention_mask
-        if seen.ndim == 4 and seen.shape[2] in (1, shape[1]):
-            seen = seen[:, 0].expand(shape[0], shape[1], -1).diagonal(dim1=1, dim2=2)
-            seen = seen if seen.dtype == torch.bool else seen == 0
-        shown = _check(seen != 0, shape, "attention_mask")
-    prompt = shown
-    if labels is not None:
-        labelled = _check(labels != -100, shape, "labels")
-        unanswered = _count(labelled, starts) == 0
-        prompt = unanswered if shown is None else shown & unanswered.to(shown.device)
-        written = labelled if shown is None else shown & labelled.to(shown.device)
-    return Tokens(shape, prompt, written, starts, sequences)
-
-
-def _check(value: Tensor, shape: tuple[int, int], name: str) -> Tensor:
-    if tuple(value.shape) != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; the positions need one entry a token, {shape}: "
-            "pass it so, or say which tokens to edit with reft_positions"
-        )
-    return value
+    if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[2] in (1, shape[1]):
+        attention_mask = attention_mask[:, 0].expand(shape[0], shape[1], -1).diagonal(dim1=1, dim2=2)
+        if attention_mask.dtype != torch.bool:
+            attention_mask = attention_mask == 0
+    for name, value in (("attention_mask", attention_mask), ("labels", labels)):
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; the positions need one entry a token, {shape}: "
+                "pass it so, or say which tokens to edit with reft_positions"
+            )
+    return Tokens(shape, attention_mask, labels, starts, sequences)
 
 
 def _count(chosen: Tensor, starts: Tensor | None) -> Tensor:
@@ -144,9 +157,10 @@ def _total(count: Tensor, starts: Tensor | None) -> Tensor:
     return count.gather(1, ends.flip(1).cummin(1).values.flip(1))
 
 
-def rows(
-    positions: Positions, tokens: Tokens, tied: Tied = True, device: torch.device | str = "cpu"
-) -> list[Tensor | None]:
+_CPU = torch.device("cpu")
+
+
+def rows(positions: Positions, tokens: Tokens, tied: Tied = True, device: torch.device = _CPU) -> list[Tensor | None]:
     """The rows to edit of the flattened hidden state (B, S, d), for each intervention of ``positions.shares(tied)``.
 
     Each is int64 (B, n), -1 = skip, no row twice; or None for every row; none is listed where no token can be meant.
@@ -161,9 +175,14 @@ def rows(
         if chosen is None:
             return [] if positions.written else [None]
         return [_window(_listed(chosen.to(device)), tokens)]
-    place = _place(positions, tokens, device)
     size = positions.places
     shares = positions.shares(tied)
+    plain = tokens.starts is None and tokens.window is None
+    if plain and _ops.finds_rows(tokens.mask, tokens.labels, device):
+        counts = (positions.first, positions.last)
+        index = _ops.prompt_rows(tokens.mask, tokens.labels, *tokens.shape, *counts, positions.pyreft_compat)
+        return [index] if len(shares) == 1 else [index[:, a:b] for a, b in shares]
+    place = _place(positions, tokens, device)
     if tokens.starts is None:
         index = _scatter(place, place < size, size)
         return [_window(index[:, a:b], tokens) for a, b in shares]
@@ -178,7 +197,7 @@ def rows(
     return found
 
 
-def _place(positions: Positions, tokens: Tokens, device: torch.device | str) -> Tensor:
+def _place(positions: Positions, tokens: Tokens, device: torch.device) -> Tensor:
     """Each token's place among the N + M that its sequence has, N + M for a token that is not chosen; int64 (B, T).
 
     The k-th token from the start has place k, the k-th from the end place N + M - k, however short the prompt.
@@ -228,11 +247,9 @@ def check_mask(mask: Tensor | None) -> None:
     """``ValueError`` naming a sample of which ``mask`` (B, S) shows no token; a look that only a CPU gives without waiting."""
     if mask is None or mask.ndim != 2 or mask.device.type != "cpu":
         return
-    shown = mask.any(1)
-    if not bool(shown.all()):
-        raise ValueError(
-            f"attention_mask hides every token of sample {int(shown.int().argmin())}; each sample must show one at least"
-        )
+    hidden = _ops.hidden_sample(mask)
+    if hidden >= 0:
+        raise ValueError(f"attention_mask hides every token of sample {hidden}; each sample must show one at least")
 
 
 def check_explicit(index: Tensor, shape: tuple[int, int]) -> None:

@@ -259,6 +259,23 @@ def test_opcheck():
     lists = ([torch.randn(2, 8)], [torch.randn(2, 8)], [torch.zeros(2, 8)], [torch.zeros(2, 8)])
     for ages, live_lr in (([], None), ([torch.tensor(3.0)], torch.tensor(0.1))):
         opcheck(ops.step_, (*lists, ages, live_lr, False, *(0.1,) * 5, 1))
+    mask, labels = torch.ones(2, 7, dtype=torch.int64), torch.full((2, 7), -100)
+    opcheck(ops.prompt_rows, (mask, labels, 2, 7, 3, 2, False))
+    opcheck(ops.prompt_rows, (None, None, 2, 7, 3, 2, True))
+
+
+@native
+@pytest.mark.parametrize(
+    ("mask", "labels", "message"),
+    [
+        (torch.ones(2, 6, dtype=torch.bool), None, r"mask must be \(2, 7\)"),
+        (torch.ones(2, 7), None, "mask must hold integers or bools"),
+        (None, torch.ones(14, dtype=torch.int64), r"labels must be \(2, 7\)"),
+    ],
+)
+def test_rows_of_prompts_refuse(mask, labels, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastreft.prompt_rows(mask, labels, 2, 7, 3, 2, False)
 
 
 @pytest.mark.parametrize("method", FAMILY)

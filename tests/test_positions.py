@@ -8,6 +8,7 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastreft import _ops
 from fastreft.inputs import marks, packing
 from fastreft.positions import Positions, Tokens, explicit_rows, parse, rows, tokens_of
 
@@ -57,13 +58,15 @@ def edited(text: str, tied, compat: bool, shown: list[int], labels: list[int] | 
 
 @st.composite
 def sequences(draw, longest=9):
-    """A sequence's shown tokens (a run of ones, padding round it) and labels."""
+    """A sequence's shown tokens (a run of ones with padding round it, or any) and labels."""
     length = draw(st.integers(1, longest))
     shown = draw(st.integers(0, length))
     left = draw(st.integers(0, length - shown))
     start = draw(st.integers(0, length))
     tail = draw(st.lists(st.sampled_from([-100, 5]), min_size=length - start, max_size=length - start))
-    return [0] * left + [1] * shown + [0] * (length - shown - left), [-100] * start + tail
+    run = [0] * left + [1] * shown + [0] * (length - shown - left)
+    some = st.lists(st.integers(0, 1), min_size=length, max_size=length)
+    return draw(st.one_of(st.just(run), some)), [-100] * start + tail
 
 
 def row_groups(found, batch: int, length: int) -> dict[int, int]:
@@ -78,16 +81,33 @@ def row_groups(found, batch: int, length: int) -> dict[int, int]:
 
 
 CASES = (st.sampled_from(KINDS), st.sampled_from([True, False, "position"]), st.booleans())
+DTYPES = st.sampled_from([torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32])
+WAYS = pytest.mark.parametrize("way", ["native", "torch"])
 
 
+def choose(way: str, monkeypatch) -> None:
+    """Have the rows found by the native op or by torch."""
+    if way == "torch":
+        monkeypatch.setattr(_ops, "finds_rows", lambda *_: False)
+    elif not _ops.finds_rows(None, None, torch.device("cpu")):
+        pytest.skip("the native core is not built, or not in use")
+
+
+@WAYS
 @settings(max_examples=200, deadline=None)
-@given(st.lists(sequences(), min_size=1, max_size=4), *CASES, st.booleans(), st.booleans())
-def test_rows_of_padded_batches(batch, text, tied, compat, with_mask, with_labels):
+@given(st.lists(sequences(), min_size=1, max_size=4), *CASES, st.booleans(), st.booleans(), DTYPES, st.booleans())
+def test_rows_of_padded_batches(way, batch, text, tied, compat, with_mask, with_labels, dtype, transposed):
     length = max(len(shown) for shown, _ in batch)
     batch = [(s + [0] * (length - len(s)), y + [-100] * (length - len(y))) for s, y in batch]
     mask, labels = (torch.tensor(list(part)) for part in zip(*batch, strict=True))
     spec, shape = parse(text, pyreft_compat=compat), tuple(mask.shape)
-    found = rows(spec, tokens_of(shape, mask if with_mask else None, labels if with_labels else None), tied)
+    mask = mask.to(dtype)
+    if transposed:  # in memory
+        mask, labels = mask.T.contiguous().T, labels.T.contiguous().T
+    tokens = tokens_of(shape, mask if with_mask else None, labels if with_labels else None)
+    with pytest.MonkeyPatch.context() as patch:
+        choose(way, patch)
+        found = rows(spec, tokens, tied)
     wanted = {}
     for b, (shown, y) in enumerate(batch):
         one = edited(text, tied, compat, shown if with_mask else [1] * length, y if with_labels else None)
@@ -136,13 +156,13 @@ def test_rows_of_packed_batches(batch, text, tied, compat, with_labels, said_by)
 @given(st.lists(sequences(), min_size=1, max_size=3), *CASES, st.data())
 def test_windows_are_parts_of_the_whole(batch, text, tied, compat, data):
     length = max(len(shown) for shown, _ in batch)
-    prompt = torch.tensor([s + [0] * (length - len(s)) for s, _ in batch]).bool()
-    written = torch.tensor([[label != -100 for label in y] + [False] * (length - len(y)) for _, y in batch])
+    mask = torch.tensor([s + [0] * (length - len(s)) for s, _ in batch])
+    labels = torch.tensor([y + [-100] * (length - len(y)) for _, y in batch])
     start = data.draw(st.integers(0, length - 1))
     size = data.draw(st.integers(1, length - start))
-    spec, shape = parse(text, pyreft_compat=compat), tuple(prompt.shape)
-    whole = row_groups(rows(spec, Tokens(shape, prompt, written), tied), *shape)
-    part = row_groups(rows(spec, Tokens(shape, prompt, written, window=(start, size)), tied), len(batch), size)
+    spec, shape = parse(text, pyreft_compat=compat), tuple(mask.shape)
+    whole = row_groups(rows(spec, Tokens(shape, mask, labels), tied), *shape)
+    part = row_groups(rows(spec, Tokens(shape, mask, labels, window=(start, size)), tied), len(batch), size)
     columns = {divmod(row, length): group for row, group in whole.items()}
     assert part == {b * size + s - start: g for (b, s), g in columns.items() if start <= s < start + size}
 

@@ -74,9 +74,10 @@ class _Edits:
         where = self.local.here.plan
         if where is None or where.prompt is self.local.here.decoding:
             return None
+        inplace = self.fresh and not torch.compiler.is_compiling()
         for i, intervention in self.edits:
             rows = where.rows(i, (hidden.shape[0], hidden.shape[1]), hidden.device)
-            hidden = edit(intervention, hidden, rows, self.fresh)
+            hidden = edit(intervention, hidden, rows, inplace)
         return hidden
 
 
