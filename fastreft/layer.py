@@ -182,7 +182,8 @@ def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
 def _check(layer: Any, hidden: Any) -> None:
     """``ValueError`` where what a module takes or gives is no hidden state."""
     shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-    if not isinstance(hidden, Tensor) or hidden.ndim < 3 or hidden.shape[-1] != layer.width:
+    least = 2 if layer.layout is layouts.flattened else 3
+    if not isinstance(hidden, Tensor) or hidden.ndim < least or hidden.shape[-1] != layer.width:
         raise ValueError(
             f"{layer.name} cannot be edited: its hidden state is {shape}; it must be a tensor (batch, tokens, "
             f"{layer.width}), {layer.width} being the model's hidden size"
@@ -191,7 +192,7 @@ def _check(layer: Any, hidden: Any) -> None:
 
 def _rows(layer: Any, plan: Plan, spec: Spec, hidden: Tensor) -> list[Tensor | None]:
     """The rows of each intervention in the memory of ``hidden``; None for every row."""
-    if layer.layout is None:
+    if layer.layout is None or (layer.layout is layouts.flattened and hidden.ndim > 2):
         return plan.rows(spec.positions, spec.tied, hidden)
     places = layouts.places(layer.layout, hidden, plan.length)
     return [layouts.take(places, rows) for rows in plan.rows(spec.positions, spec.tied, places)]

@@ -45,6 +45,11 @@ def first_stream(grid: Tensor, length: int | None) -> Tensor:
     return (grid[0] if grid.ndim == 3 else grid)[..., None]
 
 
+def flattened(grid: Tensor, length: int | None) -> Tensor:
+    """(B * S, d), which a part of the block gives; what the block and its other parts give is (B, S, d)."""
+    return grid.view(-1, length or 1, 1)
+
+
 # By the model type of the config that the blocks are made from.
 _LAYOUTS: dict[str, Layout] = {
     "big_bird": padded,
@@ -57,6 +62,7 @@ _LAYOUTS: dict[str, Layout] = {
     "hy_v4": many_streams,
     "led": padded,
     "longformer": padded,
+    "opt": flattened,
     "pegasus_x": padded,
     "prophetnet": streams_behind,
     "qwen4_exp_text": many_streams,

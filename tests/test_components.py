@@ -156,8 +156,6 @@ def test_vision_text_and_sound():
     "model_type", ["bert", "t5", "gpt2", "mistral", "opt", "xlnet", "bloom", "mpt", "deberta", "bart"]
 )
 def test_the_components_of_many_families_are_found_and_edited(model_type, component):
-    if (model_type, component) == ("opt", "mlp_output"):
-        pytest.skip("OPT's MLP gives (batch * tokens, d), which is refused: see the next test")
     model = zoo.build(
         model_type, "sequence", {t: name for t, kind, name in zoo.classes() if kind == "sequence"}[model_type]
     )
@@ -173,11 +171,26 @@ def test_the_components_of_many_families_are_found_and_edited(model_type, compon
             assert torch.equal(edited(**given).logits, plain)
 
 
-def test_the_mlp_of_opt_gives_rows_without_a_batch_and_is_refused():
+def test_the_mlp_of_opt_gives_rows_without_a_batch():
     model = zoo.build("opt", "causal", "OPTForCausalLM")
-    given = zoo.inputs(model)
-    with pytest.raises(ValueError, match=r"fc2 cannot be edited: its hidden state is \(27, 32\)"):
-        get_reft_model(model, ReftConfig(component="mlp_output"))(**given)
+    given, block = zoo.inputs(model), find_blocks(model).modules[0]
+    given["attention_mask"] = torch.ones(zoo.BATCH, zoo.LENGTH, dtype=torch.long)
+    model = get_reft_model(model, ReftConfig(positions="f2+l1", component="mlp_output"))
+    before, after = [], []
+    block.fc2.register_forward_hook(lambda _m, _args, out: before.append(out.clone()), prepend=True)
+    block.fc2.register_forward_hook(lambda _m, _args, out: after.append(out.clone()))
+    model(**given).logits.sum().backward()
+    assert before[0].shape == (zoo.BATCH * zoo.LENGTH, zoo.WIDTH)
+    rows = [b * zoo.LENGTH + s for b in range(zoo.BATCH) for s in (0, 1, zoo.LENGTH - 1)]
+    assert (before[0] != after[0]).any(-1).nonzero().flatten().tolist() == rows
+    torch.testing.assert_close(after[0], edited(before[0], block.fc2.reft, rows))
+    assert all(bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
+    prompt = {"input_ids": given["input_ids"], "do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3}
+    model.add_adapter("first", ReftConfig(positions="f2", component="mlp_output"))
+    model.set_adapter("first")
+    model.eval()
+    cached, whole = (model.generate(**prompt, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, whole)
 
 
 @pytest.mark.parametrize("part", ["encoder", "final_char_encoder"])
