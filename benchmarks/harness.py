@@ -77,7 +77,7 @@ def table(title: str, rows: list[dict[str, object]]) -> None:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 10 else f"{value:.1f}"
+        return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:#.4g}"
     return str(value)
 
 
