@@ -186,15 +186,18 @@ def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
         raise _explain(error, h, U, V, P, b, c, rows) from None
 
 
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _readable(t: Tensor | None) -> bool:
+    """Can csrc/positions_cpu.cpp read it, or is there nothing to read?"""
+    return t is None or (t.is_cpu and t.dtype in _INTEGERS)
+
+
 def finds_rows(mask: Tensor | None, labels: Tensor | None, device: torch.device) -> bool:
     """Does the native op find the rows of such a batch? On a CPU, and outside a graph, where the compiler fuses torch's."""
-    return (
-        _CPU
-        and device.type == "cpu"
-        and (mask is None or (mask.is_cpu and not mask.is_floating_point()))
-        and (labels is None or (labels.is_cpu and not labels.is_floating_point()))
-        and not torch.compiler.is_compiling()
-    )
+    here = _CPU and device.type == "cpu" and not torch.compiler.is_compiling()
+    return here and _readable(mask) and _readable(labels)
 
 
 def prompt_rows(mask, labels, batch: int, length: int, first: int, last: int, pyreft_compat: bool) -> Tensor:
@@ -203,8 +206,8 @@ def prompt_rows(mask, labels, batch: int, length: int, first: int, last: int, py
 
 
 def hidden_sample(mask: Tensor) -> int:
-    """The first sample of which mask (B, S), of integers or bools on a CPU, shows no token; -1 where there is none."""
-    if _CPU and not mask.is_floating_point():
+    """The first sample of which mask (B, S) shows no token; -1 where there is none."""
+    if _CPU and _readable(mask) and type(mask) is Tensor:  # a subclass may have no address, as fake tensors have none
         return _C.hidden_sample(mask.data_ptr(), mask.element_size(), *mask.shape, *mask.stride())
     shown = mask.any(1)
     return -1 if bool(shown.all()) else int(shown.int().argmin())

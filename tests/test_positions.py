@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastreft import _ops
 from fastreft.inputs import marks, packing
-from fastreft.positions import Positions, Tokens, explicit_rows, parse, rows, tokens_of
+from fastreft.positions import Positions, Tokens, check_mask, explicit_rows, parse, rows, tokens_of
 
 ORACLE = SHARED / "oracles" / "get_intervention_locations.json"
 KINDS = ["f1", "f3", "l1", "l4", "f2+l3", "f5+l5", "prompt", "decode", "all"]
@@ -81,7 +81,7 @@ def row_groups(found, batch: int, length: int) -> dict[int, int]:
 
 
 CASES = (st.sampled_from(KINDS), st.sampled_from([True, False, "position"]), st.booleans())
-DTYPES = st.sampled_from([torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32])
+DTYPES = st.sampled_from([torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8, torch.bool, torch.float32])
 WAYS = pytest.mark.parametrize("way", ["native", "torch"])
 
 
@@ -228,6 +228,16 @@ def test_a_four_dimensional_mask_says_the_same(window):
 def test_a_mask_of_another_shape_is_refused(name):
     with pytest.raises(ValueError, match=rf"{name} has shape \(2, 5\).*\(2, 4\).*reft_positions"):
         tokens_of((2, 4), **{name: torch.ones(2, 5, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.bool, torch.float32])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_hidden_sample_is_named(dtype, transposed):
+    mask = torch.tensor([[0, 0, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]).to(dtype)
+    mask = mask.T.contiguous().T if transposed else mask
+    check_mask(mask[:2])
+    with pytest.raises(ValueError, match=r"^attention_mask hides every token of sample 2; "):
+        check_mask(mask)
 
 
 def test_explicit_rows_skip_negatives_and_repeats():
