@@ -20,17 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from . import _ops, _optim_ops, functional, reference
+from . import _ops, _optim_ops, functional, reference, sharded
 from .interventions import Intervention, orthonormal_parameters
 
 R_LR_SCALE = 2.0  # R's learning rate as a multiple of W's: the pace of pyreft's parametrization
-
-
-def _refuse_sharded(R: Tensor) -> None:
-    if type(R).__name__ == "DTensor" or getattr(R, "ds_id", None) is not None or R.dim() != 2:
-        raise ValueError(
-            "an orthonormal R is sharded or flattened; keep it whole (FSDP2: fully_shard(..., ignored_params={R}))"
-        )
 
 
 def param_groups(model: nn.Module, *, lr: float | Tensor, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -56,7 +49,8 @@ class ReftAdamW(torch.optim.Optimizer):
     An R is recognised by its module, in whatever group it is. ``r_lr_scale`` times the group's lr is R's. Moments are fp32
     (fp64 for fp64). ``ValueError`` for a hyperparameter out of range; ``FloatingPointError`` naming the parameter, with no
     parameter of its group changed, for a gradient that is not finite. On a GPU, where that would need a sync, an R with
-    such a gradient is left as it was, and :meth:`skipped` counts them. Survives deepcopy, pickling and state_dict.
+    such a gradient is left as it was, and :meth:`skipped` counts them. Survives deepcopy, pickling and state_dict. Takes
+    FSDP2's shards (every rank steps the same whole R); ``ValueError`` for an R that FSDP1 or DeepSpeed's ZeRO-3 flattened.
 
     ``capturable=True`` lets a CUDA graph capture :meth:`step`, after one step outside it: ages are then fp32 tensors beside
     their parameters, counted up there, and ``lr`` may be a 0-dim fp32 or fp64 tensor on the parameters' device, which every
@@ -111,8 +105,8 @@ class ReftAdamW(torch.optim.Optimizer):
         Rs = orthonormal_parameters()
         self._status: list[Tensor | None] = []
         for group in self.param_groups:
-            # One call takes parameters of one kind, device and age.
-            calls: dict[tuple[bool, torch.device, int], list[tuple[Any, ...]]] = {}
+            # One call takes parameters of one kind, device and age, all of them in shards or none.
+            calls: dict[tuple[bool, torch.device, int, bool], list[tuple[Any, ...]]] = {}
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
@@ -128,10 +122,13 @@ class ReftAdamW(torch.optim.Optimizer):
                         state["step"] = torch.tensor(float(state["step"]), device=p.device)
                 if not grad.is_contiguous():
                     grad = grad.contiguous()
-                call = (id(p) in Rs, p.device, age)
+                call = (id(p) in Rs, p.device, age, sharded.is_dtensor(p))
                 calls.setdefault(call, []).append((p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
-            for (orthonormal, _, age), items in calls.items():
-                self._update(items, orthonormal, age, group)
+            for (orthonormal, _, age, in_shards), items in calls.items():
+                if not in_shards:
+                    self._update(items, orthonormal, age, group)
+                else:
+                    self._update_shards(items, orthonormal, age, group)
         return loss
 
     def skipped(self) -> int:
@@ -149,6 +146,20 @@ class ReftAdamW(torch.optim.Optimizer):
         state["step"] = 0
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(p, dtype=_wide(p), memory_format=torch.contiguous_format)
+
+    def _update_shards(self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
+        """The step of FSDP2's parameters: an R whole on every rank, else each rank its own elements, where it has any."""
+        if not orthonormal:
+            own = [tuple(map(sharded.local, item)) for item in items]
+            if own := [item for item in own if item[0].numel()]:
+                self._update(own, orthonormal, age, group)
+            return
+        wholes = [tuple(map(sharded.whole, item)) for item in items]
+        self._update(wholes, orthonormal, age, group)
+        for (p, _, m, v, _), (whole_p, _, whole_m, whole_v, _) in zip(items, wholes, strict=True):
+            sharded.keep(p, whole_p)
+            sharded.keep(m, whole_m)
+            sharded.keep(v, whole_v)
 
     def _update(self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
         params, grads, m, v, ages = (list(column) for column in zip(*items, strict=True))
@@ -173,7 +184,7 @@ class ReftAdamW(torch.optim.Optimizer):
         }
         if orthonormal:
             for p in params:
-                _refuse_sharded(p)
+                sharded.refuse_flattened(p)
         if _ops.runs_natively(params[0]) and all(p.is_contiguous() for p in params):
             settings["age"] = age
             given_ages = ages if group["capturable"] else []
@@ -225,9 +236,11 @@ def attach_retraction(
         before.clear()
         for R in _held(optimizer, wanted):
             if R.grad is not None:
-                _refuse_sharded(R)
-                reference.project_(R, R.grad)
-                before.append((R, R.detach().clone()))
+                sharded.refuse_flattened(R)
+                old, gradient = sharded.whole(R.detach()).clone(), sharded.whole(R.grad)
+                reference.project_(old, gradient)
+                sharded.keep(R.grad, gradient)
+                before.append((R, old))
 
     def pre_hook(_optimizer, args, kwargs):
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
@@ -246,9 +259,12 @@ def attach_retraction(
 
     @torch.no_grad()
     def post_hook(_optimizer, _args, _kwargs) -> None:
-        for R, old in before:
+        wholes = [sharded.whole(R) for R, _ in before]
+        for R, (_, old) in zip(wholes, before, strict=True):
             R.copy_(torch.lerp(old, R, r_lr_scale))
-        functional.retract_([R for R, _ in before])
+        functional.retract_(wholes)
+        for (R, _), full in zip(before, wholes, strict=True):
+            sharded.keep(R, full)
         before.clear()
 
     optimizer.register_step_pre_hook(pre_hook)

@@ -288,3 +288,19 @@ def test_errors_name_what_is_wrong_and_change_nothing():
     ):
         with pytest.raises(ValueError, match=words):
             make()
+
+
+@pytest.mark.parametrize("kind", ["flattened", "zero3"])
+@pytest.mark.parametrize("made", [O.ReftAdamW, torch.optim.AdamW])
+def test_an_R_of_which_the_rows_are_not_here_is_refused(kind, made):
+    module = LoreftIntervention(embed_dim=12, low_rank_dimension=3)
+    if kind == "flattened":
+        module.R = torch.nn.Parameter(module.R.detach().flatten())
+    else:
+        module.R.ds_id = 0
+    module.R.grad = torch.ones_like(module.R)
+    before = module.R.detach().clone()
+    O.guard_optimizers()
+    with pytest.raises(ValueError, match=r"R is flattened or held by DeepSpeed's ZeRO-3.*FSDP2.*or keep R whole"):
+        made([module.R], lr=0.1).step()
+    assert torch.equal(module.R, before)
