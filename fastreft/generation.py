@@ -31,7 +31,7 @@ class Run:
 
     The prompt is all of the input, also what a cache handed in holds of it: that stays as it was computed, and the rest is
     edited where the positions of the whole prompt fall on it. ``mask`` (B, L) bool shows the prompt, None = all of it;
-    ``length`` L, None = as many columns as the first forward has.
+    ``length`` L, None = as many columns as the first forward has. A decoder's is known once Transformers has made it.
     """
 
     def __init__(self, mask: Tensor | None, length: int | None, cached: int, explicit: Tensor | None):
@@ -40,6 +40,11 @@ class Run:
         self.cache: Any = None  # the one that the sequence is run with, once a forward has shown it
         self.over = False  # has the prompt been run? Then all that comes with this cache is decoded
         self.step: Any = None  # the plan of those forwards, made once
+
+    def begin(self, length: int, mask: Tensor | None) -> None:
+        """Take the prompt of a decoder. A draft goes on after one, so that its length is known."""
+        if self.length is None:
+            self.length, self.mask = length, None if mask is None else mask[:, :length] != 0
 
     def advance(self, cache: Any, columns: int) -> int | None:
         """The column at which a forward of so many columns starts; None where it is not of this sequence.
@@ -87,6 +92,8 @@ class Generate:
         model.__dict__["generate"] = self
         # Its forwards fail in a thread of its own, which logs that and gives the prompts back as if nothing were wrong.
         model.__dict__["init_continuous_batching"] = _refuse_batches
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, DecoderPrompt.name):
+            model.__dict__[DecoderPrompt.name] = DecoderPrompt(model, local)
 
     def __call__(self, *args: Any, reft_positions: Tensor | None = None, **kwargs: Any) -> Any:
         given = dict(zip(("inputs", "generation_config"), args, strict=False), **kwargs)
@@ -101,10 +108,29 @@ class Generate:
     def remove(self) -> None:
         """Give the model its own ``generate`` back."""
         self.model.__dict__.pop("init_continuous_batching", None)
+        self.model.__dict__.pop(DecoderPrompt.name, None)
         if self.model.__dict__.get("generate") is self:
             del self.model.__dict__["generate"]
             if self.inner is not None:
                 self.model.__dict__["generate"] = self.inner
+
+
+class DecoderPrompt:
+    """The method of an encoder-decoder that makes its decoder's prompt, and tells the call of ``generate`` what it is.
+
+    The first forward would not: with drafts it has more columns than the prompt.
+    """
+
+    name = "_prepare_decoder_input_ids_for_generation"
+
+    def __init__(self, model: nn.Module, local: Any):
+        self.model, self.local = model, local
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ids, others = getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        if self.local.here.run is not None:
+            self.local.here.run.begin(ids.shape[1], others.get("decoder_attention_mask"))
+        return ids, others
 
 
 def _refuse_batches(*args: Any, **kwargs: Any) -> Any:
@@ -122,8 +148,8 @@ def _run_of(model: Any, given: dict[str, Any], explicit: Tensor | None) -> Run:
     embedded = given.get("inputs_embeds")
     source = ids if embedded is None else embedded
     cached = inputs.cached_tokens(inputs.cache_of(given))
-    if model.config.is_encoder_decoder:  # the sequence is the decoder's, and Transformers makes the start of it
-        mask, length = given.get("decoder_attention_mask"), None
+    if model.config.is_encoder_decoder:  # the sequence is the decoder's, see DecoderPrompt
+        mask = length = None
     else:
         mask = given.get("attention_mask")
         if mask is None and embedded is None and ids is not None:

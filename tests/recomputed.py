@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 import transformers
 from tiny import VOCAB, make
+from torch.nn import functional as F
 
 import fastreft
 from fastreft import reference
@@ -28,8 +29,15 @@ _CONFIGS = {
     "t5": transformers.T5Config(d_kv=8, d_ff=48, num_layers=2, num_heads=4, initializer_factor=0.5, **_SEQ2SEQ),
     "bart": transformers.BartConfig(encoder_layers=2, decoder_layers=2, init_std=0.2, **_FFN, **_SEQ2SEQ),
 }
-_BLOCKS = {"gpt2": "transformer.h", "t5": "encoder.block", "bart": "model.encoder.layers"}
+_BLOCKS = {
+    "gpt2": "transformer.h",
+    "t5": "encoder.block",
+    "bart": "model.encoder.layers",
+    "t5 decoder": "decoder.block",
+    "bart decoder": "model.decoder.layers",
+}
 SEQ2SEQ = ("t5", "bart")
+DECODERS = ("t5 decoder", "bart decoder")
 
 
 def plain_of(family):
@@ -37,8 +45,8 @@ def plain_of(family):
     if family in ("llama", "gpt2"):
         return make(family).double()
     torch.manual_seed(0)
-    auto = transformers.AutoModelForSeq2SeqLM if family in SEQ2SEQ else transformers.AutoModelForCausalLM
-    model = auto.from_config(copy.deepcopy(_CONFIGS[family])).double().eval()
+    auto = transformers.AutoModelForSeq2SeqLM if family in SEQ2SEQ + DECODERS else transformers.AutoModelForCausalLM
+    model = auto.from_config(copy.deepcopy(_CONFIGS[family.split()[0]])).double().eval()
     model.generation_config.forced_eos_token_id = None
     return model
 
@@ -53,7 +61,10 @@ class Case:
 
     def __init__(self, family, positions="f2+l3", **config):
         self.family, self.positions = family, positions
-        task = "SEQ_2_SEQ_LM" if family in SEQ2SEQ else "CAUSAL_LM"
+        self.two_stacks = family in SEQ2SEQ + DECODERS
+        task = "SEQ_2_SEQ_LM" if self.two_stacks else "CAUSAL_LM"
+        if family in DECODERS:
+            config["target_modules"] = rf"{_BLOCKS[family]}\.\d+"
         config = fastreft.ReftConfig(task_type=task, positions=positions, **config)
         self.plain = plain_of(family)
         self.model = fastreft.get_reft_model(plain_of(family), config).double().eval()
@@ -103,14 +114,18 @@ class Case:
 
     def greedy(self, inputs, chosen, written=None):
         """Greedy decoding, all of it again for each token: the tokens and each step's logits."""
-        if self.family in SEQ2SEQ:
-            given, ids = dict(inputs), torch.zeros(len(inputs["input_ids"]), 1, dtype=torch.long)
+        if self.two_stacks:
+            given = dict(inputs)
+            ids = inputs.get("decoder_input_ids", torch.zeros(len(inputs["input_ids"]), 1, dtype=torch.long))
         else:
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
         steps = []
         for _ in range(NEW):
-            if self.family in SEQ2SEQ:
+            if self.two_stacks:
                 given["decoder_input_ids"] = ids
+                if "decoder_attention_mask" in inputs:
+                    new = ids.shape[1] - inputs["decoder_attention_mask"].shape[1]
+                    given["decoder_attention_mask"] = F.pad(inputs["decoder_attention_mask"], (0, new), value=1)
             else:
                 given = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
