@@ -1,5 +1,7 @@
 """Data-parallel training, whole or in FSDP2's shards: two processes with half a batch each learn what one learns of it all."""
 
+import faulthandler
+
 import pytest
 import torch
 from conftest import assert_as_good
@@ -50,16 +52,22 @@ def step(model, call, given, made=reft_adamw, steps=1):
 
 def meet(rank, folder, r=4):
     """A model and this process's half of the batch."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model, given = problem(r=r)
     return model, {name: value[2 * rank : 2 * rank + 2] for name, value in given.items()}
 
 
+def leave():
+    distributed.barrier()  # gloo takes a peer that has left for one that has failed
+    distributed.destroy_process_group()
+
+
 def half(rank, folder):
     model, mine = meet(rank, folder)
     torch.save(step(model, DistributedDataParallel(model), mine), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    leave()
 
 
 def half_in_shards(rank, folder, made, r):
@@ -71,7 +79,7 @@ def half_in_shards(rank, folder, made, r):
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         model.save_pretrained(f"{folder}/saved", state_dict=state)
-    distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("r", [3, 1])  # uneven shards, and one of the two without a row
