@@ -49,8 +49,9 @@ class ReftAdamW(torch.optim.Optimizer):
     An R is recognised by its module, in whatever group it is. ``r_lr_scale`` times the group's lr is R's. Moments are fp32
     (fp64 for fp64). ``ValueError`` for a hyperparameter out of range; ``FloatingPointError`` naming the parameter, with no
     parameter of its group changed, for a gradient that is not finite. On a GPU, where that would need a sync, an R with
-    such a gradient is left as it was, and :meth:`skipped` counts them. Survives deepcopy, pickling and state_dict. Takes
-    FSDP2's shards (every rank steps the same whole R); ``ValueError`` for an R that FSDP1 or DeepSpeed's ZeRO-3 flattened.
+    such a gradient is left as it was, and :meth:`skipped` counts them. Survives deepcopy, pickling and state_dict.
+    Takes FSDP2's shards: every rank steps the same whole R, and of W and b its own part, whose gradient it alone looks at;
+    ``ValueError`` for an R that FSDP1 or DeepSpeed's ZeRO-3 flattened.
 
     ``capturable=True`` lets a CUDA graph capture :meth:`step`, after one step outside it: ages are then fp32 tensors beside
     their parameters, counted up there, and ``lr`` may be a 0-dim fp32 or fp64 tensor on the parameters' device, which every

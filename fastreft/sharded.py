@@ -29,7 +29,7 @@ def local(t: Any) -> Tensor:
 
 
 def whole(t: Any) -> Tensor:
-    """All of it, on every rank, new memory; a plain tensor as it is. Every rank must ask."""
+    """All of it, on every rank; a plain tensor as it is. Every rank must ask."""
     return t.detach().full_tensor() if is_dtensor(t) else t
 
 

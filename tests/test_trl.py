@@ -46,13 +46,12 @@ def expected(given):
 
 
 def train(trainer, tmp_path, monkeypatch):
-    """Two steps, each batch's rows compared; then the adapter saved and loaded."""
-    batches, edits = [], []
+    """Two steps, each batch's rows compared; then the adapter saved and loaded. Gives the edits made without gradients."""
+    batches, edits, ungraded = [], [], []
     real = layer.edit
 
     def edit(intervention, hidden, rows, inplace):
-        if torch.is_grad_enabled():  # not of GRPO's own generate
-            edits.append(sorted(rows[rows >= 0].tolist()))
+        (edits if torch.is_grad_enabled() else ungraded).append(sorted(rows[rows >= 0].tolist()))
         return real(intervention, hidden, rows, inplace)
 
     monkeypatch.setattr(layer, "edit", edit)
@@ -74,6 +73,7 @@ def train(trainer, tmp_path, monkeypatch):
     again = PeftModel.from_pretrained(plain(), tmp_path / "adapter").eval()
     ids = torch.arange(5, 17)[None]
     assert torch.equal(again(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+    return ungraded
 
 
 def arguments():
@@ -93,7 +93,7 @@ def test_sft(way, tmp_path, monkeypatch):
 def test_dpo_whose_reference_is_the_model_without_the_edits(tmp_path, monkeypatch):
     data = samples(rejected=" nothing at all.").rename_column("completion", "chosen")
     config = trl.DPOConfig(output_dir=str(tmp_path), **SETTINGS)
-    train(trl.DPOTrainer(args=config, train_dataset=data, **arguments()), tmp_path, monkeypatch)
+    assert not train(trl.DPOTrainer(args=config, train_dataset=data, **arguments()), tmp_path, monkeypatch)
 
 
 def test_grpo(tmp_path, monkeypatch):
@@ -101,4 +101,5 @@ def test_grpo(tmp_path, monkeypatch):
     config = trl.GRPOConfig(output_dir=str(tmp_path), **short, num_generations=4, max_completion_length=6)
     rewards = {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions]}
     data = samples().remove_columns("completion")
-    train(trl.GRPOTrainer(args=config, train_dataset=data, **rewards, **arguments()), tmp_path, monkeypatch)
+    trainer = trl.GRPOTrainer(args=config, train_dataset=data, **rewards, **arguments())
+    assert train(trainer, tmp_path, monkeypatch)  # what is rewarded was written with the edits
