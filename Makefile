@@ -7,7 +7,8 @@ TORCH  ?= $(shell grep '^torch==' constraints.txt)
 TESTERS ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
-NATIVE := $(wildcard csrc/*) setup.py
+NATIVE := $(wildcard csrc/* csrc/quick/*) setup.py
+CPP    := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.cu csrc/*.cuh csrc/quick/*)
 
 .PHONY: demo test test-pyreft check format clean
 
@@ -34,13 +35,13 @@ test-pyreft: .venv-pyreft/.installed
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.cu csrc/*.cuh
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.cu csrc/*.cuh
+	$(BIN)/clang-format -i $(CPP)
 
 # torch first and by version, then the tools that build against it: the build sees the torch that will run it.
 $(VENV)/.torch: constraints.txt
@@ -54,4 +55,4 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-pyreft build *.egg-info fastreft/_C*.so
+	rm -rf $(VENV) .venv-pyreft build *.egg-info fastreft/_C*.so fastreft/_quick*.so

@@ -1,4 +1,5 @@
-"""Builds fastreft._C: the CPU core always, the CUDA core where there is an nvcc and a CUDA build of torch.
+"""Builds fastreft._C: the CPU core always, the CUDA core where there is an nvcc and a CUDA build of torch. Beside it, where
+this torch's headers allow it, fastreft._quick, which serves this torch alone.
 
 Environment: FASTREFT_BUILD_CUDA=auto|1|0, MAX_JOBS, TORCH_CUDA_ARCH_LIST, DEBUG=1.
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 import pybind11
 import torch
 from setuptools import setup
+from setuptools.errors import CompileError
 from torch.utils import cpp_extension
 
 DEFAULT_ARCHES = ("8.0", "9.0", "10.0", "12.0")
@@ -44,7 +46,7 @@ def set_arches() -> str:
     return os.environ["TORCH_CUDA_ARCH_LIST"]
 
 
-def extension() -> cpp_extension.CppExtension:
+def core() -> cpp_extension.CppExtension:
     with_cuda, reason = cuda_choice()
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
     sources = [str(path) for path in sorted(Path("csrc").glob("*.cpp"))]
@@ -78,4 +80,22 @@ def extension() -> cpp_extension.CppExtension:
     return built
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+def quick() -> cpp_extension.CppExtension:
+    flags = ["-O0", "-g"] if os.environ.get("DEBUG", "0") not in ("", "0") else ["-O2", "-g0"]
+    return cpp_extension.CppExtension(
+        "fastreft._quick",
+        [*(str(path) for path in sorted(Path("csrc/quick").glob("*.cpp"))), "csrc/positions_cpu.cpp"],
+        extra_compile_args=[*flags, "-fvisibility=hidden", "-Wall"],
+        optional=True,
+    )
+
+
+class Build(cpp_extension.BuildExtension):
+    def build_extension(self, ext):
+        try:
+            super().build_extension(ext)
+        except RuntimeError as error:  # ninja's, which setuptools would not take for a failed compilation
+            raise CompileError(str(error)) from error
+
+
+setup(ext_modules=[core(), quick()], cmdclass={"build_ext": Build})

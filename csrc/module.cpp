@@ -5,6 +5,7 @@
 
 #include "bind_policy.h"
 #include "cpu.h"
+#include "kernel_entry.h"
 #include "positions.h"
 
 #define FASTREFT_QUOTE(x) #x
@@ -40,5 +41,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastreft's native core: the ops are in torch.ops.fastreft, this module tells how it was built";
   m.def("build_info", &build_info, "How this core was built, as strings.");
   m.def("hidden_sample", &hidden_sample, "The first sample of which a mask of integers shows nothing; -1 if none.");
+  m.attr("kernel_entry") = py::capsule(&fastreft::kernel_entry, fastreft::kKernelEntry);
   fastreft::bind_policy(m);
 }

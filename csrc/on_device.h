@@ -22,13 +22,19 @@ struct OnDevice {
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
 
-  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
-    STABLE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  int32_t index;
+
+  explicit OnDevice(int32_t index) : guard(index), index(index) {
+    STABLE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   }
   static void check(int error) { STD_TORCH_CHECK(error == 0, "a CUDA kernel failed with cudaError ", error); }
-  static Tensor scratch(const Tensor& like, int64_t bytes) {
+  Tensor scratch(int64_t bytes) const {
     STD_TORCH_CHECK(bytes >= 0, "the CUDA device cannot be asked for its properties");
-    return empty_as(like, {std::max<int64_t>(bytes, 16)}, aoti_torch_dtype_uint8());
+    const int64_t size = std::max<int64_t>(bytes, 16), stride = 1;
+    AtenTensorHandle made = nullptr;
+    STABLE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(),
+                                          index, &made));
+    return Tensor(made);
   }
 };
 #endif

@@ -1,30 +1,18 @@
 // What torch gives, as edit.h wants it: dtypes, row addresses, contiguous weights, allocation. Seen by the ops alone.
 #pragma once
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#ifndef FASTREFT_TENSOR  // csrc/quick/ is of one torch and brings that one's
+#include "stable_tensor.h"
+#endif
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include <algorithm>
 #include <optional>
-#include <vector>
 
 #include "edit.h"
 
 namespace fastreft {
-
-inline void shim_check(AOTITorchError error, const char* call) {
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, call, " failed");
-}
-#define STABLE_CHECK(call) shim_check(call, #call)
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -38,7 +26,7 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 
 // The tensor itself where it is contiguous, as weights nearly always are.
 inline void make_contiguous(MaybeTensor& t) {
-  if (t && !t->is_contiguous()) t = torch::stable::contiguous(*t);
+  if (t && !t->is_contiguous()) t = as_contiguous(*t);
 }
 
 inline Weight weight(const MaybeTensor& t, const char* name) {
@@ -79,30 +67,7 @@ inline int64_t rows_in(const Tensor& t) {
 }
 
 // t, or a copy of it whose rows can be addressed.
-inline Tensor readable(const Tensor& t) { return addressable(t) ? t : torch::stable::contiguous(t); }
-
-// Straight through torch's C shim: the dispatcher's way by name costs more than the edit of a few rows.
-inline Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  int32_t device = 0;
-  STABLE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  AtenTensorHandle made = nullptr;
-  STABLE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device,
-                                        like.get_device_index(), &made));
-  return Tensor(made);
-}
-
-inline int32_t raw_dtype(const Tensor& t) {
-  int32_t dtype = 0;
-  STABLE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
-
-// fp64 keeps fp64, everything else fp32.
-inline int32_t kept_type(const Tensor& h) {
-  return h.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
+inline Tensor readable(const Tensor& t) { return addressable(t) ? t : as_contiguous(t); }
 
 // From about this size on a result is often fresh memory: mapped anew, or on a heap that shrank when the last one was
 // freed. In huge pages its first touch costs a fraction.

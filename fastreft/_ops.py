@@ -1,12 +1,10 @@
-"""The native ops: loading, argument checks, fake kernels and autograd. :mod:`fastreft.functional` is the public face.
+"""The native ops: argument checks, fake kernels and autograd. :mod:`fastreft.functional` is the public face.
 
-The ops and their schemas are registered by the extension (``csrc/ops*.cpp``). FASTREFT_BACKEND chooses at run time:
-``native`` (the default where the extension is there) or ``reference`` (plain torch everywhere).
+The ops and their schemas are registered by the extension (``csrc/ops*.cpp``) that ``_native.py`` loads.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from typing import Any
@@ -14,45 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
+from . import _native
 from ._fakes import FAKES
 
-_C: Any = None
-_load_error = ""
-try:
-    from . import _C  # type: ignore[attr-defined,no-redef]
-except ImportError as error:  # a source tree without a build, or a torch too old for the extension
-    _load_error = str(error)
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_BACKEND = os.environ.get("FASTREFT_BACKEND") or ("native" if _C is not None else "reference")
-if _BACKEND not in ("native", "reference"):
-    raise ImportError(f"FASTREFT_BACKEND is {_BACKEND!r}; it must be native or reference")
-if _BACKEND == "native" and _C is None:
-    raise ImportError(f"FASTREFT_BACKEND=native, but fastreft's extension does not load: {_load_error}")
-
-_CPU = _BACKEND == "native"
-_CUDA = _CPU and "cuda" in _C.build_info()["devices"].split()
-
-
-def build_info() -> dict[str, str]:
-    """How the native core was built, which backend is in use, why, and what would change it, as strings."""
-    info = {"backend": _BACKEND}
-    if _C is None:
-        info["native core"] = f"not loaded: {_load_error}"
-        info["to change it"] = "build it with 'pip install --no-build-isolation .' where torch and a C++ compiler are"
-        return info
-    info |= _C.build_info()
-    change = "FASTREFT_BACKEND=reference runs plain torch" if _BACKEND == "native" else "unset FASTREFT_BACKEND"
-    if "cuda" not in info["devices"].split():
-        change += "; a CUDA build needs nvcc, a CUDA torch and a reinstall (FASTREFT_BUILD_CUDA=1 insists on it)"
-    info["to change it"] = change
-    return info
-
-
-def runs_natively(t: Tensor) -> bool:
-    """Do the native ops take this tensor?"""
-    return (_CPU and t.is_cpu) or (_CUDA and t.is_cuda)
 
 
 # ---- checks: one sentence, before any work ------------------------------------------------------------------------
@@ -97,7 +62,7 @@ def check(
 class _Native:
     """The ops' entry points, looked up once; ``_op`` is what an OpOverload calls."""
 
-    if _CPU:
+    if _native.CPU:
         edit_rows_ = torch.ops.fastreft.unguarded_edit_rows_.default._op
         edit_rows_backward_ = torch.ops.fastreft.unguarded_edit_rows_backward_.default._op
         prompt_rows = torch.ops.fastreft.prompt_rows.default._op
@@ -106,7 +71,7 @@ class _Native:
 # ---- what functional.py calls --------------------------------------------------------------------------------------
 #
 # An edit of a few rows costs less than Python's checks of its arguments would. The ops check theirs in C++; where they
-# refuse, _explain finds the sentence.
+# refuse, explained() finds the sentence.
 
 
 def _wants_grad(h, U, V, P, b, c) -> bool:
@@ -142,7 +107,7 @@ def each_once(rows: Tensor) -> Tensor:
     return rows.masked_fill(again, -1)
 
 
-def _explain(error: RuntimeError, h, U, V, P, b, c, rows=None) -> Exception:
+def explained(error: RuntimeError, h, U, V, P, b, c, rows=None) -> Exception:
     """What to raise for an op's refusal: the sentence of :func:`check`, else the op's own."""
     if "rows: " in str(error):
         return IndexError(sentence(error))
@@ -160,7 +125,7 @@ def edit(h, U, V, P, b, c, act: int) -> Tensor:
     try:
         return torch.ops.fastreft.edit.default(h, U, V, None if tied else P, b, c, act, tied, save)[0]
     except RuntimeError as error:
-        raise _explain(error, h, U, V, P, b, c) from None
+        raise explained(error, h, U, V, P, b, c) from None
 
 
 def edit_rows(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
@@ -169,7 +134,15 @@ def edit_rows(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
     try:
         return torch.ops.fastreft.edit_rows.default(h, rows, U, V, None if tied else P, b, c, act, tied, save)[0]
     except RuntimeError as error:
-        raise _explain(error, h, U, V, P, b, c, rows) from None
+        raise explained(error, h, U, V, P, b, c, rows) from None
+
+
+def quick_edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Any:
+    """:func:`edit_rows_` in C++ and past the dispatcher; ``NotImplemented``, with nothing done, where that is not for it."""
+    try:
+        return _native.quick.edit_rows_(h, rows, U, V, P, b, c, act, unique)
+    except RuntimeError as error:
+        raise explained(error, h, U, V, P, b, c, rows) from None
 
 
 def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
@@ -181,11 +154,14 @@ def edit_rows_(h, rows, U, V, P, b, c, act: int, unique: bool) -> Tensor:
             apply = _EditRows.apply if torch._C._are_functorch_transforms_active() else _apply_edit_rows
             return apply(h, rows, U, V, own_P, b, c, act, tied)
         _Native.edit_rows_(h, rows, U, V, own_P, b, c, act, tied, False)
+        if not h.is_inference():
+            increment_version(h)
         return h
     except RuntimeError as error:
-        raise _explain(error, h, U, V, P, b, c, rows) from None
+        raise explained(error, h, U, V, P, b, c, rows) from None
 
 
+_HOST = torch.device("cpu")
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -196,19 +172,27 @@ def _readable(t: Tensor | None) -> bool:
 
 def finds_rows(mask: Tensor | None, labels: Tensor | None, device: torch.device) -> bool:
     """Does the native op find the rows of such a batch? On a CPU, and outside a graph, where the compiler fuses torch's."""
-    here = _CPU and device.type == "cpu" and not torch.compiler.is_compiling()
+    here = _native.CPU and device == _HOST and not torch.compiler.is_compiling()  # device.type costs more than a row
     return here and _readable(mask) and _readable(labels)
 
 
 def prompt_rows(mask, labels, batch: int, length: int, first: int, last: int, pyreft_compat: bool) -> Tensor:
     """The rows of fN+lM in a padded batch (csrc/positions.h): int64 (batch, first + last), -1 = skip."""
+    found = _native.quick.prompt_rows(mask, labels, batch, length, first, last, pyreft_compat)
+    if found is not NotImplemented:
+        return found
     return _Native.prompt_rows(mask, labels, batch, length, first, last, pyreft_compat)
 
 
 def hidden_sample(mask: Tensor) -> int:
     """The first sample of which mask (B, S) shows no token; -1 where there is none."""
-    if _CPU and _readable(mask) and type(mask) is Tensor:  # a subclass may have no address, as fake tensors have none
-        return _C.hidden_sample(mask.data_ptr(), mask.element_size(), *mask.shape, *mask.stride())
+    found = _native.quick.hidden_sample(mask)
+    if found is not NotImplemented:
+        return found
+    if (
+        _native.CPU and _readable(mask) and type(mask) is Tensor
+    ):  # a subclass may have no address, as fake tensors have none
+        return _native.core.hidden_sample(mask.data_ptr(), mask.element_size(), *mask.shape, *mask.stride())
     shown = mask.any(1)
     return -1 if bool(shown.all()) else int(shown.int().argmin())
 
@@ -364,7 +348,7 @@ def _register() -> None:
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
-if _BACKEND == "native":
+if _native.BACKEND == "native":
     _library = torch.library.Library("fastreft", "IMPL")
     _register()
     _learn_holders()

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from . import _native
 from ._ops import FLOATS, sentence
 
 
@@ -51,6 +53,7 @@ def retract_(matrices: list[Tensor]) -> None:
             torch.ops.fastreft.retract_.default([targets[i] for i in places])
         except RuntimeError as error:
             raise ValueError(sentence(error)) from None
+    increment_version(matrices)
     for R, target in zip(matrices, targets, strict=True):
         if R is not target:
             R.copy_(target)
@@ -66,10 +69,15 @@ def step_(
             "make it with ReftAdamW(..., capturable=True), or take the step outside the graph"
         )
     try:
+        if not ages and live_lr is None:
+            numbers = (settings[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "age"))
+            if _native.quick.step_(params, grads, m, v, orthonormal, *numbers) is not NotImplemented:
+                return None
         with torch._C._AutoDispatchBelowAutograd():
             status = torch.ops.fastreft.step_.default(params, grads, m, v, ages, live_lr, orthonormal, **settings)
     except RuntimeError as error:
         if "not finite" not in str(error):
             raise
         raise FloatingPointError(sentence(error)) from None
+    increment_version(params)
     return status[: 4 * len(params)].view(torch.int32) if status.numel() else None

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from . import _gemms, _ops, _optim_ops, activations, reference
+from . import _gemms, _native, _ops, _optim_ops, activations, reference
 
 ActFn = str | Callable[[Tensor], Tensor] | None
 
@@ -43,7 +43,7 @@ def edit(
 ) -> Tensor:
     """The one primitive: h + U^T (act(V h + b) - P h - c), a new tensor of h's shape and dtype; None leaves a term out."""
     number, fn = _split(act_fn)
-    if number is None or not _ops.runs_natively(h):
+    if number is None or not _native.runs(h):
         _ops.check(h, U, V, P, b, c)
         return reference.edit(h, U, V, P, b, c, fn)
     if _gemms.takes(h, U):
@@ -69,7 +69,11 @@ def edit_rows_(
     ``unique`` promises that no row is listed twice, which saves a GPU the looking.
     """
     number, fn = _split(act_fn)
-    if number is None or not _ops.runs_natively(h):
+    if number is not None and not _gemms.takes(h, U):
+        done = _ops.quick_edit_rows_(h, rows, U, V, P, b, c, number, unique)
+        if done is not NotImplemented:
+            return done
+    if number is None or not _native.runs(h):
         _ops.check(h, U, V, P, b, c, rows)
         if not h.is_contiguous():
             return h.copy_(reference.edit_rows(h, rows, U, V, P, b, c, fn))
@@ -97,7 +101,7 @@ def edit_rows(
 ) -> Tensor:
     """As :func:`edit_rows_`, but h is left alone and a new tensor returned: the form for ``torch.compile``."""
     number, fn = _split(act_fn)
-    if number is None or not _ops.runs_natively(h):
+    if number is None or not _native.runs(h):
         _ops.check(h, U, V, P, b, c, rows)
         return reference.edit_rows(h, rows, U, V, P, b, c, fn)
     if _gemms.takes(h, U):
@@ -176,7 +180,7 @@ def retract_(matrices: Sequence[Tensor]) -> None:
     """
     matrices = list(matrices)
     _optim_ops.check_matrices(matrices)
-    if matrices and all(_ops.runs_natively(R) for R in matrices):
+    if matrices and all(_native.runs(R) for R in matrices):
         _optim_ops.retract_(matrices)
     else:
         reference.retract_(matrices)

@@ -61,7 +61,8 @@ class Intervention(nn.Module):
         )
         self.act_fn = act_fn
         # An activation with parameters of its own, or one unknown to the kernels, becomes a submodule.
-        self.act = None if activations.native_id(act_fn) is not None else activations.module(str(act_fn))
+        self.fused = activations.native_id(act_fn)
+        self.act = None if self.fused is not None else activations.module(str(act_fn))
         self._build(dtype, add_bias)
         self.reset_parameters()
         _alive.add(self)

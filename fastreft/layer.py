@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from . import layouts, positions
+from . import _ops, layouts, positions
 from .config import ReftConfig
 from .interventions import INTERVENTIONS, Intervention
 from .layouts import Layout
@@ -80,9 +82,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         if at_input not in self._hooks:
             block = self._block[0]
             self._hooks[at_input] = (
-                block.register_forward_pre_hook(_edit_input, with_kwargs=True)
+                block.register_forward_pre_hook(partial(_edit_input, self._shared), with_kwargs=True)
                 if at_input
-                else block.register_forward_hook(_edit_output, prepend=True)
+                else block.register_forward_hook(partial(_edit_output, self._shared), prepend=True)
             )
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -97,8 +99,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def interventions(self, adapter_name: str) -> list[Intervention]:
         """An adapter's interventions, prefix first; empty where it does not edit this module."""
-        held: list[Any] = [self._modules[group]._modules.get(adapter_name) for group in _GROUPS]  # type: ignore[union-attr]
-        return [*held[0]] if isinstance(held[0], nn.ModuleList) else [item for item in held if item is not None]
+        modules: Any = self._modules
+        edit = modules["reft_edit"]._modules.get(adapter_name)
+        if edit is None:
+            return []
+        suffix = modules["reft_suffix"]._modules.get(adapter_name)
+        if suffix is not None:
+            return [edit, suffix]
+        return [*edit] if isinstance(edit, nn.ModuleList) else [edit]
 
     def detach(self) -> None:
         """Take the hooks and this layer off the module."""
@@ -115,14 +123,17 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         raise ValueError(NO_MERGE)
 
 
-# The hooks are plain functions that find the layer through the module, so that copies and replicas use their own.
+# The hooks are functions that find the layer through the module, so that copies and replicas use their own. A decode step
+# goes no further than its plan: what it costs is measured against 2% of a small model's step.
 
 
-def _edit_output(block: nn.Module, args: Any, output: Any) -> Any:
+def _edit_output(shared: Shared, block: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook: the module's output with the rows of this forward edited; None where nothing is to do."""
+    plan = shared.local.here.plan
+    if plan is None or plan.idle:
+        return None
     layer: Any = block._modules["reft"]
-    plan = layer._shared.local.here.plan
-    if plan is None or plan.idle or layer._disable_adapters:
+    if layer._disable_adapters:
         return None
     given = output if isinstance(output, Tensor) else first(output)
     hidden = _edited(layer, plan, given, False)
@@ -131,11 +142,13 @@ def _edit_output(block: nn.Module, args: Any, output: Any) -> Any:
     return hidden if isinstance(output, Tensor) else with_first(output, hidden)
 
 
-def _edit_input(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _edit_input(shared: Shared, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward pre-hook: the module's arguments with the hidden state, their first tensor, edited in a copy."""
+    plan = shared.local.here.plan
+    if plan is None or plan.idle:
+        return None
     layer: Any = block._modules["reft"]
-    plan = layer._shared.local.here.plan
-    if plan is None or plan.idle or layer._disable_adapters:
+    if layer._disable_adapters:
         return None
     if args:
         return (_edited(layer, plan, args[0], True), *args[1:]), kwargs
@@ -163,7 +176,7 @@ def with_first(output: Any, hidden: Tensor) -> Any:
 
 def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
     """The hidden state as the active adapters leave it; ``hidden`` itself where it was edited in place, or not at all."""
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if compiling:  # at no cost, and a flag that changes would have it compiled again
         _check(layer, hidden)
     elif not layer.checked:
@@ -174,7 +187,12 @@ def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
     for name in (active,) if isinstance(active, str) else active:
         spec = layer.specs.get(name)
         if spec is not None and spec.at_input is at_input:
-            for intervention, rows in zip(layer.interventions(name), _rows(layer, plan, spec, hidden), strict=False):
+            found = (
+                plan.rows(spec.positions, spec.tied, hidden)
+                if layer.layout is None
+                else _rows(layer, plan, spec, hidden)
+            )
+            for intervention, rows in zip(layer.interventions(name), found, strict=False):
                 hidden = edit(intervention, hidden, rows, inplace)
     return hidden
 
@@ -192,7 +210,7 @@ def _check(layer: Any, hidden: Any) -> None:
 
 def _rows(layer: Any, plan: Plan, spec: Spec, hidden: Tensor) -> list[Tensor | None]:
     """The rows of each intervention in the memory of ``hidden``; None for every row."""
-    if layer.layout is None or (layer.layout is layouts.flattened and hidden.ndim > 2):
+    if layer.layout is layouts.flattened and hidden.ndim > 2:
         return plan.rows(spec.positions, spec.tied, hidden)
     places = layouts.places(layer.layout, hidden, plan.length)
     return [layouts.take(places, rows) for rows in plan.rows(spec.positions, spec.tied, places)]
@@ -204,6 +222,11 @@ def edit(intervention: Intervention, hidden: Tensor, rows: Tensor | None, inplac
     # forward() and not a call: an edit costs microseconds, and so does a module's call. A plan lists no row twice.
     if rows is None:
         return intervention.forward(hidden)
+    if inplace and intervention.fused is not None and not (intervention.dropout and intervention.training):
+        U, V, P, b, c = intervention.weights()
+        done = _ops.quick_edit_rows_(hidden, rows, U, V, P, b, c, intervention.fused, True)
+        if done is not NotImplemented:
+            return done
     return intervention.forward(hidden, rows=rows, inplace=inplace and not _refuses_edits(hidden), unique=True)
 
 

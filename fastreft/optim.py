@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from . import _ops, _optim_ops, functional, reference, sharded
+from . import _native, _optim_ops, functional, reference, sharded
 from .interventions import Intervention, orthonormal_parameters
 
 R_LR_SCALE = 2.0  # R's learning rate as a multiple of W's: the pace of pyreft's parametrization
@@ -186,7 +186,7 @@ class ReftAdamW(torch.optim.Optimizer):
         if orthonormal:
             for p in params:
                 sharded.refuse_flattened(p)
-        if _ops.runs_natively(params[0]) and all(p.is_contiguous() for p in params):
+        if _native.runs(params[0]) and all(p.is_contiguous() for p in params):
             settings["age"] = age
             given_ages = ages if group["capturable"] else []
             self._status.append(_optim_ops.step_(params, grads, m, v, given_ages, live_lr, orthonormal, settings))

@@ -187,7 +187,7 @@ def rows(positions: Positions, tokens: Tokens, tied: Tied = True, device: torch.
         index = _scatter(place, place < size, size)
         return [_window(index[:, a:b], tokens) for a, b in shares]
     many = tokens.sequences
-    if many is None and place.device.type == "cpu" and not torch.compiler.is_compiling():
+    if many is None and place.is_cpu and not torch.compiler.is_compiling():
         many = int(tokens.starts.sum(1).max())
     found: list[Tensor | None] = []
     for a, b in shares:
@@ -245,7 +245,7 @@ def _window(index: Tensor, tokens: Tokens) -> Tensor:
 
 def check_mask(mask: Tensor | None) -> None:
     """``ValueError`` naming a sample of which ``mask`` (B, S) shows no token; a look that only a CPU gives without waiting."""
-    if mask is None or mask.ndim != 2 or mask.device.type != "cpu":
+    if mask is None or mask.ndim != 2 or not mask.is_cpu:
         return
     hidden = _ops.hidden_sample(mask)
     if hidden >= 0:
@@ -263,7 +263,7 @@ def check_explicit(index: Tensor, shape: tuple[int, int]) -> None:
             f"reft_positions has shape {tuple(index.shape)} and dtype {index.dtype}; "
             f"it must be integers of shape (batch, n), here ({shape[0]}, n)"
         )
-    if index.device.type == "cpu" and index.numel() and int(index.max()) >= shape[1]:
+    if index.is_cpu and index.numel() and int(index.max()) >= shape[1]:
         raise IndexError(f"reft_positions holds {int(index.max())}, past the last of {shape[1]} tokens")
 
 

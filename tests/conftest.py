@@ -10,6 +10,8 @@ import torch
 from simt import harness
 from torch import Tensor
 
+from fastreft import _native
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 torch.set_num_threads(1)  # small problems; more threads only wait for each other
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -50,6 +52,13 @@ def everything_on(request):
     else:
         with torch.device(request.param):
             yield
+
+
+@pytest.fixture(params=["quick", "dispatched"])
+def calls(request, monkeypatch):
+    """The same past torch's dispatcher, as csrc/quick/ does it, and through it, as without that."""
+    if request.param == "dispatched":
+        monkeypatch.setattr(_native, "quick", _native.Elsewhere)
 
 
 def assert_as_good(got: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:

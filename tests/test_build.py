@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fastreft import _ops
+from fastreft import _native
 
 ROOT = Path(__file__).resolve().parents[1]
-native = pytest.mark.skipif(_ops._C is None, reason="the native core is not built")
+native = pytest.mark.skipif(_native.core is None, reason="the native core is not built")
 
 
 @native
@@ -22,7 +22,7 @@ def test_only_the_stable_abi_of_torch_is_used():
     if shutil.which("nm") is None:
         pytest.skip("there is no nm here")
     needed = subprocess.run(
-        ["nm", "-D", "-C", "--undefined-only", _ops._C.__file__], capture_output=True, text=True, check=True
+        ["nm", "-D", "-C", "--undefined-only", _native.core.__file__], capture_output=True, text=True, check=True
     ).stdout
     assert "torch_library_impl" in needed  # the listing is what it should be
     unstable = [
@@ -59,7 +59,7 @@ def test_switches_of_the_build():
 
 @native
 def test_build_info_says_which_why_and_what_would_change_it():
-    info = _ops.build_info()
+    info = _native.build_info()
     assert info["backend"] == "native"
     assert info["cpu_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
     assert info["devices"].split()[0] == "cpu"

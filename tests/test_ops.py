@@ -11,7 +11,7 @@ import torch
 from conftest import DEVICES, assert_as_good
 from torch.library import opcheck
 
-from fastreft import _ops, activations, reference
+from fastreft import _native, activations, reference
 from fastreft import functional as F
 
 FAMILY = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft")
@@ -23,7 +23,7 @@ DTYPES = [
     (torch.float16, torch.float16),
     (torch.float16, torch.float32),
 ]
-native = pytest.mark.skipif(not _ops.build_info().get("devices"), reason="the native core is not built")
+native = pytest.mark.skipif(not _native.build_info().get("devices"), reason="the native core is not built")
 
 
 def weights(
@@ -80,6 +80,7 @@ def compare(method, h, ws, act=None, rows=None, close=None):
         assert_as_good(got[part], same[part], exact[part])
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "wide"), DTYPES)
 @pytest.mark.parametrize("method", FAMILY)
@@ -139,6 +140,7 @@ def test_large_r_and_many_parts(device):
     compare("loreft", torch.randn(2000, 24, device=device), weights("loreft", 24, 2, torch.float32, device), "gelu")
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["transposed", "narrowed", "last dim", "4-d", "expanded"])
 def test_strides(device, layout):
@@ -163,6 +165,7 @@ def test_strides(device, layout):
         assert torch.equal(base.reshape(-1, 16), expected)
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_are_edited_once_and_alone(device):
     torch.manual_seed(4)
@@ -197,6 +200,7 @@ def test_same_bits_on_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.usefixtures("calls")
 def test_gradient_held_by_others_is_left_alone():
     """The in-place backward must not touch a gradient that someone else still sees."""
     torch.manual_seed(6)
@@ -264,6 +268,7 @@ def test_opcheck():
     opcheck(ops.prompt_rows, (None, None, 2, 7, 3, 2, True))
 
 
+@pytest.mark.usefixtures("calls")
 @native
 @pytest.mark.parametrize(
     ("mask", "labels", "message"),
@@ -278,6 +283,7 @@ def test_rows_of_prompts_refuse(mask, labels, message):
         torch.ops.fastreft.prompt_rows(mask, labels, 2, 7, 3, 2, False)
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("method", FAMILY)
 @pytest.mark.parametrize("act", [None, "gelu"])
 def test_gradcheck(method, act):
@@ -323,6 +329,7 @@ def test_raw_mutating_ops_refuse_gradients():
         torch.ops.fastreft.edit_rows_(h, rows, R, *args)
 
 
+@pytest.mark.usefixtures("calls")
 def test_no_second_derivative_is_an_error_not_a_zero():
     ws = weights("loreft", 8, 2, torch.float64)
     h = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
@@ -331,6 +338,7 @@ def test_no_second_derivative_is_an_error_not_a_zero():
         dh.sum().backward()
 
 
+@pytest.mark.usefixtures("calls")
 def test_bad_arguments_are_named():
     R, W, b = weights("loreft", 16, 3, torch.float32)
     h = torch.randn(4, 16)
@@ -353,7 +361,7 @@ def test_bad_arguments_are_named():
 def test_every_instruction_set(isa):
     """Each set the processor has passes the family test; FASTREFT_CPU_ISA asks for a lesser one."""
     script = (
-        "import sys; from fastreft import _ops; got = _ops.build_info()['cpu_isa'];\n"
+        "import sys; from fastreft import _native; got = _native.build_info()['cpu_isa'];\n"
         "if got != sys.argv[1]: print('absent', got); sys.exit(0)\n"
         "import pytest; sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', sys.argv[2], '-k', "
         "'test_family or test_strides or test_retraction_of_hard']))"
@@ -373,8 +381,8 @@ def test_every_instruction_set(isa):
 def test_reference_backend():
     """FASTREFT_BACKEND=reference runs without the native core; anything else is one sentence."""
     code = (
-        "import torch, fastreft.functional as F; from fastreft import _ops; R = torch.eye(2, 8); "
-        "print(_ops.build_info()['backend'], float(F.loreft(torch.ones(1, 8), R, 2 * R, torch.zeros(2)).sum()))"
+        "import torch, fastreft.functional as F; from fastreft import _native; R = torch.eye(2, 8); "
+        "print(_native.build_info()['backend'], float(F.loreft(torch.ones(1, 8), R, 2 * R, torch.zeros(2)).sum()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

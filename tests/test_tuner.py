@@ -39,6 +39,7 @@ def prompts(kind, inputs, labels, first=2, last=2):
 # ---- the edit ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_exactly_the_chosen_rows_of_the_chosen_layers_change(kind, side):
@@ -59,6 +60,7 @@ def test_exactly_the_chosen_rows_of_the_chosen_layers_change(kind, side):
     assert [row.nonzero().flatten().tolist() for row in changed] == [sorted(c) for c in prompts(kind, inputs, labels)]
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("kind", [*KINDS, "stories"])
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 def test_gradients_are_those_of_plain_hooks(kind, checkpointing):
@@ -123,6 +125,7 @@ def test_explicit_positions(kind):
         torch.testing.assert_close(found, logits(plain, inputs))
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("intervention_type", ["noreft", "consreft", "lobireft", "direft", "nodireft"])
 def test_every_intervention_trains(intervention_type):
     config = ReftConfig(intervention_type=intervention_type, dropout=0.1, act_fn="relu", r=2)
@@ -199,6 +202,7 @@ class Toy(nn.Module):
         return x
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("form", ["tensor", "tuple", "list", "output", "view", "same"])
 def test_every_form_of_output_is_edited(form):
     torch.manual_seed(0)
@@ -224,6 +228,7 @@ def test_every_form_of_output_is_edited(form):
     torch.testing.assert_close(x.grad, wanted_x.grad)
 
 
+@pytest.mark.usefixtures("calls")
 def test_an_edit_is_in_place_where_it_can_be():
     model = get_reft_model(Toy(), ReftConfig(positions="l2", layers_to_transform=0)).eval()
     seen = []
@@ -234,6 +239,7 @@ def test_an_edit_is_in_place_where_it_can_be():
     assert seen[0] == seen[1]
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_recomputed_blocks_take_the_rows_of_their_own_forward(use_reentrant):
     torch.manual_seed(0)

@@ -38,7 +38,7 @@ class Locations:
         samples = index.shape[1]
         if batch % samples:
             raise ValueError(f"unit_locations has locations for {samples} samples; the batch has {batch}")
-        if index.device.type == "cpu" and index.numel() and int(index.max()) >= length:
+        if index.is_cpu and index.numel() and int(index.max()) >= length:
             raise IndexError(f"unit_locations holds column {int(index.max())}, past the last of {length} tokens")
         return positions.rows_of_columns(index, (batch, length)).flatten(1).unbind()
 

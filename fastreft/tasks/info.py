@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastreft import _ops
+from fastreft import _native
 
 from .arguments import Parser
 
@@ -20,7 +20,7 @@ TABLE = Path(__file__).parent.parent / "architectures.json"
 def facts() -> dict[str, str]:
     """Names and values, in the order to print them."""
     packages = {name: version(name) for name in ("fastreft", "torch", "transformers", "peft")}
-    return {**packages, "python": f"{platform.python_version()} on {platform.machine()}", **_ops.build_info()}
+    return {**packages, "python": f"{platform.python_version()} on {platform.machine()}", **_native.build_info()}
 
 
 def models() -> list[str]:
