@@ -14,6 +14,7 @@ from setuptools import setup
 from setuptools.errors import CompileError
 from torch.utils import cpp_extension
 
+HEADERS = [str(path) for path in sorted(Path("csrc").rglob("*")) if path.suffix in (".h", ".inl", ".cuh")]
 DEFAULT_ARCHES = ("8.0", "9.0", "10.0", "12.0")
 
 
@@ -74,6 +75,7 @@ def core() -> cpp_extension.CppExtension:
         include_dirs=[pybind11.get_include()],
         define_macros=macros,
         extra_compile_args=flags,
+        depends=HEADERS,
     )
     # Only the stable C shim is used: what libtorch_python exports changes from one torch to the next.
     built.libraries = [library for library in built.libraries if library != "torch_python"]
@@ -86,6 +88,7 @@ def quick() -> cpp_extension.CppExtension:
         "fastreft._quick",
         [*(str(path) for path in sorted(Path("csrc/quick").glob("*.cpp"))), "csrc/positions_cpu.cpp"],
         extra_compile_args=[*flags, "-fvisibility=hidden", "-Wall"],
+        depends=HEADERS,
         optional=True,
     )
 
@@ -94,7 +97,13 @@ class Build(cpp_extension.BuildExtension):
     def build_extension(self, ext):
         try:
             super().build_extension(ext)
-        except RuntimeError as error:  # ninja's, which setuptools would not take for a failed compilation
+        except Exception as error:
+            if not ext.optional:
+                raise
+            # One of an earlier build, of another torch or another core, must not be taken for this one's.
+            for old in (*Path("fastreft").glob("_quick*.so"), Path(self.get_ext_fullpath(ext.name))):
+                old.unlink(missing_ok=True)
+            # setuptools goes on after its own error alone, and ninja's is another.
             raise CompileError(str(error)) from error
 
 

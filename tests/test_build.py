@@ -31,6 +31,20 @@ def test_only_the_stable_abi_of_torch_is_used():
     assert not unstable
 
 
+@native
+def test_the_quick_calls_are_there_for_the_torch_that_built_them():
+    """Its build may fail without an error, for a torch to come; here it must not have."""
+    import torch
+
+    built_with = _native.build_info()["torch_built_with"]
+    if built_with == torch.__version__:
+        assert _native.quick is not _native.Elsewhere
+        assert _native.build_info()["calls"] == "past torch's dispatcher"
+    else:
+        assert _native.quick is _native.Elsewhere
+        assert built_with in _native.build_info()["calls"]
+
+
 def setup(**env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", "--version"],

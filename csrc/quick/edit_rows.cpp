@@ -10,6 +10,7 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <array>
+#include <mutex>
 
 #include "quick.h"
 //
