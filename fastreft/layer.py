@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from . import _ops, layouts, positions
 from .config import ReftConfig
 from .interventions import INTERVENTIONS, Intervention
 from .layouts import Layout
-from .plan import Plan, Shared
+from .plan import PerThread, Plan, Shared
 from .positions import Positions, Tied
 
 # The attributes of a ReftLayer that hold interventions, or, with one for each position, a list of them in the first. The
@@ -78,15 +79,25 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             getattr(self, group)[adapter_name] = item
         at_input = config.component == "block_input"
         self.specs[adapter_name] = Spec(spec, config.tied, at_input)
-        # First of all hooks: whoever else looks at a module's output sees it edited, as the modules after it do.
         if at_input not in self._hooks:
-            block = self._block[0]
-            self._hooks[at_input] = (
-                block.register_forward_pre_hook(partial(_edit_input, self._shared), with_kwargs=True)
-                if at_input
-                else block.register_forward_hook(partial(_edit_output, self._shared), prepend=True)
-            )
+            self._hook(at_input)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _hook(self, at_input: bool) -> None:
+        """Put our hook first: whoever else looks at a module's output sees it edited, as the modules after it do."""
+        block, shared = self._block[0], self._shared
+        kind = "_forward_pre_hooks" if at_input else "_forward_hooks"
+        hooks = None
+        if not len(getattr(block, kind)):  # handles of others' hooks would lose theirs with the mapping they are in
+            hooks = HooksWithWork()
+            setattr(block, kind, hooks)
+        handle = self._hooks[at_input] = (
+            block.register_forward_pre_hook(partial(_edit_input, shared), with_kwargs=True)
+            if at_input
+            else block.register_forward_hook(partial(_edit_output, shared), prepend=True)
+        )
+        if hooks is not None:
+            hooks.ours, hooks.local = handle.id, shared.local
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT's method, but the dtype stays: fp32 masters whatever the block's dtype."""
@@ -121,6 +132,24 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Always a ``ValueError``, as there is no merging."""
         raise ValueError(NO_MERGE)
+
+
+class HooksWithWork(OrderedDict[int, Any]):
+    """A module's hooks; false while ours is the only one and this thread's forward edits nothing, as a decode step does.
+
+    ``nn.Module`` asks for their truth at each call, and where it finds none takes a shorter way, which saves several
+    microseconds a block. Who asks for longer than a call, the compiler first of all, asks for their number.
+    """
+
+    ours: int | None = None  # the key of our hook
+    local: PerThread
+
+    def __bool__(self) -> bool:
+        number = len(self)
+        if number != 1 or self.ours not in self:
+            return number > 0
+        plan = self.local.here.plan
+        return plan is not None and not plan.idle
 
 
 # The hooks are functions that find the layer through the module, so that copies and replicas use their own. A decode step

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from tiny import LAYERS, WIDTH, batch, blocks, logits, make
+from tiny import LAYERS, WIDTH, batch, blocks, hooks_on, logits, make
 from torch import nn
 
 from fastreft import ReftConfig, get_reft_model, reference
@@ -97,7 +97,7 @@ def test_what_the_model_lacks_is_refused_before_anything_is_attached():
         get_reft_model(model, ReftConfig(layers_to_transform="7:9"))
     with pytest.raises(ValueError, match=rf"gate_proj is 48 wide; it must have the model's hidden size, {WIDTH}"):
         get_reft_model(model, ReftConfig(target_modules=["gate_proj"]))
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "reft" in m._modules for m in model.modules())
+    assert not hooks_on(model) and not any("reft" in m._modules for m in model.modules())
     block = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(
         ValueError, match=r"component is 'mlp_output', but h.0 \(Sequential\) has none .* it has 0: name"

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
-from tiny import LAYERS, VOCAB, WIDTH, batch, blocks, logits, make
+from tiny import LAYERS, VOCAB, WIDTH, batch, blocks, hooks_on, logits, make
 from torch import nn
 
 from fastreft import ReftConfig, get_reft_model
@@ -103,7 +103,7 @@ def test_unload_gives_the_base_model_back():
     base = model.unload()
     assert torch.equal(logits(base, inputs), logits(make("llama"), inputs))
     assert not any("reft" in name for name, _ in base.named_modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    assert not hooks_on(base)
     again = get_reft_model(base, ReftConfig())
     assert not torch.equal(logits(again, inputs), logits(make("llama"), inputs))
 
@@ -267,7 +267,7 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_attached(conf
     model = make("llama")
     with pytest.raises(ValueError, match=message):
         get_reft_model(model, ReftConfig(**config))
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "reft" in m._modules for m in model.modules())
+    assert not hooks_on(model) and not any("reft" in m._modules for m in model.modules())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from test_pyreft_checkpoints import as_trainers, interventions, write
-from tiny import LAYERS, WIDTH, make
+from tiny import LAYERS, WIDTH, hooks_on, make
 from torch import nn
 
 from fastreft import pyreft
@@ -117,13 +117,13 @@ def test_a_bad_folder_is_one_sentence_and_the_model_stays_as_it_was(problem, tmp
     spoil, message = BAD[problem]
     spoil(folder)
     base = make("llama")
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+    hooks = hooks_on(base)
     for load in (pyreft.load, checkpoint_into_reft_model):
         with pytest.raises(pyreft.CheckpointError, match=message) as caught:
             load(folder, base)
         assert "\n" not in str(caught.value)
     assert not (folder / "executed").exists()
-    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+    assert hooks == hooks_on(base)
     assert not any("reft" in m._modules for m in base.modules())
     held = pyreft.get_reft_model(base, representations_of(LAYERS))
     before = {name: p.clone() for name, p in held.named_parameters()}

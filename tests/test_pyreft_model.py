@@ -7,7 +7,7 @@ import json
 import peft
 import pytest
 import torch
-from tiny import LAYERS, WIDTH, batch, logits, make
+from tiny import LAYERS, WIDTH, batch, hooks_on, logits, make
 from torch import nn
 from transformers import TrainingArguments
 
@@ -118,7 +118,7 @@ def test_a_place_that_is_not_there(layer, component, message):
     base = make("llama")
     with pytest.raises(ValueError, match=message):
         model_of([(layer, component)], base)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    assert not hooks_on(base)
 
 
 def test_gpt2_and_bert_have_the_same_places():
