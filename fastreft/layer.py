@@ -16,12 +16,14 @@ from . import _ops, layouts, positions
 from .config import ReftConfig
 from .interventions import INTERVENTIONS, Intervention
 from .layouts import Layout
-from .plan import PerThread, Plan, Shared
+from .plan import Plan, Shared
 from .positions import Positions, Tied
 
 # The attributes of a ReftLayer that hold interventions, or, with one for each position, a list of them in the first. The
 # second is only filled where prefix and suffix have one each.
 _GROUPS = ("reft_edit", "reft_suffix")
+# Where a module keeps the hooks that get its input, and those that get its output.
+_KEPT = {True: "_forward_pre_hooks", False: "_forward_hooks"}
 NO_MERGE = "an edit at positions has no weight form, so it cannot be merged; save the adapter instead"
 
 
@@ -86,18 +88,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def _hook(self, at_input: bool) -> None:
         """Put our hook first: whoever else looks at a module's output sees it edited, as the modules after it do."""
         block, shared = self._block[0], self._shared
-        kind = "_forward_pre_hooks" if at_input else "_forward_hooks"
-        hooks = None
-        if not len(getattr(block, kind)):  # handles of others' hooks would lose theirs with the mapping they are in
-            hooks = HooksWithWork()
-            setattr(block, kind, hooks)
+        hooks = HooksWithWork()
+        if not len(getattr(block, _KEPT[at_input])):  # else the handles of others' hooks would lose what they are in
+            setattr(block, _KEPT[at_input], hooks)
         handle = self._hooks[at_input] = (
             block.register_forward_pre_hook(partial(_edit_input, shared), with_kwargs=True)
             if at_input
             else block.register_forward_hook(partial(_edit_output, shared), prepend=True)
         )
-        if hooks is not None:
-            hooks.ours, hooks.local = handle.id, shared.local
+        hooks.own = shared.local, handle.id
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT's method, but the dtype stays: fp32 masters whatever the block's dtype."""
@@ -121,9 +120,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def detach(self) -> None:
         """Take the hooks and this layer off the module."""
-        for hook in self._hooks.values():
+        block = self._block[0]
+        for at_input, hook in self._hooks.items():
             hook.remove()
-        del self._block[0]._modules["reft"]
+            hooks = getattr(block, _KEPT[at_input])
+            if isinstance(hooks, HooksWithWork) and not len(hooks):  # a pickled base needs nothing of ours
+                setattr(block, _KEPT[at_input], OrderedDict())
+        del block._modules["reft"]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always a ``ValueError``: a weight acts on every token, an edit on chosen ones."""
@@ -141,14 +144,14 @@ class HooksWithWork(OrderedDict[int, Any]):
     microseconds a block. Who asks for longer than a call, the compiler first of all, asks for their number.
     """
 
-    ours: int | None = None  # the key of our hook
-    local: PerThread
+    own: tuple[Any, int | None] = (None, None)  # what each thread is in, and the key of our hook
 
     def __bool__(self) -> bool:
+        local, ours = self.own
         number = len(self)
-        if number != 1 or self.ours not in self:
+        if number != 1 or ours not in self:
             return number > 0
-        plan = self.local.here.plan
+        plan = local.here.plan
         return plan is not None and not plan.idle
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -106,8 +107,9 @@ def test_a_copy_has_its_own(component):
     assert hooks_on(twin) == hooks_on(model)
     assert truths(twin, component, lambda: twin.generate(**batch(), **GREEDY)) == [(True, 1), *[(False, 1)] * 3]
     assert torch.equal(logits(twin, batch()), logits(model, batch()))
-    twin.unload()
-    assert hooks_on(twin) == 0 and len(hooks(blocks(model)[0], component)) == 1
+    base = twin.unload()
+    assert hooks_on(base) == 0 and len(hooks(blocks(model)[0], component)) == 1
+    assert all(type(hooks(module, component)) is OrderedDict for module in base.modules())
 
     ours = hooks(blocks(model)[0], component)
     assert len(pickle.loads(pickle.dumps(ours))) == len(ours.copy()) == 1
