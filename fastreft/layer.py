@@ -86,7 +86,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _hook(self, at_input: bool) -> None:
-        """Put our hook first: whoever else looks at a module's output sees it edited, as the modules after it do."""
+        """Hang our hook; an output's comes first: whoever else looks at it sees it edited, as the modules after it do."""
         block, shared = self._block[0], self._shared
         hooks = HooksWithWork()
         if not len(getattr(block, _KEPT[at_input])):  # else the handles of others' hooks would lose what they are in

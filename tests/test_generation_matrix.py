@@ -147,6 +147,17 @@ def test_a_static_cache_with_compile(family, fullgraph):
     assert graphs
 
 
+def test_a_static_cache_with_inductor():
+    """What generate compiles with where nobody says otherwise."""
+    made, inputs, _, wanted = greedy("llama")
+    config = transformers.CompileConfig(mode=None, fullgraph=False)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    check(made.model.generate(**inputs, **SHOWN, cache_implementation="static", compile_config=config), wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > compiled
+
+
 def test_a_compiled_forward():
     made, inputs, _, wanted = greedy("gpt2")
     base = made.model.get_base_model()
