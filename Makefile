@@ -7,8 +7,8 @@ TORCH  ?= $(shell grep '^torch==' constraints.txt)
 TESTERS ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
-NATIVE := $(wildcard csrc/* csrc/quick/*) setup.py
-CPP    := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.cu csrc/*.cuh csrc/quick/*)
+CPP    := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := $(CPP) setup.py
 
 .PHONY: demo test test-pyreft check format clean
 
@@ -20,7 +20,7 @@ test: $(VENV)/.installed check
 
 # Against the real pyreft and pyvene, which pin a Transformers they no longer need: installed without their dependencies.
 test-pyreft: .venv-pyreft/.installed
-	.venv-pyreft/bin/python -m pytest -rs tests/pyreft tests/test_pyreft_docs.py
+	.venv-pyreft/bin/python -m pytest -rs tests/pyreft/test_against_pyreft.py tests/pyreft/test_inside_pyreft.py tests/pyreft/test_docs.py
 
 .venv-pyreft/.installed: constraints.txt pyproject.toml requirements-pyreft.txt $(NATIVE)
 	$(PYTHON) -m venv .venv-pyreft

@@ -50,7 +50,7 @@ def set_arches() -> str:
 def core() -> cpp_extension.CppExtension:
     with_cuda, reason = cuda_choice()
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
-    sources = [str(path) for path in sorted(Path("csrc").glob("*.cpp"))]
+    sources = [str(path) for path in sorted([*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/torch").glob("*.cpp")])]
     # The stable ABI of torch 2.10: one build serves every later torch.
     macros = [
         ("TORCH_TARGET_VERSION", "0x020a000000000000"),
@@ -64,7 +64,7 @@ def core() -> cpp_extension.CppExtension:
     kind = cpp_extension.CppExtension
     if with_cuda:
         kind = cpp_extension.CUDAExtension
-        sources += [str(path) for path in sorted(Path("csrc").glob("*.cu"))]
+        sources += [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
         macros.append(("FASTREFT_WITH_CUDA", "1"))
         # torch hides part of its C shim from extensions that do not say they use CUDA.
         macros.append(("USE_CUDA", "1"))
@@ -86,7 +86,7 @@ def quick() -> cpp_extension.CppExtension:
     flags = ["-O0", "-g"] if os.environ.get("DEBUG", "0") not in ("", "0") else ["-O2", "-g0"]
     return cpp_extension.CppExtension(
         "fastreft._quick",
-        [*(str(path) for path in sorted(Path("csrc/quick").glob("*.cpp"))), "csrc/positions_cpu.cpp"],
+        [*(str(path) for path in sorted(Path("csrc/quick").glob("*.cpp"))), "csrc/cpu/positions.cpp"],
         extra_compile_args=[*flags, "-fvisibility=hidden", "-Wall"],
         depends=HEADERS,
         optional=True,

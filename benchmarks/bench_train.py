@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fastreft import ReftAdamW, ReftConfig, get_reft_model, param_groups
-from fastreft.blocks import find_blocks
+from fastreft.models.blocks import find_blocks
 
 VOCAB, R, PREFIX, SUFFIX = 1000, 4, 5, 5
 

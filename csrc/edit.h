@@ -21,7 +21,7 @@ namespace fastreft {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-// The numbers are part of the op's schema: fastreft/activations.py lists the same ones.
+// The numbers are part of the op's schema: fastreft/ops/activations.py lists the same ones.
 enum class Act : int {
   identity = 0,
   relu,

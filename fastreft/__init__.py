@@ -1,7 +1,6 @@
 """fastreft: representation fine-tuning (ReFT) of language models at the speed of the frozen model."""
 
 from . import functional, reference
-from .config import ReftConfig
 from .interventions import (
     ConsreftIntervention,
     DireftIntervention,
@@ -10,8 +9,9 @@ from .interventions import (
     NodireftIntervention,
     NoreftIntervention,
 )
-from .optim import ReftAdamW, attach_retraction, param_groups
-from .tuner import get_reft_model
+from .optim.adamw import ReftAdamW, attach_retraction, param_groups
+from .tuner.config import ReftConfig
+from .tuner.model import get_reft_model
 
 __all__ = [
     "ConsreftIntervention",

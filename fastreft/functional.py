@@ -17,7 +17,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from . import _gemms, _native, _ops, _optim_ops, activations, reference
+from . import reference
+from .ops import activations
+from .ops import edit as _ops
+from .ops import gemms as _gemms
+from .ops import native as _native
+from .ops import step as _optim_ops
 
 ActFn = str | Callable[[Tensor], Tensor] | None
 

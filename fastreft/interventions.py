@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import activations, functional
+from . import functional
+from .ops import activations
 
 # Every intervention alive, so that an optimizer's parameters can be told apart from other people's.
 _alive: weakref.WeakSet[Intervention] = weakref.WeakSet()

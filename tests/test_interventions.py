@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import assert_as_good
+from common import assert_as_good
 
 from fastreft import functional as F
 from fastreft import interventions as I

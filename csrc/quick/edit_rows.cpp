@@ -1,5 +1,5 @@
-// The edit of listed rows under autograd: what edit_rows_ and _EditRows of fastreft/_ops.py do, in a fraction of the
-// time, which for a few rows is most of an edit's.
+// The edit of listed rows under autograd: what edit_rows_ and _EditRows of fastreft/ops/autograd.py do, in a fraction
+// of the time, which for a few rows is most of an edit's.
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
@@ -14,8 +14,8 @@
 
 #include "quick.h"
 //
-#include "../edit_ops.h"
-#include "../policy.h"
+#include "../cuda/policy.h"
+#include "../torch/edit_ops.h"
 
 namespace fastreft {
 
@@ -177,7 +177,7 @@ PyObject* quick_edit_rows_(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!h.defined() || !rows.defined() || !U.defined()) Py_RETURN_NOTIMPLEMENTED;
   const bool as_the_op_wants = rows.scalar_type() == at::kLong && rows.dim() == 1 && rows.is_contiguous();
   const bool for_a_gpu =
-      args[8] == Py_True && (U.dim() != 2 || U.size(0) <= kMaxFusedRank);  // unique, and not _gemms.py's
+      args[8] == Py_True && (U.dim() != 2 || U.size(0) <= kMaxFusedRank);  // unique, and not ops/gemms.py's
   if (!as_the_op_wants || (h.is_cuda() && !for_a_gpu)) Py_RETURN_NOTIMPLEMENTED;
   const int64_t act = PyLong_AsLongLong(args[7]);
   const auto wants = [](const Tensor& w) { return w.defined() && w.requires_grad(); };

@@ -3,7 +3,7 @@
 
 #include "quick.h"
 //
-#include "../positions_ops.h"
+#include "../torch/positions_ops.h"
 
 namespace fastreft {
 namespace {

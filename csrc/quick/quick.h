@@ -13,7 +13,7 @@
 
 #include "tensor.h"
 //
-#include "../kernel_entry.h"
+#include "../torch/kernel_entry.h"
 
 namespace fastreft {
 

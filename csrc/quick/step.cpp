@@ -4,7 +4,7 @@
 
 #include "quick.h"
 //
-#include "../step_ops.h"
+#include "../torch/step_ops.h"
 
 namespace fastreft {
 

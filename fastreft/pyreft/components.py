@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..blocks import COMPONENTS, component_of, find_blocks
+from ..models.blocks import COMPONENTS, component_of, find_blocks
 from .format import CheckpointError
 
 _SIDES = ("output", "input")

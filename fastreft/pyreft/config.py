@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..blocks import hidden_size
 from ..interventions import Intervention
+from ..models.blocks import hidden_size
 
 
 class TaskType(str, enum.Enum):

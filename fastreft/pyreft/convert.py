@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..blocks import hidden_size
-from ..config import ReftConfig
-from ..tuner import ReftLayer, get_reft_model
+from ..models.blocks import hidden_size
+from ..tuner.config import ReftConfig
+from ..tuner.model import ReftLayer, get_reft_model
 from . import checkpoint, components, format
 from .checkpoint import Entry
 from .format import CheckpointError

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 from transformers import DataCollatorForSeq2Seq
 
-from ..positions import parse
+from ..plan.positions import parse
 
 IGNORE_INDEX = -100
 

@@ -12,8 +12,9 @@ import pyvene
 import torch
 from torch import Tensor, nn
 
-from .. import interventions, optim
+from .. import interventions
 from ..interventions import Intervention
+from ..optim import adamw as optim
 from . import format
 
 _HOSTS = (pyvene.SourcelessIntervention, pyvene.TrainableIntervention, pyvene.DistributedRepresentationIntervention)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import Intervention
-from ..layer import edit, first, with_first
-from ..plan import Checkpoint, PerThread
+from ..plan.forward import Checkpoint, PerThread
+from ..tuner.layer import edit, first, with_first
 from .components import Place, block_names
 from .locations import Locations
 

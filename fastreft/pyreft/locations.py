@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import positions
+from ..plan import positions
 
 
 class Locations:

@@ -9,18 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastreft import _native
+from fastreft.ops import native
 
 from .arguments import Parser
 
 # What tests/test_architectures.py found: model type -> the classes tested, the blocks, `generate`; or why not.
-TABLE = Path(__file__).parent.parent / "architectures.json"
+TABLE = Path(__file__).parent.parent / "models" / "architectures.json"
 
 
 def facts() -> dict[str, str]:
     """Names and values, in the order to print them."""
     packages = {name: version(name) for name in ("fastreft", "torch", "transformers", "peft")}
-    return {**packages, "python": f"{platform.python_version()} on {platform.machine()}", **_native.build_info()}
+    return {**packages, "python": f"{platform.python_version()} on {platform.machine()}", **native.build_info()}
 
 
 def models() -> list[str]:

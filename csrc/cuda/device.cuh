@@ -1,0 +1,193 @@
+// What every kernel here stands on: storage types, 16-byte loads and stores, asynchronous copies, tensor-core
+// products, and reductions over a warp, a CTA and a cluster. All inline PTX of the project is in this file.
+//
+// With FASTREFT_SIMT the same names come from tests/simt/cuda_host.h, which runs the kernels on the host.
+#pragma once
+#include <cstdint>
+
+#include "../edit.h"
+
+#ifdef FASTREFT_SIMT
+#include "cuda_host.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace fastreft {
+
+// 16-bit storage. Arithmetic is in fp32: nothing here adds or multiplies in 16 bits outside the tensor cores.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// The type sums run in: fp64 for fp64, else fp32.
+template <typename T>
+struct Accum {
+  using type = float;
+};
+template <>
+struct Accum<double> {
+  using type = double;
+};
+template <typename T>
+using accum_t = typename Accum<T>::type;
+
+#ifndef FASTREFT_SIMT
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ void store_as(float x, bf16& y) { y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ __forceinline__ void store_as(float x, f16& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
+#else
+__device__ __forceinline__ float to_float(bf16 x) { return simt::from_bf16(x.bits); }
+__device__ __forceinline__ float to_float(f16 x) { return simt::from_f16(x.bits); }
+__device__ __forceinline__ void store_as(float x, bf16& y) { y.bits = simt::to_bf16(x); }
+__device__ __forceinline__ void store_as(float x, f16& y) { y.bits = simt::to_f16(x); }
+#endif
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ double to_float(double x) { return x; }
+__device__ __forceinline__ void store_as(float x, float& y) { y = x; }
+__device__ __forceinline__ void store_as(double x, double& y) { y = x; }
+__device__ __forceinline__ void store_as(double x, float& y) { y = static_cast<float>(x); }
+
+template <typename T>
+__device__ __forceinline__ T rounded(accum_t<T> x) {
+  T y;
+  store_as(x, y);
+  return y;
+}
+
+// Two neighbours of a 16-bit row in one register, as the tensor cores take them.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  return static_cast<uint32_t>(rounded<T>(low).bits) | static_cast<uint32_t>(rounded<T>(high).bits) << 16;
+}
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t two) {
+  return make_float2(to_float(T{static_cast<uint16_t>(two & 0xffffu)}), to_float(T{static_cast<uint16_t>(two >> 16)}));
+}
+
+// V neighbouring elements, moved as one access where V * sizeof(T) is 16 bytes.
+template <typename T, int V>
+struct alignas(V * sizeof(T)) Pack {
+  T x[V];
+};
+template <typename T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// Dynamic shared memory, the only kind used.
+__device__ __forceinline__ char* shared_memory() {
+#ifdef FASTREFT_SIMT
+  return simt::shared_memory();
+#else
+  extern __shared__ __align__(128) char fastreft_shared[];
+  return fastreft_shared;
+#endif
+}
+
+#ifndef FASTREFT_SIMT
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// 16 bytes from global to shared memory without passing registers; zeros where `valid` is false.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `Pending` of this thread's newest groups are still on their way.
+template <int Pending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c (16 x 8, fp32) += a (16 x 16) b (16 x 8)
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Clusters. Below cc 9.0 a cluster is one CTA.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ void cluster_arrive_and_wait() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The same place in the shared memory of another CTA of the cluster, as a generic pointer.
+template <typename T>
+__device__ __forceinline__ T* of_rank(T* p, int rank) {
+  uint64_t there;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
+  return reinterpret_cast<T*>(there);
+}
+#else
+__device__ __forceinline__ int cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_arrive_and_wait() { __syncthreads(); }
+template <typename T>
+__device__ __forceinline__ T* of_rank(T* p, int) {
+  return p;
+}
+#endif
+
+#endif  // FASTREFT_SIMT
+
+// A barrier over the cluster; over the CTA where the cluster is one.
+__device__ __forceinline__ void cluster_sync(int cluster) {
+  if (cluster > 1) {
+    cluster_arrive_and_wait();
+  } else {
+    __syncthreads();
+  }
+}
+
+// A store that the caches need not keep: the edit's output is not read again here.
+template <typename T, int V>
+__device__ __forceinline__ void store_streaming(T* to, const Pack<T, V>& value) {
+  if constexpr (sizeof(value) == 16) {
+    __stcs(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&value));
+  } else {
+    *reinterpret_cast<Pack<T, V>*>(to) = value;
+  }
+}
+
+// The sum over a warp, in every lane; the tree is fixed, so the bits are too.
+template <typename C>
+__device__ __forceinline__ C warp_sum(C x) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  return x;
+}
+
+}  // namespace fastreft

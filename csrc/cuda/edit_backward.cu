@@ -1,0 +1,244 @@
+// The backward of the edit, rows and dense. Three roads, chosen by the shapes:
+//     one pass   (edit_both.cuh, tensor cores) coordinates, dh and the sums over rows together; then finish
+//     two passes (edit_sums.cuh, tensor cores) coordinates and dh; sums; finish
+//     CUDA cores (edit_simple.cuh)             the same steps for every dtype, width and rank
+// finish adds the partial sums in order and rounds to each weight's dtype. Where dh takes g's own memory, the roads
+// with a separate sums kernel write dh last, when g has been read; where it takes other memory, the launch that writes
+// it copies the rows that are not listed. What is not asked for is not launched.
+#include "../kernels.h"
+#include "edit_both.cuh"
+#include "edit_host.h"
+#include "edit_sums.cuh"
+
+namespace fastreft {
+namespace {
+
+enum class Road { no_gradients, one_pass, two_passes, cuda_cores };
+
+// Everything decided before the first launch; the scratch's parts as bytes from its start.
+struct Plan {
+  Road road = Road::no_gradients;
+  bool in_place = false;  // dh overwrites g
+  FusedPlan fused;
+  GradPlan grad;
+  int splits = 0;  // partial sums
+  int slot[3] = {-1, -1, -1};
+  int slots = 0;
+  int64_t gz = 0, gp = 0, packed = 0, partial = 0, vectors = 0, bytes = 0;
+};
+
+bool linear(const EditGradArgs& args) { return args.w.act == Act::identity; }
+
+// The pass that turns g into dh.
+Pass make_pass(const EditGradArgs& args) {
+  const Weights& w = args.w;
+  Pass p;
+  p.n = args.n;
+  p.total = args.total;
+  p.d = static_cast<int>(args.d);
+  p.r = static_cast<int>(args.r);
+  p.in = args.g;
+  p.out = args.dh;
+  p.index = args.index;
+  p.act = w.act;
+  p.z = const_cast<void*>(args.z);
+  p.shrink[0].w = w.U;
+  p.expand[0].w = w.V;
+  if (linear(args) && w.V.p != nullptr && w.P.p != nullptr) {
+    p.expand[0].minus = w.P;
+  } else {
+    p.expand[1].w = w.P;
+  }
+  return p;
+}
+
+Plan make_plan(const EditGradArgs& args, const Pass& p, const Device& device) {
+  Plan plan;
+  const Weights& w = args.w;
+  plan.in_place = args.dh.p != nullptr && args.dh.p == args.g.p;
+  plan.fused = fused_plan_of(p, args.type, device);
+  if (args.r == 0 || !(args.dU || args.dV || args.dP || args.db || args.dc)) return plan;
+
+  const bool third = args.dP != nullptr || (w.tied && args.dU != nullptr && w.P.p != nullptr);
+  if (args.dU != nullptr) plan.slot[0] = plan.slots++;
+  if (args.dV != nullptr || (linear(args) && third)) plan.slot[1] = plan.slots++;
+  if (!linear(args) && third) plan.slot[2] = plan.slots++;
+
+  const int depth = both_depth(padded_rank(args.r));
+  const bool needs_h = plan.slot[1] >= 0 || plan.slot[2] >= 0;
+  const bool tensor_cores = plan.fused.fits && (!needs_h || vector_rows(args.h, args.type));
+  plan.road = tensor_cores ? Road::two_passes : Road::cuda_cores;
+  // gp and gz are one, or gz is not asked for; and the sums of a slice fit in registers.
+  if (tensor_cores && (linear(args) || (plan.slot[2] < 0 && args.dc == nullptr))) {
+    const FusedPlan both = plan_both(p.n, p.d, p.r, present(p.expand), device);
+    if (both.fits) {
+      plan.fused = both;
+      plan.road = Road::one_pass;
+    }
+  }
+
+  const int64_t size = args.type == DType::f64 ? 8 : 4, coordinates = round_up(args.n * args.r * size, 256);
+  switch (plan.road) {
+    case Road::one_pass: plan.splits = static_cast<int>(plan.fused.clusters); break;
+    case Road::two_passes:
+      plan.grad = plan_grad(args.n, args.d, args.r, kSumsColumns, args.r, device);
+      plan.partial = round_up(args.n * 3 * depth * 2, 256);
+      break;
+    default:
+      plan.grad = plan_grad(args.n, args.d, args.r, kGradThreads, kGradChunk, device);
+      plan.gp = coordinates;
+      plan.partial = plan.gp + (linear(args) ? 0 : coordinates);
+  }
+  if (plan.road != Road::one_pass) plan.splits = plan.grad.splits;
+  plan.vectors = plan.partial + round_up(plan.splits * plan.slots * args.r * args.d * size, 256);
+  plan.bytes = plan.vectors + round_up(plan.splits * 2 * args.r * size, 256);
+  return plan;
+}
+
+int run_pass(const Pass& p, const EditGradArgs& args, const Plan& plan, bool shrinks, const Device& device) {
+  if (plan.fused.fits && plan.road != Road::cuda_cores) return fused_pass<true>(p, args.type, plan.fused, args.stream);
+  return simple_pass<true>(p, args.type, shrinks, args.stream, device);
+}
+
+template <typename T>
+int both_as(const Both& both, const Grid& grid, void* stream) {
+  switch (both.f.shape.rank) {
+    case 8: return launch<both_kernel<T, 8>>(grid, stream, both);
+    case 16: return launch<both_kernel<T, 16>>(grid, stream, both);
+    case 32: return launch<both_kernel<T, 32>>(grid, stream, both);
+  }
+  return kInvalidValue;
+}
+
+int one_pass(const Pass& p, const EditGradArgs& args, const Plan& plan) {
+  Both both;
+  both.f = fused_of(p, plan.fused);
+  if (plan.slot[1] >= 0) both.h = args.h;
+  both.wants_first = plan.slot[0] >= 0;
+  both.partial = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + plan.partial);
+  both.vectors = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + plan.vectors);
+  const Grid grid = fused_grid(p, plan.fused);
+  return args.type == DType::bf16 ? both_as<bf16>(both, grid, args.stream) : both_as<f16>(both, grid, args.stream);
+}
+
+template <typename T>
+int sums_as(const Gradient& s, int depth, const Grid& grid, void* stream) {
+  switch (depth) {
+    case 16: return launch<sums_kernel<T, 16>>(grid, stream, s);
+    case 32: return launch<sums_kernel<T, 32>>(grid, stream, s);
+    case 64: return launch<sums_kernel<T, 64>>(grid, stream, s);
+  }
+  return kInvalidValue;
+}
+
+int run_sums(const Pass& p, const EditGradArgs& args, const Plan& plan) {
+  Gradient s;
+  s.n = args.n;
+  s.total = args.total;
+  s.d = p.d;
+  s.r = p.r;
+  s.range = plan.grad.range;
+  s.splits = plan.grad.splits;
+  s.g = args.g;
+  s.h = args.h;
+  s.index = args.index;
+  s.z = args.z;
+  s.kept = static_cast<int>(kept_per_row(args.w.act, args.r));
+  s.gp = p.gp;
+  s.gz = p.gz;
+  s.coordinates = p.packed;
+  for (int i = 0; i < 3; ++i) s.slot[i] = plan.slot[i];
+  s.slots = plan.slots;
+  s.partial = static_cast<char*>(args.scratch) + plan.partial;
+  s.vectors = static_cast<char*>(args.scratch) + plan.vectors;
+  Grid grid;
+  grid.x = plan.grad.column_blocks;
+  grid.y = plan.grad.splits;
+  grid.z = plan.grad.chunks;
+  if (plan.road == Road::two_passes) {
+    grid.threads = kFusedWarps * 32;
+    grid.shared = sums_shared(p.packed_depth);
+    return args.type == DType::bf16 ? sums_as<bf16>(s, p.packed_depth, grid, args.stream)
+                                    : sums_as<f16>(s, p.packed_depth, grid, args.stream);
+  }
+  grid.threads = kGradThreads;
+  grid.shared = grad_shared(args.type == DType::f64 ? 8 : 4);
+  switch (args.type) {
+    case DType::f32: return launch<gradient_kernel<float>>(grid, args.stream, s);
+    case DType::f64: return launch<gradient_kernel<double>>(grid, args.stream, s);
+    case DType::bf16: return launch<gradient_kernel<bf16>>(grid, args.stream, s);
+    case DType::f16: return launch<gradient_kernel<f16>>(grid, args.stream, s);
+  }
+  return kInvalidValue;
+}
+
+int finish(const EditGradArgs& args, const Plan& plan) {
+  const Weights& w = args.w;
+  Finish f;
+  f.elements = args.r * args.d;
+  f.r = static_cast<int>(args.r);
+  f.splits = plan.splits;
+  f.slots = plan.slots;
+  f.u = plan.slot[0];
+  f.v = plan.slot[1];
+  f.p = linear(args) ? plan.slot[1] : plan.slot[2];
+  f.tied = w.tied && w.P.p != nullptr ? f.p : -1;
+  f.partial = static_cast<char*>(args.scratch) + plan.partial;
+  f.vectors = static_cast<char*>(args.scratch) + plan.vectors;
+  f.dU = args.dU;
+  f.dV = args.dV;
+  f.dP = args.dP;
+  f.db = args.db;
+  f.dc = args.dc;
+  f.U = w.U.type;
+  f.V = w.V.type;
+  f.P = w.P.type;
+  f.b = w.b.type;
+  f.c = w.c.type;
+  Grid grid;
+  grid.x = ceil_div(f.elements, 256);
+  return args.type == DType::f64 ? launch<finish_kernel<double>>(grid, args.stream, f)
+                                 : launch<finish_kernel<float>>(grid, args.stream, f);
+}
+
+}  // namespace
+
+int64_t edit_backward_scratch_bytes(const EditGradArgs& args) {
+  Device device;
+  if (current_device(device)) return -1;
+  return make_plan(args, make_pass(args), device).bytes;
+}
+
+int edit_backward_cuda(const EditGradArgs& args) {
+  if (args.d <= 0) return 0;
+  Device device;
+  if (int error = current_device(device)) return error;
+  Pass p = make_pass(args);
+  const Plan plan = make_plan(args, p, device);
+  if (args.index != nullptr && args.dh.p != nullptr && !plan.in_place) p.copy_rows = plan_copy(args.total, device);
+  if (args.n <= 0 || plan.road == Road::no_gradients) {  // one pass, if any, and sums of nothing, if any
+    const int error = p.out.p != nullptr ? run_pass(p, args, plan, true, device) : 0;
+    return error || plan.road == Road::no_gradients ? error : finish(args, plan);
+  }
+  if (plan.road == Road::one_pass) {
+    if (int error = one_pass(p, args, plan)) return error;
+    return finish(args, plan);
+  }
+
+  Pass first = p;
+  char* scratch = static_cast<char*>(args.scratch);
+  if (plan.road == Road::two_passes) {
+    first.packed = scratch + plan.packed;
+    first.packed_depth = both_depth(plan.fused.shape.rank);
+  } else {
+    p.gz = first.gz = scratch + plan.gz;
+    p.gp = first.gp = linear(args) ? nullptr : scratch + plan.gp;
+  }
+  if (plan.in_place) first.out.p = nullptr;
+  if (int error = run_pass(first, args, plan, true, device)) return error;
+  if (int error = run_sums(first, args, plan)) return error;
+  if (int error = finish(args, plan)) return error;
+  return plan.in_place ? run_pass(p, args, plan, plan.road == Road::two_passes, device) : 0;
+}
+
+}  // namespace fastreft

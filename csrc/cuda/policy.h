@@ -1,0 +1,312 @@
+// Launch policy: pure functions of the shapes and the device, no CUDA here. Everything a kernel's layout of shared
+// memory depends on is computed in this file, once, for the host that launches and for the kernel that runs.
+#pragma once
+#include <cstdint>
+
+#include "../host_device.h"
+
+namespace fastreft {
+
+struct Device {
+  int major = 0, minor = 0;
+  int multiprocessors = 0;
+  int64_t shared = 0;       // bytes a CTA may ask for
+  int largest_cluster = 1;  // CTAs; 8 from cc 9.0 on, 16 where the device has room for so many
+  // Clusters of c CTAs that run at once, by [CTAs of a multiprocessor - 1][c], where the device was asked.
+  bool asked = false;
+  int resident[2][17] = {};
+};
+
+// What each of two CTAs of a multiprocessor may ask for: 1 KB of each CTA's share is the system's.
+constexpr int64_t half_of_shared(int64_t shared) { return (shared + 1024) / 2 - 1024; }
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// ---- tensor cores: one pass over rows (edit_fused.cuh) ------------------------------------------------------------
+
+constexpr int kFusedWarps = 8;
+constexpr int kMaxFusedRank = 64;
+
+// 0 where r has no padded form.
+constexpr int padded_rank(int64_t r) {
+  return r <= 0 ? 0 : r <= 8 ? 8 : r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : 0;
+}
+
+// CTAs of a multiprocessor the kernel is compiled for: the sums of 64 coordinates need more than half the registers.
+constexpr int per_sm_of_rank(int rank) { return rank > 32 ? 1 : 2; }
+
+// The parts of a CTA's shared memory, in bytes from its start.
+struct FusedLayout {
+  int64_t pitch = 0;        // elements from one row of a slice to the next; 8 more than its width: no bank conflicts
+  int64_t shrink = 0;       // [shrinks * rank, pitch] T
+  int64_t expand = 0;       // [max(16, expands * rank), pitch] T
+  int64_t tiles = 0;        // [stages, inputs, rows, pitch] T
+  int64_t partial = 0;      // [warps, rows, shrinks * rank] fp32
+  int64_t received = 0;     // [cluster, own_rows, shrinks * rank] fp32
+  int64_t coordinates = 0;  // [rows, coordinate_pitch] T
+  int64_t coordinate_pitch = 0;
+  int64_t bytes = 0;
+};
+
+struct FusedShape {
+  int rank = 0;                  // padded
+  int shrinks = 0, expands = 0;  // matrices, 0 to 2
+  int extra = 0;                 // further coordinates a row, behind those of the expand (the one-pass backward's)
+  int inputs = 1;                // tensors streamed
+  int cluster = 1, rows = 16, stages = 2;
+  int width = 0;   // columns a CTA owns, or handles at a time, a multiple of 128: 16 for each warp
+  int pieces = 1;  // of that width; more than one where the matrices are streamed (edit_streamed.cuh)
+};
+
+// Rows of a tile whose coordinates one CTA of the cluster works out; the last CTA may have fewer.
+FASTREFT_HOST_DEVICE inline int own_rows(const FusedShape& s) { return (s.rows + s.cluster - 1) / s.cluster; }
+
+FASTREFT_HOST_DEVICE inline FusedLayout fused_layout(const FusedShape& s) {
+  FusedLayout at;
+  at.pitch = s.width + 8;
+  const int64_t row = at.pitch * 2;
+  const int64_t depth = s.expands * s.rank > 16 ? s.expands * s.rank : 16;
+  at.coordinate_pitch = depth + s.extra + 8;
+  at.expand = at.shrink + s.shrinks * s.rank * row;
+  at.tiles = at.expand + depth * row;
+  at.partial = at.tiles + s.stages * s.inputs * s.rows * row;
+  at.received = at.partial + static_cast<int64_t>(kFusedWarps) * s.rows * s.shrinks * s.rank * 4;
+  at.coordinates = at.received + static_cast<int64_t>(s.cluster) * own_rows(s) * s.shrinks * s.rank * 4;
+  at.bytes = at.coordinates + s.rows * at.coordinate_pitch * 2;
+  return at;
+}
+
+struct FusedPlan {
+  bool fits = false;
+  FusedShape shape;
+  int64_t tiles = 0;  // of `rows` rows
+  int64_t clusters = 0;
+  int64_t shared = 0;
+  int per_sm = 1;  // CTAs of one multiprocessor the plan counts on
+};
+
+// Clusters that run at once. A persistent grid larger than that would take twice the time. Not asked: clusters stay
+// inside a group of at least 16 multiprocessors, pairs inside a pair of them.
+inline int64_t resident_clusters(const Device& device, int cluster, int per_sm) {
+  if (device.asked && cluster > 1) return device.resident[per_sm - 1][cluster];
+  const int64_t count =
+      cluster <= 2 ? device.multiprocessors * per_sm / cluster : device.multiprocessors / 16 * (16 * per_sm / cluster);
+  return count > 0 ? count : 1;
+}
+
+// `columns` caps the width of a CTA's slice (0: no cap), for kernels that keep sums over it in registers; `most_per_sm`
+// is what the kernel was compiled for.
+inline FusedPlan plan_fused(int64_t n, int64_t d, int64_t r, int shrinks, int expands, int extra, int inputs,
+                            int columns, int most_per_sm, const Device& device) {
+  FusedPlan plan;
+  FusedShape& s = plan.shape;
+  s.rank = padded_rank(r);
+  if (s.rank == 0 || n <= 0 || d <= 0 || d % 8 != 0) return plan;
+  s.shrinks = shrinks;
+  s.expands = expands;
+  s.extra = extra;
+  s.inputs = inputs;
+  const int64_t half = half_of_shared(device.shared);
+  // The smallest cluster whose slices are at most 512 wide: wide enough for long transfers, narrow enough for weights
+  // and tiles to stay in shared memory. Larger ones where the weights still do not fit.
+  const int usual = device.largest_cluster < 8 ? device.largest_cluster : 8;
+  for (int most = 1; most <= device.largest_cluster; most *= 2) {
+    if (ceil_div(d, most) > 512 && 2 * most <= usual) continue;
+    s.width = static_cast<int>(round_up(ceil_div(d, most), 16 * kFusedWarps));
+    s.cluster = static_cast<int>(ceil_div(d, s.width));  // fewer than `most` where the last ones would have no columns
+    if (columns > 0 && s.width > columns) continue;
+    for (int per_sm = most_per_sm; per_sm >= 1; --per_sm) {
+      const int64_t limit = per_sm == 2 ? half : device.shared;
+      const int64_t clusters = resident_clusters(device, s.cluster, per_sm);
+      if (clusters < 1) continue;  // the device does not run clusters of this size
+      for (int rows = 64; rows >= 16; rows /= 2) {
+        if (rows > 16 && ceil_div(n, rows) < clusters) continue;  // rather more clusters at work than taller tiles
+        if (per_sm == 2 && rows < 32 && ceil_div(n, rows) > clusters)
+          continue;  // a whole SM for one tall tile is better
+        s.rows = rows;
+        // No more than there are tiles for: memory left over is room for a CTA that copies (edit_copy.cuh).
+        const int64_t turns = ceil_div(ceil_div(n, rows), clusters);
+        s.stages = turns < 2 ? 2 : turns < 4 ? static_cast<int>(turns) : 4;
+        while (s.stages > 2 && fused_layout(s).bytes > limit) --s.stages;
+        if (fused_layout(s).bytes > limit) continue;
+        plan.fits = true;
+        plan.per_sm = per_sm;
+        plan.tiles = ceil_div(n, rows);
+        plan.clusters = plan.tiles < clusters ? plan.tiles : clusters;
+        plan.shared = fused_layout(s).bytes;
+        return plan;
+      }
+    }
+  }
+  return plan;
+}
+
+// A plain pass: the forward, or dh and the coordinates.
+inline FusedPlan plan_pass(int64_t n, int64_t d, int64_t r, int shrinks, int expands, const Device& device) {
+  return plan_fused(n, d, r, shrinks, expands, 0, 1, 0, per_sm_of_rank(padded_rank(r)), device);
+}
+
+// The pass where the matrices do not stay in shared memory (edit_streamed.cuh): pieces of the columns, one CTA a tile.
+inline FusedPlan plan_streamed(int64_t n, int64_t d, int64_t r, int shrinks, int expands, const Device& device) {
+  FusedPlan plan;
+  FusedShape& s = plan.shape;
+  s.rank = padded_rank(r);
+  if (s.rank == 0 || n <= 0 || d <= 0 || d % 8 != 0) return plan;
+  s.shrinks = shrinks;
+  s.expands = expands;
+  for (int per_sm = per_sm_of_rank(s.rank); per_sm >= 1; --per_sm) {
+    const int64_t limit = per_sm == 2 ? half_of_shared(device.shared) : device.shared;
+    const int64_t ctas = static_cast<int64_t>(device.multiprocessors) * per_sm;
+    for (s.rows = 64; s.rows >= 16; s.rows /= 2) {
+      if (s.rows > 16 && ceil_div(n, s.rows) < ctas) continue;                 // rather more CTAs than taller tiles
+      if (per_sm == 2 && s.rows < 32 && ceil_div(n, s.rows) > ctas) continue;  // as in plan_fused
+      for (s.width = 512; s.width >= 128; s.width /= 2) {
+        if (s.width > 128 && s.width >= 2 * d) continue;
+        s.pieces = static_cast<int>(ceil_div(d, s.width));
+        plan.shared = fused_layout(s).bytes;
+        if (plan.shared > limit) continue;
+        plan.fits = true;
+        plan.per_sm = per_sm;
+        plan.tiles = ceil_div(n, s.rows);
+        plan.clusters = plan.tiles < ctas ? plan.tiles : ctas;
+        return plan;
+      }
+    }
+  }
+  return plan;
+}
+
+// The one-pass backward (edit_both.cuh): g and h streamed, sums over a slice of kBothColumns at most in registers.
+constexpr int kBothColumns = 512;
+FASTREFT_HOST_DEVICE constexpr int both_depth(int rank) {
+  return rank > 16 ? rank : 16;
+}  // rows of the sums: mma's 16 at least
+
+inline FusedPlan plan_both(int64_t n, int64_t d, int64_t r, int expands, const Device& device) {
+  const int rank = padded_rank(r);
+  if (rank > 32) return {};
+  return plan_fused(n, d, r, 1, expands, 2 * both_depth(rank), 2, kBothColumns, 1, device);
+}
+
+// ---- copying what is not edited (edit_copy.cuh) --------------------------------------------------------------------
+
+constexpr int kCopyRows = 256;  // of a CTA at most, a byte of shared memory each: less than any pass has
+
+// About four CTAs a multiprocessor, each of which reads the whole index.
+inline int plan_copy(int64_t total, const Device& device) {
+  const int64_t rows = ceil_div(total, 4 * device.multiprocessors);
+  return static_cast<int>(rows < kCopyRows ? rows : kCopyRows);
+}
+inline int64_t copy_blocks(int64_t total, int copy_rows, int cluster) {
+  return copy_rows > 0 ? round_up(ceil_div(total, copy_rows), cluster) : 0;
+}
+
+// ---- CUDA cores: one pass over rows (edit_simple.cuh) -------------------------------------------------------------
+
+constexpr int kSimpleThreads = 256, kSimpleRows = 4, kSimpleChunk = 4;
+
+struct SimplePlan {
+  bool fits = false;
+  int64_t blocks = 0;
+  int64_t shared = 0;
+};
+
+// `size`: bytes of the type sums run in.
+inline SimplePlan plan_simple(int64_t n, int64_t r, int64_t size, const Device& device) {
+  SimplePlan plan;
+  plan.blocks = ceil_div(n, kSimpleRows);
+  plan.shared = (2 * kSimpleRows * r + kSimpleThreads / 32 * 2 * kSimpleChunk * kSimpleRows) * size;
+  plan.fits = plan.shared <= device.shared && plan.blocks < (int64_t{1} << 31);
+  return plan;
+}
+
+// ---- sums over rows: the weights' gradients -----------------------------------------------------------------------
+
+constexpr int kGradThreads = 128, kGradRows = 16, kGradChunk = 8;
+
+constexpr int64_t grad_shared(int64_t size) { return 3 * kGradRows * kGradChunk * size + kGradRows * 8; }
+
+struct GradPlan {
+  int64_t range = 0;  // rows a partial sum covers, a multiple of kGradRows
+  int splits = 0;     // partial sums
+  int64_t column_blocks = 0;
+  int chunks = 0;  // of coordinates
+};
+
+// Ranges of rows such that about two CTAs a multiprocessor are at work; at most 64, whose partial sums are then added.
+inline GradPlan plan_grad(int64_t n, int64_t d, int64_t r, int64_t columns, int64_t coordinates, const Device& device) {
+  GradPlan plan;
+  plan.column_blocks = ceil_div(d, columns);
+  plan.chunks = static_cast<int>(ceil_div(r, coordinates));
+  int64_t splits = ceil_div(2 * device.multiprocessors, plan.column_blocks * plan.chunks);
+  if (splits > 64) splits = 64;
+  if (splits > ceil_div(n, kGradRows)) splits = ceil_div(n, kGradRows);
+  if (splits > 0) {
+    plan.range = round_up(ceil_div(n, splits), kGradRows);
+    plan.splits = static_cast<int>(ceil_div(n, plan.range));
+  }
+  return plan;
+}
+
+// On tensor cores (edit_sums.cuh), in elements of 2 bytes.
+constexpr int kSumsColumns = 128, kSumsRows = 32;
+FASTREFT_HOST_DEVICE constexpr int sums_stages(int depth) { return depth > 32 ? 3 : 4; }
+
+struct SumsLayout {
+  int pitch = 0;        // of g and h
+  int h = 0;            // from g to h
+  int coordinates = 0;  // from g to [kSumsRows, coordinate_pitch]: z, gp, gz
+  int coordinate_pitch = 0;
+  int stage = 0;  // elements of one stage
+};
+FASTREFT_HOST_DEVICE constexpr SumsLayout sums_layout(int depth) {
+  SumsLayout at;
+  at.pitch = kSumsColumns + 8;
+  at.h = kSumsRows * at.pitch;
+  at.coordinates = 2 * at.h;
+  at.coordinate_pitch = 3 * depth + 8;
+  at.stage = at.coordinates + kSumsRows * at.coordinate_pitch;
+  return at;
+}
+constexpr int64_t sums_shared(int depth) {
+  return static_cast<int64_t>(sums_stages(depth)) * sums_layout(depth).stage * 2;
+}
+
+// ---- retraction (retract.cu) --------------------------------------------------------------------------------------
+
+struct RetractPlan {
+  int cluster = 1;
+  int terms = 1024;            // columns staged at a time
+  int64_t shared_entries = 0;  // r x r entries that shared memory has room for
+  int64_t chunk_bytes = 0;
+  int64_t shared = 0;
+};
+
+constexpr int64_t kRetractGroup = 256 * 8;
+
+inline int64_t retract_shared(int64_t entries, int64_t chunk_bytes) {
+  return kRetractGroup + chunk_bytes + 2 * entries * 8;
+}
+
+// For `matrices` matrices of which the largest have r rows and d columns; `wide`: one of them is fp64.
+inline RetractPlan plan_retract(int64_t r, int64_t d, int64_t matrices, bool wide, const Device& device) {
+  RetractPlan plan;
+  const auto chunk = [&](int terms) { return round_up(2 * r * (terms + 1) * (wide ? 8 : 4), 16); };
+  // Chunks of about 4096 elements: enough for every thread to have several loads on their way.
+  while (plan.terms > 32 && r * plan.terms > (wide ? 2048 : 4096)) plan.terms /= 2;
+  plan.shared_entries = r * r;
+  if (retract_shared(plan.shared_entries, chunk(plan.terms)) <= device.shared) {
+    while (plan.cluster < 8 && plan.cluster < device.largest_cluster &&
+           2 * plan.cluster * matrices <= 2 * device.multiprocessors && d >= 512 * plan.cluster)
+      plan.cluster *= 2;
+  } else {
+    plan.shared_entries = 0;
+    while (plan.terms > 1 && retract_shared(0, chunk(plan.terms)) > device.shared) plan.terms /= 2;
+  }
+  plan.chunk_bytes = chunk(plan.terms);
+  plan.shared = retract_shared(plan.shared_entries, plan.chunk_bytes);
+  return plan;
+}
+
+}  // namespace fastreft

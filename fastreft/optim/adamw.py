@@ -1,0 +1,308 @@
+"""Keeping R orthonormal while it trains: one retraction a step for all matrices, instead of a parametrization.
+
+The step for an R (r, d) with gradient G and learning rate lr (2 lr moves R as far as pyreft's parametrization does):
+
+    A = G R^T;  G <- G - 1/2 (A + A^T) R;  Adam;  Y = R - 2 lr U;  Y Y^T = L L^T;  R <- L^-1 Y
+
+W and b take plain AdamW steps; weight decay never touches R. Two ways to it: :class:`ReftAdamW` does everything in one
+native call; :func:`attach_retraction` teaches it to any torch optimizer. An optimizer that was taught nothing but
+holds an R (Trainer's own, say) is taught at its first step, see :func:`guard_optimizers`.
+Source: Riemannian optimisation on the Stiefel manifold with a Cholesky-QR retraction (Absil, Mahony, Sepulchre 2008, 4.1.1).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .. import functional, reference
+from ..interventions import Intervention, orthonormal_parameters
+from ..ops import native as _native
+from ..ops import step as _optim_ops
+from . import shards as sharded
+
+R_LR_SCALE = 2.0  # R's learning rate as a multiple of W's: the pace of pyreft's parametrization
+
+
+def param_groups(model: nn.Module, *, lr: float | Tensor, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """The trainable parameters of a model for :class:`ReftAdamW`: all but the Rs, then the Rs.
+
+    Both groups have the same lr (R's is scaled in the step) and W, b take ``weight_decay``. ``ValueError`` where nothing
+    requires a gradient.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("model has no parameter that requires a gradient")
+    Rs = orthonormal_parameters()
+    groups = [
+        {"params": [p for p in trainable if id(p) not in Rs], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) in Rs], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class ReftAdamW(torch.optim.Optimizer):
+    """AdamW for W, b and whatever else trains, projected Adam and a retraction for every R, in one native call a group.
+
+    An R is recognised by its module, in whatever group it is. ``r_lr_scale`` times the group's lr is R's. Moments are fp32
+    (fp64 for fp64). ``ValueError`` for a hyperparameter out of range; ``FloatingPointError`` naming the parameter, with no
+    parameter of its group changed, for a gradient that is not finite. On a GPU, where that would need a sync, an R with
+    such a gradient is left as it was, and :meth:`skipped` counts them. Survives deepcopy, pickling and state_dict.
+    Takes FSDP2's shards: every rank steps the same whole R, and of W and b its own part, whose gradient it alone looks at;
+    ``ValueError`` for an R that FSDP1 or DeepSpeed's ZeRO-3 flattened.
+
+    ``capturable=True`` lets a CUDA graph capture :meth:`step`, after one step outside it: ages are then fp32 tensors beside
+    their parameters, counted up there, and ``lr`` may be a 0-dim fp32 or fp64 tensor on the parameters' device, which every
+    replay reads anew (a number is captured as it is). The bits are those of the step that is not capturable.
+    ``RuntimeError`` for a capture without it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        r_lr_scale: float = R_LR_SCALE,
+        capturable: bool = False,
+    ):
+        for name, value, ok in (
+            ("lr", lr, lr >= 0),
+            ("betas", betas, all(0 <= beta < 1 for beta in betas)),
+            ("eps", eps, eps > 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("r_lr_scale", r_lr_scale, r_lr_scale > 0),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {value}; it is out of range")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "r_lr_scale": r_lr_scale}
+        super().__init__(params, {**defaults, "capturable": capturable})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("capturable", False)  # saved before there was such a thing
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but moments stay fp32 beside 16-bit parameters, where torch casts them to the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(keys, params, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in self.state.get(p, {}):
+                    self.state[p][name] = state_dict["state"][key][name].to(p.device, _wide(p))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; ``closure`` reevaluates the loss, as in every torch optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        Rs = orthonormal_parameters()
+        self._status: list[Tensor | None] = []
+        for group in self.param_groups:
+            # One call takes parameters of one kind, device and age, all of them in shards or none.
+            calls: dict[tuple[bool, torch.device, int, bool], list[tuple[Any, ...]]] = {}
+            for p in group["params"]:
+                grad = p.grad
+                if grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    self._begin(p, state)
+                if not group["capturable"]:
+                    state["step"] = age = int(state["step"]) + 1
+                else:
+                    age = 0  # which the device knows
+                    if not isinstance(state["step"], Tensor):
+                        state["step"] = torch.tensor(float(state["step"]), device=p.device)
+                if not grad.is_contiguous():
+                    grad = grad.contiguous()
+                call = (id(p) in Rs, p.device, age, sharded.is_dtensor(p))
+                calls.setdefault(call, []).append((p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+            for (orthonormal, _, age, in_shards), items in calls.items():
+                if not in_shards:
+                    self._update(items, orthonormal, age, group)
+                else:
+                    self._update_shards(items, orthonormal, age, group)
+        return loss
+
+    def skipped(self) -> int:
+        """How many Rs the last step left as they were, their gradient not being finite: waits for the GPU. 0 on a CPU."""
+        return sum(int((status == 2).sum()) for status in getattr(self, "_status", []) if status is not None)
+
+    def _begin(self, p: Tensor, state: dict[str, Any]) -> None:
+        if p.grad is not None and p.grad.is_sparse:
+            raise ValueError("ReftAdamW does not take sparse gradients")
+        if _optim_ops.capturing(p):
+            raise RuntimeError(
+                "a parameter's first optimizer step is being captured in a CUDA graph, which would begin its moments anew at "
+                "every replay; take one step before the capture"
+            )
+        state["step"] = 0
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(p, dtype=_wide(p), memory_format=torch.contiguous_format)
+
+    def _update_shards(self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
+        """The step of FSDP2's parameters: an R whole on every rank, else each rank its own elements, where it has any."""
+        if not orthonormal:
+            own = [tuple(map(sharded.local, item)) for item in items]
+            if own := [item for item in own if item[0].numel()]:
+                self._update(own, orthonormal, age, group)
+            return
+        wholes = [tuple(map(sharded.whole, item)) for item in items]
+        self._update(wholes, orthonormal, age, group)
+        for (p, _, m, v, _), (whole_p, _, whole_m, whole_v, _) in zip(items, wholes, strict=True):
+            sharded.keep(p, whole_p)
+            sharded.keep(m, whole_m)
+            sharded.keep(v, whole_v)
+
+    def _update(self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
+        params, grads, m, v, ages = (list(column) for column in zip(*items, strict=True))
+        lr: Any = group["lr"]
+        live_lr: Tensor | None = None
+        if group["capturable"] and isinstance(lr, Tensor):
+            if lr.device == params[0].device:
+                lr, live_lr = 1.0, lr
+            elif _optim_ops.capturing(params[0]):
+                raise RuntimeError(
+                    f"lr is on {lr.device} and a parameter on {params[0].device}; a captured step reads lr on the same device"
+                )
+        if group["capturable"]:
+            torch._foreach_add_(ages, 1)
+        beta1, beta2 = group["betas"]
+        settings = {
+            "lr": float(lr) * (group["r_lr_scale"] if orthonormal else 1.0),
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+        }
+        if orthonormal:
+            for p in params:
+                sharded.refuse_flattened(p)
+        if _native.runs(params[0]) and all(p.is_contiguous() for p in params):
+            settings["age"] = age
+            given_ages = ages if group["capturable"] else []
+            self._status.append(_optim_ops.step_(params, grads, m, v, given_ages, live_lr, orthonormal, settings))
+            return
+        for i, g in enumerate(grads):
+            if not bool(torch.isfinite(g).all()):
+                raise FloatingPointError(f"the gradient of params[{i}] {tuple(g.shape)} is not finite")
+        if live_lr is not None:
+            settings["lr"] *= float(live_lr)
+        for p, g, m_, v_, step in zip(params, grads, m, v, ages, strict=True):
+            corrections = {"correction1": 1 - beta1 ** int(step), "correction2": 1 - beta2 ** int(step)}
+            reference.step_(p, g, m_, v_, orthonormal=orthonormal, **settings, **corrections)
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    """The dtype of p's moments."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+# Optimizers that keep their Rs orthonormal already.
+_attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def attach_retraction(
+    optimizer: torch.optim.Optimizer, model: nn.Module | None = None, *, r_lr_scale: float = R_LR_SCALE
+) -> None:
+    """Make any torch optimizer keep the Rs of ``model`` (default: every R it holds) orthonormal.
+
+    Before a step their gradients are projected to the tangent space; after it R <- retract(R_old + r_lr_scale (R - R_old)).
+    Hooks are in neither state_dict nor a copy: attach again after loading or copying an optimizer (an optimizer
+    that was forgotten is caught by :func:`guard_optimizers`). accelerate's wrapper is looked through.
+    ``ValueError`` where the optimizer holds no R of the model.
+    """
+    while not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            raise ValueError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+        optimizer = inner
+    if isinstance(optimizer, ReftAdamW) or optimizer in _attached:
+        return
+    wanted = None if model is None else _Rs_of(model)
+    if not _held(optimizer, wanted):
+        raise ValueError("optimizer holds no orthonormal R" + ("" if model is None else " of model"))
+    _attached.add(optimizer)
+    before: list[tuple[nn.Parameter, Tensor]] = []
+
+    def project() -> None:
+        before.clear()
+        for R in _held(optimizer, wanted):
+            if R.grad is not None:
+                sharded.refuse_flattened(R)
+                old, gradient = sharded.whole(R.detach()).clone(), sharded.whole(R.grad)
+                reference.project_(old, gradient)
+                sharded.keep(R.grad, gradient)
+                before.append((R, old))
+
+    def pre_hook(_optimizer, args, kwargs):
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            project()
+            return None
+
+        def projected():  # a closure makes new gradients inside the step
+            loss = closure()
+            project()
+            return loss
+
+        if len(args) > 1:
+            return (args[0], projected, *args[2:]), kwargs
+        return args, {**kwargs, "closure": projected}
+
+    @torch.no_grad()
+    def post_hook(_optimizer, _args, _kwargs) -> None:
+        wholes = [sharded.whole(R) for R, _ in before]
+        for R, (_, old) in zip(wholes, before, strict=True):
+            R.copy_(torch.lerp(old, R, r_lr_scale))
+        functional.retract_(wholes)
+        for (R, _), full in zip(before, wholes, strict=True):
+            sharded.keep(R, full)
+        before.clear()
+
+    optimizer.register_step_pre_hook(pre_hook)
+    optimizer.register_step_post_hook(post_hook)
+
+
+def _Rs_of(model: nn.Module) -> set[int]:
+    return {id(m.R) for m in model.modules() if isinstance(m, Intervention) and m.orthonormal}
+
+
+def _held(optimizer: torch.optim.Optimizer, wanted: set[int] | None) -> list[nn.Parameter]:
+    Rs = orthonormal_parameters()
+    return [
+        p
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in Rs and (wanted is None or id(p) in wanted)
+    ]
+
+
+_guarded = False
+
+
+def guard_optimizers() -> None:
+    """From now on any optimizer found to hold an R at one of its steps gets :func:`attach_retraction` first.
+
+    Called when a ReFT model is built: HF Trainer, Lightning or a plain loop then keep R orthonormal without knowing of it.
+    """
+    global _guarded
+    if not _guarded:
+        register_optimizer_step_pre_hook(_guard)
+        _guarded = True
+
+
+def _guard(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    if optimizer not in _attached and not isinstance(optimizer, ReftAdamW) and _held(optimizer, None):
+        attach_retraction(optimizer)

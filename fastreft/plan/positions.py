@@ -1,0 +1,288 @@
+"""Which tokens an edit touches: "f5+l5" and its friends, turned into an index of rows.
+
+    spec = parse("f5+l5")                              # the first 5 and the last 5 tokens of the prompt
+    tokens = tokens_of((B, S), attention_mask, labels)
+    (index,) = rows(spec, tokens)                      # (B, 10) int64 into hidden.reshape(B * S, d); -1 = skip
+
+With the prompt L tokens long, fN+lM takes f = min(N, floor(L / 2)) tokens from its start and l = min(M, ceil(L / 2))
+from its end; fN or lM alone takes min(N, L). Source: ReFT (Wu et al. 2024, arXiv 2404.03592), section 4;
+``pyreft_compat`` floors both, alone or together, as pyreft's ``get_intervention_locations`` does. The shapes are fixed
+by N, M, B and S, so nothing here waits for a GPU. On a CPU a native op finds the rows of plain batches in one pass.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..ops import edit as _ops
+
+Tied = bool | str  # True, False or "position": who shares an intervention, see Positions.shares
+ACCEPTED = "'fN', 'lM', 'fN+lM' (N, M >= 1, such as 'f5+l5'), 'prompt', 'decode' or 'all'"
+
+
+@dataclass(frozen=True, eq=False)  # parse() gives one object a text, so that telling two apart costs nothing
+class Positions:
+    """``first`` N and ``last`` M tokens of the prompt; where both are 0, all of it; or the ``written`` ones; or all."""
+
+    first: int = 0
+    last: int = 0
+    everywhere: bool = False
+    written: bool = False
+    pyreft_compat: bool = False
+
+    @property
+    def places(self) -> int:
+        """How many tokens of a prompt can be chosen; 0 = no fixed number."""
+        return self.first + self.last
+
+    def shares(self, tied: Tied) -> list[tuple[int, int]]:
+        """The places, from and up to, that each intervention of a layer has, prefix first.
+
+        One has them all if ``tied``; if not, one a side of fN+lM; and with "position" one each. A kind with no fixed
+        number of places has one intervention.
+        """
+        if tied == "position" and self.places:
+            return [(k, k + 1) for k in range(self.places)]
+        if not tied and self.first and self.last:
+            return [(0, self.first), (self.first, self.places)]
+        return [(0, self.places)]
+
+
+@dataclass
+class Tokens:
+    """What is known of the tokens of a batch, (B, T), and which columns of it a forward runs.
+
+    ``mask`` (B, T), non-zero = shown, None = all; ``labels`` (B, T), None = no answer; ``starts`` bool (B, T), the first
+    token of each of several sequences packed into a row, None = one sequence a row, of which there are at most
+    ``sequences`` (None = not known). ``window`` (start, S), None = (0, T).
+    """
+
+    shape: tuple[int, int]
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    starts: Tensor | None = None
+    sequences: int | None = None
+    window: tuple[int, int] | None = None
+
+    @property
+    def prompt(self) -> Tensor | None:
+        """Bool (B, T): shown, and before the first label other than -100 of its sequence; None = all."""
+        if self._labelled is None:
+            return self._shown
+        unanswered = _count(self._labelled, self.starts) == 0
+        return unanswered if self._shown is None else self._shown & unanswered.to(self._shown.device)
+
+    @property
+    def written(self) -> Tensor | None:
+        """Bool (B, T): shown, with a label other than -100; None = none."""
+        if self._labelled is None or self._shown is None:
+            return self._labelled
+        return self._shown & self._labelled.to(self._shown.device)
+
+    @property
+    def _shown(self) -> Tensor | None:
+        return None if self.mask is None else self.mask != 0
+
+    @property
+    def _labelled(self) -> Tensor | None:
+        return None if self.labels is None else self.labels != -100
+
+
+@lru_cache
+def parse(text: str, *, pyreft_compat: bool = False) -> Positions:
+    """The :class:`Positions` of a text: fN, lM, fN+lM (in either order), prompt, decode or all; else ``ValueError``."""
+    if text == "all":
+        return Positions(everywhere=True)
+    if text == "decode":
+        return Positions(written=True)
+    if text == "prompt":
+        return Positions()
+    counts: dict[str, int] = {}
+    for part in text.split("+") if isinstance(text, str) else [""]:
+        match = re.fullmatch(r"([fl])([1-9][0-9]*)", part)
+        if match is None or match[1] in counts:
+            raise ValueError(f"positions is {text!r}; it must be {ACCEPTED}")
+        counts[match[1]] = int(match[2])
+    return Positions(counts.get("f", 0), counts.get("l", 0), pyreft_compat=pyreft_compat)
+
+
+def tokens_of(
+    shape: tuple[int, int],
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    starts: Tensor | None = None,
+    sequences: int | None = None,
+) -> Tokens:
+    """The :class:`Tokens` of one forward over whole sequences.
+
+    The prompt is what ``attention_mask`` shows of a sequence before its first label other than -100; a sequence without
+    such a label is all prompt, one that is hidden has none. Written are the shown tokens with a label other than -100.
+    ``attention_mask`` is (B, S), non-zero = shown, or (B, heads, queries, keys) as attention takes it (bool, or additive
+    with 0 = shown), where a token is shown that sees itself. ``labels`` is (B, S). ``ValueError`` for other shapes.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[2] in (1, shape[1]):
+        attention_mask = attention_mask[:, 0].expand(shape[0], shape[1], -1).diagonal(dim1=1, dim2=2)
+        if attention_mask.dtype != torch.bool:
+            attention_mask = attention_mask == 0
+    for name, value in (("attention_mask", attention_mask), ("labels", labels)):
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; the positions need one entry a token, {shape}: "
+                "pass it so, or say which tokens to edit with reft_positions"
+            )
+    return Tokens(shape, attention_mask, labels, starts, sequences)
+
+
+def _count(chosen: Tensor, starts: Tensor | None) -> Tensor:
+    """How many are chosen up to and with each token, in its own sequence; int64 (B, T)."""
+    count = chosen.cumsum(1)
+    if starts is None:
+        return count
+    before = (count - chosen.long()).masked_fill(~starts.to(count.device), 0)
+    return count - before.cummax(1).values
+
+
+def _total(count: Tensor, starts: Tensor | None) -> Tensor:
+    """The count at the end of each token's sequence: (B, 1), or (B, T) where sequences are packed."""
+    if starts is None:
+        return count[:, -1:]
+    goes_on = torch.nn.functional.pad(~starts[:, 1:].to(count.device), (0, 1))  # is the next token of this sequence?
+    last = count.shape[1] - 1
+    ends = torch.arange(last + 1, device=count.device).expand_as(count).masked_fill(goes_on, last)
+    return count.gather(1, ends.flip(1).cummin(1).values.flip(1))
+
+
+_CPU = torch.device("cpu")
+
+
+def rows(positions: Positions, tokens: Tokens, tied: Tied = True, device: torch.device = _CPU) -> list[Tensor | None]:
+    """The rows to edit of the flattened hidden state (B, S, d), for each intervention of ``positions.shares(tied)``.
+
+    Each is int64 (B, n), -1 = skip, no row twice; or None for every row; none is listed where no token can be meant.
+    n is the intervention's share of N + M, prefix first; T for kinds with no fixed number; and for packed rows the share
+    times ``tokens.sequences``, at most T (where looking is free, on a CPU, the sequences are counted). Places are counted
+    by rank, not by column, so padding may lie anywhere.
+    """
+    if positions.everywhere:
+        return [None]
+    if not positions.places:
+        chosen = tokens.written if positions.written else tokens.prompt
+        if chosen is None:
+            return [] if positions.written else [None]
+        return [_window(_listed(chosen.to(device)), tokens)]
+    size = positions.places
+    shares = positions.shares(tied)
+    plain = tokens.starts is None and tokens.window is None
+    if plain and _ops.finds_rows(tokens.mask, tokens.labels, device):
+        counts = (positions.first, positions.last)
+        index = _ops.prompt_rows(tokens.mask, tokens.labels, *tokens.shape, *counts, positions.pyreft_compat)
+        return [index] if len(shares) == 1 else [index[:, a:b] for a, b in shares]
+    place = _place(positions, tokens, device)
+    if tokens.starts is None:
+        index = _scatter(place, place < size, size)
+        return [_window(index[:, a:b], tokens) for a, b in shares]
+    many = tokens.sequences
+    if many is None and place.is_cpu and not torch.compiler.is_compiling():
+        many = int(tokens.starts.sum(1).max())
+    found: list[Tensor | None] = []
+    for a, b in shares:
+        chosen = (place >= a) & (place < b)
+        n = tokens.shape[1] if many is None else min(tokens.shape[1], many * (b - a))
+        found.append(_window(_scatter(chosen.cumsum(1) - 1, chosen, n), tokens))
+    return found
+
+
+def _place(positions: Positions, tokens: Tokens, device: torch.device) -> Tensor:
+    """Each token's place among the N + M that its sequence has, N + M for a token that is not chosen; int64 (B, T).
+
+    The k-th token from the start has place k, the k-th from the end place N + M - k, however short the prompt.
+    """
+    prompt = tokens.prompt
+    prompt = torch.ones(tokens.shape, dtype=torch.bool, device=device) if prompt is None else prompt.to(device)
+    count = _count(prompt, tokens.starts)
+    total = _total(count, tokens.starts)
+    half = total // 2
+    if positions.pyreft_compat:
+        from_start, from_end = half, half
+    elif positions.first and positions.last:
+        from_start, from_end = half, total - half
+    else:
+        from_start, from_end = total, total
+    to_end = total - count  # 0 for the last token
+    place = torch.full_like(count, positions.places)
+    place = torch.where(to_end < from_end.clamp(max=positions.last), positions.places - 1 - to_end, place)
+    place = torch.where(count <= from_start.clamp(max=positions.first), count - 1, place)
+    return place.masked_fill(~prompt, positions.places)
+
+
+def _listed(chosen: Tensor) -> Tensor:
+    """The rows of the chosen tokens, each at its own column, (B, T)."""
+    row = torch.arange(chosen.numel(), device=chosen.device).view(chosen.shape)
+    return row.masked_fill(~chosen, -1)
+
+
+def _scatter(place: Tensor, chosen: Tensor, n: int) -> Tensor:
+    """The rows of the chosen tokens, each at its own place of n, (B, n); the others share a place that is cut off."""
+    row = torch.arange(place.numel(), device=place.device).view(place.shape)
+    return row.new_full((len(place), n + 1), -1).scatter_(1, place.masked_fill(~chosen, n), row)[:, :n]
+
+
+def _window(index: Tensor, tokens: Tokens) -> Tensor:
+    """Rows of (B, T) as rows of the columns that this forward runs; -1 for what lies outside them."""
+    if tokens.window is None:
+        return index
+    start, length = tokens.window
+    column = index - torch.arange(len(index), device=index.device)[:, None] * tokens.shape[1] - start
+    inside = (index >= 0) & (column >= 0) & (column < length)
+    first = torch.arange(0, len(index) * length, length, device=index.device)[:, None]
+    return (column + first).masked_fill(~inside, -1)
+
+
+def check_mask(mask: Tensor | None) -> None:
+    """``ValueError`` naming a sample of which ``mask`` (B, S) shows no token; a look that only a CPU gives without waiting."""
+    if mask is None or mask.ndim != 2 or not mask.is_cpu:
+        return
+    hidden = _ops.hidden_sample(mask)
+    if hidden >= 0:
+        raise ValueError(f"attention_mask hides every token of sample {hidden}; each sample must show one at least")
+
+
+def check_explicit(index: Tensor, shape: tuple[int, int]) -> None:
+    """Can ``index`` say columns of a (B, T) batch? See :func:`explicit_rows` for what is raised.
+
+    With several interventions a layer it is (interventions, B, n).
+    """
+    integers = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    if not integers or index.ndim not in (2, 3) or index.shape[-2] == 0 or shape[0] % index.shape[-2]:
+        raise ValueError(
+            f"reft_positions has shape {tuple(index.shape)} and dtype {index.dtype}; "
+            f"it must be integers of shape (batch, n), here ({shape[0]}, n)"
+        )
+    if index.is_cpu and index.numel() and int(index.max()) >= shape[1]:
+        raise IndexError(f"reft_positions holds {int(index.max())}, past the last of {shape[1]} tokens")
+
+
+def explicit_rows(index: Tensor, tokens: Tokens) -> Tensor:
+    """Rows of per-sample columns ``index`` (B, n): int64 (B, n), negative = skip, each column once.
+
+    Columns count from the start of the padded sequence. With fewer samples than B (beams, several sequences a
+    prompt) each sample stands for B / samples consecutive ones. Raises ``ValueError`` for another shape or dtype and,
+    on a CPU, ``IndexError`` for a column past the end; on a GPU that is skipped, as a report would need a sync.
+    """
+    check_explicit(index, tokens.shape)
+    return _window(rows_of_columns(index, tokens.shape), tokens)
+
+
+def rows_of_columns(index: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Rows of columns ``index`` (..., samples, n) in a (B, T) batch: int64 (..., B, n), -1 for what is outside or repeated."""
+    batch, length = shape
+    index = index.long().repeat_interleave(batch // index.shape[-2], -2).sort(-1).values
+    skip = (index < 0) | (index >= length)
+    skip[..., 1:] |= index[..., 1:] == index[..., :-1]
+    start = torch.arange(0, batch * length, length, device=index.device)[:, None]
+    return (index + start).masked_fill(skip, -1)

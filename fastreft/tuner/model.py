@@ -1,0 +1,233 @@
+"""ReFT as a PEFT method: ``peft.get_peft_model(model, ReftConfig(...))`` and everything PEFT does with the result.
+
+Nothing of the model is wrapped. Each edited module gets a :class:`fastreft.layer.ReftLayer` as the submodule ``reft`` and
+a hook, which edits a block's output in place, at the rows that the forward's :class:`fastreft.plan.Plan` says. Where a
+cache with content comes in (a decode step) only ``positions="all"`` edits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+
+from ..models import blocks, layouts
+from ..optim import adamw as optim
+from ..plan.forward import Shared
+from .config import ReftConfig
+from .layer import NO_MERGE, ReftLayer
+
+# PEFT tells the tensors of a file apart by looking for adapters' names in theirs, so these are not free.
+_TAKEN = ("R", "W", "P", "b", "c", "act", "weight", "reft")
+
+
+class ReftModel(BaseTuner):
+    """PEFT's tuner for ReFT; made by :func:`get_reft_model` or ``peft.get_peft_model``.
+
+    Its model takes one more keyword, ``reft_positions`` (B, n): the tokens to edit, as columns of the padded input,
+    instead of the configuration's; (k, B, n) where a layer has k interventions that are not ``tied``.
+    Raises ``ValueError`` where the configuration does not fit, or another method's adapter on the model has the name.
+    """
+
+    prefix = "reft_"
+    tuner_layer_cls = ReftLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        _check_name(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        optim.guard_optimizers()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, through its hooks (``model.forward`` would pass them by)."""
+        return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT takes adapter_names off the call and would say nothing where the tuner does not know them.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names is not supported: a batch is edited by the active adapter, see set_adapter")
+        yield
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; ``ValueError`` for a name that would make saving other adapters lose tensors."""
+        if adapter_name in _TAKEN:
+            raise ValueError(f"adapter_name is {adapter_name!r}; it must be none of {', '.join(_TAKEN)}")
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        """Find the modules to edit and check the configuration against the model, before anything is attached."""
+        config: Any = peft_config
+        self._fresh: set[str] = set()
+        if config.target_modules is None:
+            found = blocks.find_blocks(self.model)
+            names, layers = found.names, list(range(len(found.names)))
+            if config.component in blocks.COMPONENTS:
+                chosen = config.layers_among(layers)
+                pairs = zip(found.names, found.modules, strict=True)
+                names = [
+                    blocks.component_of(name, block, config.component)[0] if i in chosen else name
+                    for i, (name, block) in enumerate(pairs)
+                ]
+            else:
+                self._fresh = set(names)
+        else:
+            names = [
+                name
+                for name, module in self.model.named_modules()
+                if name and not isinstance(module, ReftLayer) and _matches(config, config.target_modules, name)
+            ]
+            layers = [_layer_of(name) for name in names]
+        wanted = config.layers_among(layers)
+        self._targets = {
+            name
+            for name, layer in zip(names, layers, strict=True)
+            if layer in wanted and _matches(config, [name], name)
+        }
+        if not self._targets:
+            raise ValueError(
+                f"target_modules is {config.target_modules!r} and exclude_modules {config.exclude_modules!r}; "
+                f"that leaves no module of this {type(self.model).__name__} to edit"
+            )
+        for name in sorted(self._targets):
+            self._check_width(config, name)
+        return peft_config
+
+    def _check_width(self, config: ReftConfig, name: str) -> None:
+        """``ValueError`` where a module's width is known and does not fit; else its first forward tells."""
+        width, module = blocks.hidden_size(self.model, name), self.model.get_submodule(name)
+        if config.r > width:
+            raise ValueError(f"r is {config.r}; it must be at most the model's hidden size, {width}")
+        given = getattr(module, "out_features", width)
+        if given != width:
+            raise ValueError(f"the output of {name} is {given} wide; it must have the model's hidden size, {width}")
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        attached = [module for module in model.modules() if isinstance(module, ReftLayer)]
+        self._shared = attached[0]._shared if attached else Shared(model, sorted(self._targets))
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        return key in self._targets or _matches(peft_config, [], key)  # which tells PEFT of the excluded ones
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer: Any = target._modules.get("reft")
+        if layer is None:
+            kinds = (getattr(config, "model_type", "") for config in blocks.configs_above(self.model, current_key))
+            layout = next(filter(None, map(layouts.layout_of, kinds)), None)
+            width = blocks.hidden_size(self.model, current_key)
+            layer = ReftLayer(target, self._shared, current_key, width, layout, fresh=current_key in self._fresh)
+            target.add_module("reft", layer)
+        layer.update_layer(adapter_name, peft_config)
+        self._shared.add(layer.specs[adapter_name].positions)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's; another adapter then becomes active in every block, also where the deleted one was not."""
+        was_active = adapter_name in self.active_adapters
+        left = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        left = left or list(self.peft_config)[:1]
+        if was_active and left:
+            self.set_adapter(left if len(left) > 1 else left[0])
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        if merge:
+            self._check_merge_allowed()
+        for module in [module for module in self.model.modules() if isinstance(module, ReftLayer)]:
+            module.detach()
+        for handle in self._shared.handles:
+            handle.remove()
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT takes the name off a key's last or last but one place; an activation's parameters lie deeper."""
+        return re.sub(rf"(\.reft\.reft_\w+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's, but an adapter of another shape of model is refused and not left active, where PEFT warns."""
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        ours = rf"\.reft\.reft_\w+\.{re.escape(adapter_name)}\."
+        wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if re.search(ours, k)}
+        given = {k: tuple(v.shape) for k, v in state_dict.items() if ".reft.reft_" in k}
+        problem = None
+        if wanted.keys() != given.keys():
+            odd = min(wanted.keys() ^ given.keys())
+            problem = f"it holds weights for {_listing(given)}, the model wants them for {_listing(wanted)}, see {odd}"
+        elif wanted != given:
+            key = next(key for key in wanted if wanted[key] != given[key])
+            problem = f"its {key.rsplit('.', 1)[-1]} has shape {given[key]}, the model wants {wanted[key]}"
+        if problem is None:
+            return state_dict
+        for module in model.modules():
+            if isinstance(module, ReftLayer):
+                module.set_adapter([name for name in module.active_adapters if name != adapter_name])
+        raise ValueError(f"the adapter does not fit this {type(_bare(model)).__name__}: {problem}")
+
+
+def _bare(model: Any) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _listing(keys: Any) -> str:
+    """The blocks that hold some keys, in words."""
+    names = sorted({key.split(".reft.")[0].removeprefix("base_model.model.") for key in keys}, key=_layer_of)
+    return f"{len(names)} blocks ({names[0]} to {names[-1]})" if names else "no block"
+
+
+def _layer_of(name: str) -> int:
+    """The layer that a module's name speaks of: its first number; -1 where it has none."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found[1]) if found else -1
+
+
+def _check_name(model: nn.Module, adapter_name: str) -> None:
+    """``ValueError`` where another method's adapter has the name: PEFT would save both under this one's configuration."""
+    held = getattr(model, "peft_config", {}).get(adapter_name)
+    others = (isinstance(m, BaseTunerLayer) and not isinstance(m, ReftLayer) for m in model.modules())
+    if held is not None and held.peft_type != "REFT" and any(others):
+        raise ValueError(
+            f"adapter_name is {adapter_name!r}, as the model's {held.peft_type.value} adapter is named, which could no longer "
+            "be saved; give another: inject_adapter_in_model(config, model, adapter_name='edit')"
+        )
+
+
+def _matches(config: ReftConfig, targets: list[str] | str, name: str) -> Any:
+    """PEFT's rule for names, endings, regular expressions and exclusions; layers are chosen by us."""
+    rule = SimpleNamespace(
+        target_modules=targets, exclude_modules=config.exclude_modules, modules_to_save=config.modules_to_save
+    )
+    return check_target_module_exists(rule, name)
+
+
+def get_reft_model(model: nn.Module, config: ReftConfig, adapter_name: str = "default", **kwargs: Any) -> PeftModel:
+    """``peft.get_peft_model`` for a :class:`ReftConfig`; the model's weights are frozen and its blocks get hooks."""
+    return get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[ReftConfig().peft_type] = ReftConfig  # type: ignore[index]
+PEFT_TYPE_TO_TUNER_MAPPING[ReftConfig().peft_type] = ReftModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[ReftConfig().peft_type] = ReftModel.prefix  # type: ignore[index]

@@ -1,0 +1,106 @@
+"""Where nvcc is: every kernel compiles for every arch, without spills, stack frames or too much shared memory.
+
+Registers and shared memory of each kernel are printed (``pytest -s``). Nothing runs here: no GPU is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+ARCHES = (80, 90, 100, 120)
+STATIC_SHARED = 48 * 1024  # what a kernel may hold without asking; ours ask for dynamic memory, see test_policy.py
+REGISTERS = 255
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+
+
+def known_arches() -> list[int]:
+    if nvcc() is None:
+        return []
+    listed = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return [arch for arch in ARCHES if f"compute_{arch}\n" in listed]
+
+
+ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers(.*)")
+
+
+def kernels(report: str) -> dict[tuple[str, str], dict[str, int]]:
+    """(kernel, arch) -> stack, stores, loads, registers, shared, from what ``-Xptxas -v`` says."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    entry = None
+    for line in report.splitlines():
+        if match := ENTRY.search(line):
+            entry = found.setdefault((match[1], match[2]), {})
+        elif entry is not None and (match := STACK.search(line)):
+            entry.update(stack=int(match[1]), stores=int(match[2]), loads=int(match[3]))
+        elif entry is not None and (match := USED.search(line)):
+            shared = re.search(r"(\d+) bytes smem", match[2])
+            entry.update(registers=int(match[1]), shared=int(shared[1]) if shared else 0)
+    return found
+
+
+def faults(found: dict[str, int]) -> list[str]:
+    """What is wrong with one kernel; a report that misses a number is wrong too."""
+    limits = {"stack": 0, "stores": 0, "loads": 0, "registers": REGISTERS, "shared": STATIC_SHARED}
+    return [f"{key} {found.get(key)}" for key, limit in limits.items() if found.get(key, limit + 1) > limit]
+
+
+def test_the_report_is_read_and_faults_are_found():
+    report = """
+ptxas info    : Compiling entry function 'good' for 'sm_80'
+ptxas info    : Function properties for good
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compiling entry function 'bad' for 'sm_90'
+    8 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, 65536 bytes smem
+"""
+    found = kernels(report)
+    assert found["good", "sm_80"] == {"stack": 0, "stores": 0, "loads": 0, "registers": 40, "shared": 1024}
+    assert faults(found["good", "sm_80"]) == []
+    assert faults(found["bad", "sm_90"]) == ["stack 8", "stores 4", "shared 65536"]
+    assert faults({}) != []
+
+
+@pytest.mark.skipif(nvcc() is None, reason="no nvcc here")
+def test_every_kernel_on_every_arch(tmp_path):
+    arches = known_arches()
+    assert arches, "this nvcc knows none of the arches"
+    jobs = [(unit, arch) for unit in sorted(CSRC.glob("*.cu")) for arch in arches]
+    assert jobs
+
+    def compile_one(job: tuple[Path, int]) -> str:
+        unit, arch = job
+        command = [nvcc(), "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
+        command += ["-c", str(unit), "-o", str(tmp_path / f"{unit.stem}.{arch}.o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
+        return done.stderr + done.stdout
+
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        reports = list(pool.map(compile_one, jobs))
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for report in reports:
+        found |= kernels(report)
+    assert {arch for _, arch in found} == {f"sm_{arch}" for arch in arches}
+    names = sorted({name for name, _ in found})
+    plain = subprocess.run(["c++filt", "-p", *names], capture_output=True, text=True).stdout.split("\n")
+    plain = dict(zip(names, plain, strict=False)) if shutil.which("c++filt") else {name: name for name in names}
+    wrong = []
+    for (name, arch), numbers in sorted(found.items()):
+        print(f"{arch:7} {numbers.get('registers', -1):4} registers {numbers.get('shared', -1):6} B  {plain[name]}")
+        wrong += [f"{arch} {plain[name]}: {fault}" for fault in faults(numbers)]
+    assert not wrong, "\n".join(wrong)
