@@ -1,21 +1,24 @@
 # make demo | make test: each makes .venv, installs, builds the native core and does its job.
 # PYTHON=python3.12 chooses the interpreter, TORCH=torch==2.11.0 another torch than the tested one, TESTERS=8 how many
-# processes share the tests.
+# processes share the tests, CONSTRAINTS=/dev/null whatever versions there are in place of the tested ones.
 
 PYTHON ?= python3
 TORCH  ?= $(shell grep '^torch==' constraints.txt)
 TESTERS ?= 2
+CONSTRAINTS ?= constraints.txt
 VENV   := .venv
 BIN    := $(VENV)/bin
 CPP    := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 NATIVE := $(CPP) setup.py
 
-.PHONY: demo test test-pyreft check format clean
+.PHONY: demo test suite test-pyreft check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastreft demo
 
-test: $(VENV)/.installed check
+test: check suite
+
+suite: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(TESTERS) --dist worksteal
 
 # Against the real pyreft and pyvene, which pin a Transformers they no longer need: installed without their dependencies.
@@ -25,9 +28,9 @@ test-pyreft: .venv-pyreft/.installed
 .venv-pyreft/.installed: constraints.txt pyproject.toml requirements-pyreft.txt $(NATIVE)
 	$(PYTHON) -m venv .venv-pyreft
 	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel pybind11 ninja
-	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
-	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-pyreft.txt
+	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) setuptools wheel pybind11 ninja
+	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[dev]'
+	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -r requirements-pyreft.txt
 	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check --no-deps pyreft==0.1.0 pyvene==0.1.8
 	touch $@
 
@@ -47,11 +50,11 @@ format: $(VENV)/.installed
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel pybind11 ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) setuptools wheel pybind11 ninja
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 clean:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
 
 import fastreft
-from fastreft.tasks.models import EMBEDDED_PATH
+from fastreft.tasks.places import EMBEDDED_PATH
 
 TOKENS = 64
 

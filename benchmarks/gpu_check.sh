@@ -44,8 +44,9 @@ for part in "${parts[@]}"; do
       ;;
     suite)
       # The tests that a CUDA device changes: they run on every device there is (DEVICES and everything_on in
-      # tests/conftest.py). The rest of the suite knows CPUs alone and was run where the tree was made.
-      files=(tests/test_{ops,gemms,optim,capturable,interventions,tuner,generate,policy,build}.py)
+      # tests/helpers/common.py and tests/conftest.py). The rest of the suite knows CPUs alone and was run where the tree was made.
+      files=(tests/ops/test_{edit,gemms,build}.py tests/optim/test_{adamw,capturable}.py tests/test_interventions.py
+        tests/tuner/test_model.py tests/plan/test_generate.py tests/cuda/test_policy.py)
       workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 4")
       # shellcheck disable=SC2086
       run suite 115 "$python" -m pytest -q -rs $workers "${files[@]}" \

@@ -1,17 +1,28 @@
-"""fastreft: representation fine-tuning (ReFT) of language models at the speed of the frozen model."""
+"""fastreft: representation fine-tuning (ReFT) of language models at the speed of the frozen model.
 
-from . import functional, reference
-from .interventions import (
-    ConsreftIntervention,
-    DireftIntervention,
-    LobireftIntervention,
-    LoreftIntervention,
-    NodireftIntervention,
-    NoreftIntervention,
-)
-from .optim.adamw import ReftAdamW, attach_retraction, param_groups
-from .tuner.config import ReftConfig
-from .tuner.model import get_reft_model
+The names are loaded when they are asked for: importing this takes no time, and a command line answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .joining import join
+
+if TYPE_CHECKING:
+    from . import functional, reference
+    from .interventions import (
+        ConsreftIntervention,
+        DireftIntervention,
+        LobireftIntervention,
+        LoreftIntervention,
+        NodireftIntervention,
+        NoreftIntervention,
+    )
+    from .optim import ReftAdamW, attach_retraction, param_groups
+    from .tuner.config import ReftConfig
+    from .tuner.model import get_reft_model
 
 __all__ = [
     "ConsreftIntervention",
@@ -28,3 +39,30 @@ __all__ = [
     "param_groups",
     "reference",
 ]
+
+_ROOMS = {  # name -> the module that has it; interventions for all others
+    "ReftAdamW": "optim",
+    "ReftConfig": "tuner.config",
+    "attach_retraction": "optim",
+    "get_reft_model": "tuner.model",
+    "param_groups": "optim",
+}
+_MODULES = ("functional", "interventions", "optim", "pyreft", "reference")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in __all__:
+        raise AttributeError(f"module 'fastreft' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_ROOMS.get(name, 'interventions')}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+join("peft", "fastreft.tuner.model")  # registers the method, whoever is imported first
+join("pyvene", "fastreft.pyreft.guests")

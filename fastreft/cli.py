@@ -1,7 +1,8 @@
 """The command line: ``fastreft COMMAND ...``, also ``python -m fastreft``.
 
-A command is a module of :mod:`fastreft.tasks` with ``run(argv) -> int``; it is imported only when asked for, so that
-``--help`` is quick. Exit codes: 0 done, 1 a check failed, 2 bad input (one sentence on stderr and nothing written).
+A command is two modules: that of :mod:`fastreft.tasks.flags` reads what it is told, and that of :mod:`fastreft.tasks`
+does it. Each is imported when its turn comes, as the second imports torch and more: help and what is wrong with flags come
+before that. Exit codes: 0 done, 1 a check failed, 2 bad input (one sentence on stderr and nothing written).
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own options")
     chosen = parser.parse_args(argv)
-    command = importlib.import_module(f".tasks.{chosen.command}", __package__)
     try:
-        return command.run(chosen.arguments)
+        flags = importlib.import_module(f".tasks.flags.{chosen.command}", __package__).parse(chosen.arguments)
+        return importlib.import_module(f".tasks.{chosen.command}", __package__).run(flags)
     except UserError as error:
         print(f"fastreft {chosen.command}: {error}", file=sys.stderr)
         return 2

@@ -13,27 +13,14 @@ Source: ReFT (Wu et al. 2024, arXiv 2404.03592), section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import reference
-from .ops import activations
-from .ops import edit as _ops
-from .ops import gemms as _gemms
-from .ops import native as _native
-from .ops import step as _optim_ops
-
-ActFn = str | Callable[[Tensor], Tensor] | None
-
-
-def _split(act_fn: ActFn) -> tuple[int | None, Callable[[Tensor], Tensor] | None]:
-    """(the kernels' number or None, the torch function or None for the identity)."""
-    if act_fn is None or act_fn == "linear":
-        return 0, None
-    if isinstance(act_fn, str):
-        return activations.native_id(act_fn), activations.torch_fn(act_fn)
-    return None, act_fn
+from .ops import step
+from .ops.activations import ActFn
+from .ops.edit import IN_PLACE, NEW
+from .ops.edit import edit as _edit
 
 
 def edit(
@@ -47,14 +34,7 @@ def edit(
     act_fn: ActFn = None,
 ) -> Tensor:
     """The one primitive: h + U^T (act(V h + b) - P h - c), a new tensor of h's shape and dtype; None leaves a term out."""
-    number, fn = _split(act_fn)
-    if number is None or not _native.runs(h):
-        _ops.check(h, U, V, P, b, c)
-        return reference.edit(h, U, V, P, b, c, fn)
-    if _gemms.takes(h, U):
-        _ops.check(h, U, V, P, b, c)
-        return _gemms.edit(h, U, V, P, b, c, fn)
-    return _ops.edit(h, U, V, P, b, c, number)
+    return _edit(h, (U, V, P, b, c), act_fn)
 
 
 def edit_rows_(
@@ -73,23 +53,7 @@ def edit_rows_(
 
     ``unique`` promises that no row is listed twice, which saves a GPU the looking.
     """
-    number, fn = _split(act_fn)
-    if number is not None and not _gemms.takes(h, U):
-        done = _ops.quick_edit_rows_(h, rows, U, V, P, b, c, number, unique)
-        if done is not NotImplemented:
-            return done
-    if number is None or not _native.runs(h):
-        _ops.check(h, U, V, P, b, c, rows)
-        if not h.is_contiguous():
-            return h.copy_(reference.edit_rows(h, rows, U, V, P, b, c, fn))
-        flat = h.view(-1, h.shape[-1])
-        rows = reference.chosen_rows(rows, flat.shape[0])
-        flat.index_copy_(0, rows, reference.edit(flat[rows], U, V, P, b, c, fn))
-        return h
-    if _gemms.takes(h, U):
-        _ops.check(h, U, V, P, b, c, rows)
-        return _gemms.edit_rows_(h, _ops.listed(rows, unique), U, V, P, b, c, fn)
-    return _ops.edit_rows_(h, rows, U, V, P, b, c, number, unique)
+    return _edit(h, (U, V, P, b, c), act_fn, rows, IN_PLACE, unique)
 
 
 def edit_rows(
@@ -105,13 +69,7 @@ def edit_rows(
     unique: bool = False,
 ) -> Tensor:
     """As :func:`edit_rows_`, but h is left alone and a new tensor returned: the form for ``torch.compile``."""
-    number, fn = _split(act_fn)
-    if number is None or not _native.runs(h):
-        _ops.check(h, U, V, P, b, c, rows)
-        return reference.edit_rows(h, rows, U, V, P, b, c, fn)
-    if _gemms.takes(h, U):
-        return edit_rows_(h.clone(), rows, U, V, P, b, c, act_fn=act_fn, unique=unique)
-    return _ops.edit_rows(h, rows, U, V, P, b, c, number, unique)
+    return _edit(h, (U, V, P, b, c), act_fn, rows, NEW, unique)
 
 
 def loreft(h: Tensor, R: Tensor, W: Tensor, b: Tensor, *, act_fn: ActFn = None) -> Tensor:
@@ -183,9 +141,4 @@ def retract_(matrices: Sequence[Tensor]) -> None:
     diagonal instead: a defined orthonormal completion. A value that is not finite is a ``ValueError`` naming the
     matrix, and then no matrix is changed. Works on leaves that require gradients; not differentiable.
     """
-    matrices = list(matrices)
-    _optim_ops.check_matrices(matrices)
-    if matrices and all(_native.runs(R) for R in matrices):
-        _optim_ops.retract_(matrices)
-    else:
-        reference.retract_(matrices)
+    step.retract_(list(matrices))

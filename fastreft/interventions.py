@@ -11,19 +11,35 @@ Dropout is on the whole output, as in pyreft. Source: ReFT (Wu et al. 2024, arXi
 
 from __future__ import annotations
 
-import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import functional
 from .ops import activations
+from .ops.checks import Weights
+from .ops.edit import IN_PLACE, NEW, edit, settled
+from .ops.names import FUSED, METHODS
 
 # Every intervention alive, so that an optimizer's parameters can be told apart from other people's.
 _alive: weakref.WeakSet[Intervention] = weakref.WeakSet()
+
+# Makes an intervention that a library of other people's has taken one of that library's own, see Intervention.use_fast.
+host: Callable[[Intervention], None] | None = None
+
+
+def activation_module(act_fn: str) -> nn.Module:
+    """An activation of Transformers' ``ACT2FN`` that has no fused form, as a module (it may hold parameters)."""
+    try:
+        from transformers.activations import ACT2FN
+    except ImportError as error:
+        raise ValueError(f"act_fn {act_fn!r} is not one of {', '.join(FUSED)}") from error
+    if act_fn not in ACT2FN:
+        raise ValueError(f"act_fn {act_fn!r} is neither one of {', '.join(FUSED)} nor in transformers' ACT2FN")
+    return ACT2FN[act_fn]
 
 
 class Intervention(nn.Module):
@@ -57,13 +73,10 @@ class Intervention(nn.Module):
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; it must be a floating-point dtype")
         self.embed_dim, self.r = embed_dim, low_rank_dimension
-        self.dropout = (
-            dropout  # a number and not a module: an edit costs microseconds, and so does a module's attribute
-        )
+        self.dropout = dropout  # a number and no module: an edit costs microseconds, as does a module's attribute
         self.act_fn = act_fn
         # An activation with parameters of its own, or one unknown to the kernels, becomes a submodule.
-        self.fused = activations.native_id(act_fn)
-        self.act = None if self.fused is not None else activations.module(str(act_fn))
+        self.act = None if activations.is_fused(act_fn) else activation_module(str(act_fn))
         self._build(dtype, add_bias)
         self.reset_parameters()
         _alive.add(self)
@@ -72,15 +85,13 @@ class Intervention(nn.Module):
 
     @property
     def use_fast(self) -> bool:
-        """pyvene's mark on an intervention that it has taken. Setting it makes this one of pyvene's classes, too."""
+        """pyvene's mark on an intervention that it has taken. Where pyvene is, setting it makes it pyvene's class, too."""
         return False
 
     @use_fast.setter
     def use_fast(self, value: bool) -> None:
-        if "pyvene" in sys.modules:
-            from .pyreft.guests import adopt  # the one arrow upwards: only here is it known that pyvene wants it
-
-            adopt(self)
+        if host is not None:
+            host(self)
             self.use_fast = value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -90,7 +101,7 @@ class Intervention(nn.Module):
     def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
         raise TypeError("Intervention is abstract; use one of its six subclasses")
 
-    def weights(self) -> tuple[Any, ...]:
+    def weights(self) -> Weights:
         """(U, V, P, b, c) of the primitive; None for a term that the method does not have."""
         raise TypeError("Intervention is abstract; use one of its six subclasses")
 
@@ -128,20 +139,25 @@ class Intervention(nn.Module):
         """
         if subspaces is not None:
             raise ValueError("subspaces is not supported: an intervention edits all of its r dimensions")
-        act_fn = self.act if self.act is not None else self.act_fn
-        U, V, P, b, c = self.weights()
-        drops = self.training and self.dropout > 0
+        return self.edit(base, rows, IN_PLACE if inplace else NEW, unique)
+
+    def edit(self, hidden: Tensor, rows: Tensor | None, where: str, unique: bool = True) -> Tensor:
+        """:func:`fastreft.ops.edit.edit` with these weights, dropout included: what the hooks call, as an edit costs
+        microseconds and so does the call of a module."""
+        act_fn = self.act_fn if self.act is None else self.act
+        if self.dropout and self.training:
+            return self._dropped(hidden, rows, where, act_fn)
+        return edit(hidden, self.weights(), act_fn, rows, where, unique)
+
+    def _dropped(self, hidden: Tensor, rows: Tensor | None, where: str, act_fn: activations.ActFn) -> Tensor:
+        w = self.weights()
         if rows is None:
-            out = functional.edit(base, U, V, P, b, c, act_fn=act_fn)
-            return F.dropout(out, self.dropout) if drops else out
-        if not drops:
-            edit = functional.edit_rows_ if inplace else functional.edit_rows
-            return edit(base, rows, U, V, P, b, c, act_fn=act_fn, unique=unique)
-        flat = base.view(-1, self.embed_dim) if inplace else base.reshape(-1, self.embed_dim).clone()
+            return F.dropout(edit(hidden, w, act_fn), self.dropout)
+        inplace = settled(where, hidden) == IN_PLACE
+        flat = hidden.view(-1, self.embed_dim) if inplace else hidden.reshape(-1, self.embed_dim).clone()
         rows = rows[(rows >= 0) & (rows < flat.shape[0])].unique()
-        edited = functional.edit(flat[rows], U, V, P, b, c, act_fn=act_fn)
-        flat.index_copy_(0, rows, F.dropout(edited, self.dropout))
-        return base if inplace else flat.view(base.shape)
+        flat.index_copy_(0, rows, F.dropout(edit(flat[rows], w, act_fn), self.dropout))
+        return hidden if inplace else flat.view(hidden.shape)
 
     def extra_repr(self) -> str:
         shape = f"embed_dim={self.embed_dim}, low_rank_dimension={self.r}"
@@ -223,15 +239,21 @@ class LobireftIntervention(ConsreftIntervention):
         return p["R"], None, None, p["b"], None
 
 
-# The names a configuration uses.
-INTERVENTIONS: dict[str, type[Intervention]] = {
-    "loreft": LoreftIntervention,
-    "noreft": NoreftIntervention,
-    "consreft": ConsreftIntervention,
-    "lobireft": LobireftIntervention,
-    "direft": DireftIntervention,
-    "nodireft": NodireftIntervention,
-}
+# By the names that a configuration uses.
+INTERVENTIONS: dict[str, type[Intervention]] = dict(
+    zip(
+        METHODS,
+        (
+            LoreftIntervention,
+            NoreftIntervention,
+            ConsreftIntervention,
+            LobireftIntervention,
+            DireftIntervention,
+            NodireftIntervention,
+        ),
+        strict=True,
+    )
+)
 
 
 def orthonormal_parameters() -> dict[int, nn.Parameter]:

@@ -95,6 +95,25 @@ def edit_rows(
     return flat.index_copy(0, rows, edit(flat[rows], U, V, P, b, c, act)).reshape(h.shape)
 
 
+def edit_rows_(
+    h: Tensor,
+    rows: Tensor,
+    U: Tensor,
+    V: Tensor | None,
+    P: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None = None,
+    act: Act = None,
+) -> Tensor:
+    """:func:`edit_rows` in place; returns h."""
+    if not h.is_contiguous():
+        return h.copy_(edit_rows(h, rows, U, V, P, b, c, act))
+    flat = h.view(-1, h.shape[-1])
+    rows = chosen_rows(rows, flat.shape[0])
+    flat.index_copy_(0, rows, edit(flat[rows], U, V, P, b, c, act))
+    return h
+
+
 @torch.no_grad()
 def retract_(matrices: Sequence[Tensor]) -> None:
     """R <- the Q of the QR factorisation of R^T, transposed, with a positive diagonal; in place, in fp64.

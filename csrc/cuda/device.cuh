@@ -1,7 +1,7 @@
 // What every kernel here stands on: storage types, 16-byte loads and stores, asynchronous copies, tensor-core
 // products, and reductions over a warp, a CTA and a cluster. All inline PTX of the project is in this file.
 //
-// With FASTREFT_SIMT the same names come from tests/simt/cuda_host.h, which runs the kernels on the host.
+// With FASTREFT_SIMT the same names come from tests/cuda/simt/cuda_host.h, which runs the kernels on the host.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
 // The one way a kernel is started: launch<kernel>(shape, stream, arguments...). No <<<>>> anywhere, so that the
-// host simulation (tests/simt) can run the very same sources, and cluster launches take the same road as plain ones.
+// host simulation (tests/cuda/simt) can run the very same sources, and cluster launches take the same road as plain ones.
 #pragma once
 #include <atomic>
 #include <mutex>

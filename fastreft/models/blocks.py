@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from .components import COMPONENTS
+
 # Models whose hints say nothing, or say it of something else: model type -> what their blocks are named.
 _ODD = {
     "blt": r"model\.local_decoder\.layers\.\d+",  # the only ones that are as many as bytes, and see all before them
@@ -27,19 +29,6 @@ UNSUPPORTED = {
     "qwen4_exp_text": "its hidden state is several residual streams side by side, wider than the hidden size",
     "reformer": "its reversible blocks rebuild their inputs from their outputs, which an edit changes",
     "squeezebert": "it calls its blocks' forward past every hook",
-}
-
-# Component -> what it is called within a block, the first that is there; a dotted name is a path.
-COMPONENTS = {
-    "mlp_output": (
-        "mlp feed_forward ffn ff block_sparse_moe moe mlp_block layer.2.DenseReluDense layer.1.DenseReluDense layer.1.mlp "
-        "layer.2.mlp ffn_output fc2 output.dense"
-    ).split(),
-    "attention_output": (
-        "self_attn attn attention self_attention self_att rel_attn multi_head_attention layer.0.SelfAttention "
-        "layer.0.LocalSelfAttention layer.0.TransientGlobalSelfAttention norm_attn_norm.attn linear_attn temporal_block "
-        "fourier"
-    ).split(),
 }
 
 

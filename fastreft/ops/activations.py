@@ -1,79 +1,90 @@
 """The activations that run inside the fused edit, by their Transformers name (``ACT2FN``).
 
-``native_id(name)`` gives the number the kernels know (``Act`` in ``csrc/edit.h``), ``torch_fn(name)`` the same
-function in torch. Activations with parameters of their own (prelu, xielu) and ones we do not know stay
-outside the fused path: :func:`module` builds them from Transformers.
+``find(act_fn)`` gives the number the kernels know (``Act`` in ``csrc/edit.h``) and the same function in torch. Activations
+with parameters of their own (prelu, xielu) and ones we do not know are callables here, and stay outside the fused path.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+from .names import ACTIVATIONS, FUSED
+
+Function = Callable[[Tensor], Tensor]
+ActFn = str | Function | None
 
 
-def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+class Activation(NamedTuple):
+    """What the kernels know an activation by, None where they do not; and the torch function, None for the identity."""
+
+    number: int | None
+    function: Function | None
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _laplace(x: torch.Tensor) -> torch.Tensor:
+def _laplace(x: Tensor) -> Tensor:
     return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
 
 
-def _identity(x: torch.Tensor) -> torch.Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
-# The order is the numbering of `Act` in csrc/edit.h.
-_FUNCTIONS: tuple[tuple[tuple[str, ...], Activation], ...] = (
-    (("linear",), _identity),
-    (("relu",), F.relu),
-    (("gelu", "gelu_python"), F.gelu),
-    (("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), _gelu_tanh),
-    (("silu", "swish"), F.silu),
-    (("sigmoid",), torch.sigmoid),
-    (("tanh",), torch.tanh),
-    (("relu2",), lambda x: F.relu(x).square()),
-    (("relu6",), F.relu6),
-    (("leaky_relu",), F.leaky_relu),
-    (("quick_gelu",), _quick_gelu),
-    (("mish",), F.mish),
-    (("laplace",), _laplace),
-    (("gelu_10",), lambda x: F.gelu(x).clamp(-10, 10)),
-    (("hardswish",), F.hardswish),
-    (("sqrtsoftplus",), lambda x: F.softplus(x).sqrt()),
+# In the order of ACTIVATIONS.
+_FUNCTIONS: tuple[Function, ...] = (
+    _identity,
+    F.relu,
+    F.gelu,
+    _gelu_tanh,
+    F.silu,
+    torch.sigmoid,
+    torch.tanh,
+    lambda x: F.relu(x).square(),
+    F.relu6,
+    F.leaky_relu,
+    _quick_gelu,
+    F.mish,
+    _laplace,
+    lambda x: F.gelu(x).clamp(-10, 10),
+    F.hardswish,
+    lambda x: F.softplus(x).sqrt(),
 )
-_ID = {name: number for number, (names, _) in enumerate(_FUNCTIONS) for name in names}
-NAMES = tuple(_ID)
+_KNOWN: dict[str | None, Activation] = {
+    name: Activation(number, function if number else None)
+    for number, (names, function) in enumerate(zip(ACTIVATIONS, _FUNCTIONS, strict=True))
+    for name in names
+}
+_KNOWN[None] = _KNOWN["linear"]
 
 
-def native_id(act_fn: str | None) -> int | None:
-    """The kernels' number of a Transformers activation name; None where it has no fused form."""
-    return _ID.get(act_fn or "linear")
+def find(act_fn: ActFn) -> Activation:
+    """The :class:`Activation` of None, a name of :data:`FUSED` or a callable; ``ValueError`` for another name."""
+    if act_fn is not None and not isinstance(act_fn, str):
+        return Activation(None, act_fn)
+    found = _KNOWN.get(act_fn)
+    if found is None:
+        raise ValueError(f"act_fn {act_fn!r} is not one of {', '.join(FUSED)}")
+    return found
 
 
-def torch_fn(act_fn: str | None) -> Activation:
-    """The activation as a torch function; ``ValueError`` for a name outside :data:`NAMES`."""
-    number = native_id(act_fn)
-    if number is None:
-        raise ValueError(f"act_fn {act_fn!r} is not one of {', '.join(NAMES)}")
-    return _FUNCTIONS[number][1]
+def is_fused(act_fn: str | None) -> bool:
+    """Do the kernels have the activation of this name?"""
+    return act_fn in _KNOWN
 
 
-def module(act_fn: str) -> torch.nn.Module:
-    """An activation of Transformers' ``ACT2FN`` that has no fused form, as a module (it may hold parameters)."""
-    try:
-        from transformers.activations import ACT2FN
-    except ImportError as error:
-        raise ValueError(f"act_fn {act_fn!r} is not one of {', '.join(NAMES)}") from error
-    if act_fn not in ACT2FN:
-        raise ValueError(f"act_fn {act_fn!r} is neither one of {', '.join(NAMES)} nor in transformers' ACT2FN")
-    return ACT2FN[act_fn]
+def torch_fn(act_fn: str | None) -> Function:
+    """The activation as a torch function; ``ValueError`` as :func:`find`."""
+    return find(act_fn).function or _identity

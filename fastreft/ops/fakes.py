@@ -1,6 +1,6 @@
 """The ops' fake kernels: shapes and dtypes without work, for ``torch.compile`` and ``opcheck``.
 
-Each follows the schema of its op in ``csrc/ops*.cpp``, argument by argument.
+Each follows the schema of its op in ``csrc/torch/``, argument by argument.
 """
 
 from __future__ import annotations

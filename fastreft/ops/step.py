@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import native as _native
-from .edit import FLOATS, sentence
+from .. import reference
+from . import native
+from .checks import FLOATS, sentence
 
 
 def check_matrices(matrices: Sequence[Tensor]) -> None:
@@ -35,7 +36,10 @@ def by_device(tensors: list[Tensor]) -> list[list[int]]:
 
 
 def retract_(matrices: list[Tensor]) -> None:
-    """Orthonormal rows for each matrix; ``ValueError``, with nothing changed, for one that is not finite."""
+    """Orthonormal rows for each matrix, native where there is a core for all; see :func:`fastreft.functional.retract_`."""
+    check_matrices(matrices)
+    if not matrices or not all(native.runs(R) for R in matrices):
+        return reference.retract_(matrices)
     matrices = [R.detach() for R in matrices]
     devices = by_device(matrices)
     for places in devices:
@@ -71,7 +75,7 @@ def step_(
     try:
         if not ages and live_lr is None:
             numbers = (settings[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "age"))
-            if _native.quick.step_(params, grads, m, v, orthonormal, *numbers) is not NotImplemented:
+            if native.quick.step_(params, grads, m, v, orthonormal, *numbers) is not NotImplemented:
                 return None
         with torch._C._AutoDispatchBelowAutograd():
             status = torch.ops.fastreft.step_.default(params, grads, m, v, ages, live_lr, orthonormal, **settings)

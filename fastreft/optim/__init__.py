@@ -1,5 +1,9 @@
-"""The optimizer that keeps R orthonormal, the guard that teaches it to any other, and parameters in shards."""
+"""The optimizer that keeps R orthonormal (``adamw.py``), the guard that teaches it to any other, and parameters in shards.
 
-from .adamw import ReftAdamW, attach_retraction, guard_optimizers, param_groups
+May know the interventions and the native step; knows no model and nothing of PEFT.
+"""
+
+from .adamw import ReftAdamW, param_groups
+from .guard import attach_retraction, guard_optimizers
 
 __all__ = ["ReftAdamW", "attach_retraction", "guard_optimizers", "param_groups"]

@@ -5,26 +5,23 @@ The step for an R (r, d) with gradient G and learning rate lr (2 lr moves R as f
     A = G R^T;  G <- G - 1/2 (A + A^T) R;  Adam;  Y = R - 2 lr U;  Y Y^T = L L^T;  R <- L^-1 Y
 
 W and b take plain AdamW steps; weight decay never touches R. Two ways to it: :class:`ReftAdamW` does everything in one
-native call; :func:`attach_retraction` teaches it to any torch optimizer. An optimizer that was taught nothing but
-holds an R (Trainer's own, say) is taught at its first step, see :func:`guard_optimizers`.
+native call; :mod:`fastreft.optim.guard` teaches it to any other torch optimizer.
 Source: Riemannian optimisation on the Stiefel manifold with a Cholesky-QR retraction (Absil, Mahony, Sepulchre 2008, 4.1.1).
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .. import functional, reference
-from ..interventions import Intervention, orthonormal_parameters
-from ..ops import native as _native
-from ..ops import step as _optim_ops
-from . import shards as sharded
+from .. import reference
+from ..interventions import orthonormal_parameters
+from ..ops import native
+from ..ops import step as native_step
+from . import shards
 
 R_LR_SCALE = 2.0  # R's learning rate as a multiple of W's: the pace of pyreft's parametrization
 
@@ -126,7 +123,7 @@ class ReftAdamW(torch.optim.Optimizer):
                         state["step"] = torch.tensor(float(state["step"]), device=p.device)
                 if not grad.is_contiguous():
                     grad = grad.contiguous()
-                call = (id(p) in Rs, p.device, age, sharded.is_dtensor(p))
+                call = (id(p) in Rs, p.device, age, shards.is_dtensor(p))
                 calls.setdefault(call, []).append((p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
             for (orthonormal, _, age, in_shards), items in calls.items():
                 if not in_shards:
@@ -142,7 +139,7 @@ class ReftAdamW(torch.optim.Optimizer):
     def _begin(self, p: Tensor, state: dict[str, Any]) -> None:
         if p.grad is not None and p.grad.is_sparse:
             raise ValueError("ReftAdamW does not take sparse gradients")
-        if _optim_ops.capturing(p):
+        if native_step.capturing(p):
             raise RuntimeError(
                 "a parameter's first optimizer step is being captured in a CUDA graph, which would begin its moments anew at "
                 "every replay; take one step before the capture"
@@ -154,16 +151,16 @@ class ReftAdamW(torch.optim.Optimizer):
     def _update_shards(self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
         """The step of FSDP2's parameters: an R whole on every rank, else each rank its own elements, where it has any."""
         if not orthonormal:
-            own = [tuple(map(sharded.local, item)) for item in items]
+            own = [tuple(map(shards.local, item)) for item in items]
             if own := [item for item in own if item[0].numel()]:
                 self._update(own, orthonormal, age, group)
             return
-        wholes = [tuple(map(sharded.whole, item)) for item in items]
+        wholes = [tuple(map(shards.whole, item)) for item in items]
         self._update(wholes, orthonormal, age, group)
         for (p, _, m, v, _), (whole_p, _, whole_m, whole_v, _) in zip(items, wholes, strict=True):
-            sharded.keep(p, whole_p)
-            sharded.keep(m, whole_m)
-            sharded.keep(v, whole_v)
+            shards.keep(p, whole_p)
+            shards.keep(m, whole_m)
+            shards.keep(v, whole_v)
 
     def _update(self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
         params, grads, m, v, ages = (list(column) for column in zip(*items, strict=True))
@@ -172,7 +169,7 @@ class ReftAdamW(torch.optim.Optimizer):
         if group["capturable"] and isinstance(lr, Tensor):
             if lr.device == params[0].device:
                 lr, live_lr = 1.0, lr
-            elif _optim_ops.capturing(params[0]):
+            elif native_step.capturing(params[0]):
                 raise RuntimeError(
                     f"lr is on {lr.device} and a parameter on {params[0].device}; a captured step reads lr on the same device"
                 )
@@ -188,11 +185,11 @@ class ReftAdamW(torch.optim.Optimizer):
         }
         if orthonormal:
             for p in params:
-                sharded.refuse_flattened(p)
-        if _native.runs(params[0]) and all(p.is_contiguous() for p in params):
+                shards.refuse_flattened(p)
+        if native.runs(params[0]) and all(p.is_contiguous() for p in params):
             settings["age"] = age
             given_ages = ages if group["capturable"] else []
-            self._status.append(_optim_ops.step_(params, grads, m, v, given_ages, live_lr, orthonormal, settings))
+            self._status.append(native_step.step_(params, grads, m, v, given_ages, live_lr, orthonormal, settings))
             return
         for i, g in enumerate(grads):
             if not bool(torch.isfinite(g).all()):
@@ -207,102 +204,3 @@ class ReftAdamW(torch.optim.Optimizer):
 def _wide(p: Tensor) -> torch.dtype:
     """The dtype of p's moments."""
     return torch.promote_types(p.dtype, torch.float32)
-
-
-# Optimizers that keep their Rs orthonormal already.
-_attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-
-
-def attach_retraction(
-    optimizer: torch.optim.Optimizer, model: nn.Module | None = None, *, r_lr_scale: float = R_LR_SCALE
-) -> None:
-    """Make any torch optimizer keep the Rs of ``model`` (default: every R it holds) orthonormal.
-
-    Before a step their gradients are projected to the tangent space; after it R <- retract(R_old + r_lr_scale (R - R_old)).
-    Hooks are in neither state_dict nor a copy: attach again after loading or copying an optimizer (an optimizer
-    that was forgotten is caught by :func:`guard_optimizers`). accelerate's wrapper is looked through.
-    ``ValueError`` where the optimizer holds no R of the model.
-    """
-    while not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            raise ValueError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
-        optimizer = inner
-    if isinstance(optimizer, ReftAdamW) or optimizer in _attached:
-        return
-    wanted = None if model is None else _Rs_of(model)
-    if not _held(optimizer, wanted):
-        raise ValueError("optimizer holds no orthonormal R" + ("" if model is None else " of model"))
-    _attached.add(optimizer)
-    before: list[tuple[nn.Parameter, Tensor]] = []
-
-    def project() -> None:
-        before.clear()
-        for R in _held(optimizer, wanted):
-            if R.grad is not None:
-                sharded.refuse_flattened(R)
-                old, gradient = sharded.whole(R.detach()).clone(), sharded.whole(R.grad)
-                reference.project_(old, gradient)
-                sharded.keep(R.grad, gradient)
-                before.append((R, old))
-
-    def pre_hook(_optimizer, args, kwargs):
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None:
-            project()
-            return None
-
-        def projected():  # a closure makes new gradients inside the step
-            loss = closure()
-            project()
-            return loss
-
-        if len(args) > 1:
-            return (args[0], projected, *args[2:]), kwargs
-        return args, {**kwargs, "closure": projected}
-
-    @torch.no_grad()
-    def post_hook(_optimizer, _args, _kwargs) -> None:
-        wholes = [sharded.whole(R) for R, _ in before]
-        for R, (_, old) in zip(wholes, before, strict=True):
-            R.copy_(torch.lerp(old, R, r_lr_scale))
-        functional.retract_(wholes)
-        for (R, _), full in zip(before, wholes, strict=True):
-            sharded.keep(R, full)
-        before.clear()
-
-    optimizer.register_step_pre_hook(pre_hook)
-    optimizer.register_step_post_hook(post_hook)
-
-
-def _Rs_of(model: nn.Module) -> set[int]:
-    return {id(m.R) for m in model.modules() if isinstance(m, Intervention) and m.orthonormal}
-
-
-def _held(optimizer: torch.optim.Optimizer, wanted: set[int] | None) -> list[nn.Parameter]:
-    Rs = orthonormal_parameters()
-    return [
-        p
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if id(p) in Rs and (wanted is None or id(p) in wanted)
-    ]
-
-
-_guarded = False
-
-
-def guard_optimizers() -> None:
-    """From now on any optimizer found to hold an R at one of its steps gets :func:`attach_retraction` first.
-
-    Called when a ReFT model is built: HF Trainer, Lightning or a plain loop then keep R orthonormal without knowing of it.
-    """
-    global _guarded
-    if not _guarded:
-        register_optimizer_step_pre_hook(_guard)
-        _guarded = True
-
-
-def _guard(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    if optimizer not in _attached and not isinstance(optimizer, ReftAdamW) and _held(optimizer, None):
-        attach_retraction(optimizer)

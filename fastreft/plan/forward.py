@@ -6,7 +6,6 @@ Knows torch and the calling conventions of Transformers' models (4.57 and 5), no
 from __future__ import annotations
 
 import re
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +15,10 @@ from torch import Tensor, nn
 
 from . import inputs, positions
 from .generation import NO_BATCHES, Generate, Run
+from .hooks import PerThread, carry_over, checkpointers
 from .inputs import Given
-from .positions import Positions, Tied, Tokens
+from .positions import Tokens
+from .spec import Positions, Tied
 
 _NO_LABELS = (
     "this forward in training has no labels, so all of its input is taken as the prompt, the answer too; Trainer keeps them "
@@ -73,19 +74,6 @@ class Plan:
         return [positions.explicit_rows(index, tokens).reshape(-1) for index in parts]
 
 
-class PerThread(threading.local):
-    """``here``, an object of each thread's own: servers run several forwards of a model at once.
-
-    The state is an object in here, and not in this one's attributes, as a compiled frame that changes those loses the change.
-    """
-
-    def __init__(self, make: Callable[[], Any]):
-        self.make, self.here = make, make()
-
-    def __reduce__(self) -> tuple[type[PerThread], tuple[Callable[[], Any]]]:
-        return PerThread, (self.make,)  # a copy of the model starts with no forward under way
-
-
 class Here:
     """What a thread is in."""
 
@@ -108,7 +96,7 @@ class Shared:
         generates = can_generate is not None and bool(can_generate())
         # Elsewhere labels are not a continuation of the input, so all of it is prompt.
         self.causal = generates and not self.two_stacks
-        self.checkpointers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        self.checkpointers = checkpointers(model)
         self.warned: set[str] = set()
         self.handles: list[Any] = [Generate(model, self.local)] if generates else []
         planners, carriers = _entrances(model, block_names, self.two_stacks)
@@ -142,7 +130,7 @@ class Shared:
             shape = inputs.batch_shape(given)
             local.plan.length = None if shape is None else shape[1]
         if torch.is_grad_enabled() and module.training:
-            self._watch_checkpoints()
+            carry_over(self.checkpointers, self.local)
         return args, kwargs
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -236,32 +224,6 @@ class Shared:
             self.warned.add(_NO_LABELS)
         if what is not None:
             warnings.warn(what, stacklevel=2)
-
-    def _watch_checkpoints(self) -> None:
-        """Where the model checkpoints activations, have each block recomputed under the plan of its own forward."""
-        for module in self.checkpointers:
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, Checkpoint):
-                module.__dict__["_gradient_checkpointing_func"] = Checkpoint(function, self.local)
-
-
-class Checkpoint:
-    """A checkpoint function that carries the plan over to the recomputation, which comes after the forward's end."""
-
-    def __init__(self, function: Callable[..., Any], local: PerThread):
-        self.function, self.local = function, local
-
-    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        plan = self.local.here.plan
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            outer, self.local.here.plan = self.local.here.plan, plan
-            try:
-                return block(*args, **kwargs)
-            finally:
-                self.local.here.plan = outer
-
-        return self.function(run, *args, **kwargs)
 
 
 def _taken(given: Given, kwargs: Given) -> tuple[Tensor | None, Tensor | None]:

@@ -1,6 +1,6 @@
 """Which tokens an edit touches: "f5+l5" and its friends, turned into an index of rows.
 
-    spec = parse("f5+l5")                              # the first 5 and the last 5 tokens of the prompt
+    spec = parse("f5+l5")                              # spec.py: the first 5 and the last 5 tokens of the prompt
     tokens = tokens_of((B, S), attention_mask, labels)
     (index,) = rows(spec, tokens)                      # (B, 10) int64 into hidden.reshape(B * S, d); -1 = skip
 
@@ -12,45 +12,13 @@ by N, M, B and S, so nothing here waits for a GPU. On a CPU a native op finds th
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..ops import edit as _ops
-
-Tied = bool | str  # True, False or "position": who shares an intervention, see Positions.shares
-ACCEPTED = "'fN', 'lM', 'fN+lM' (N, M >= 1, such as 'f5+l5'), 'prompt', 'decode' or 'all'"
-
-
-@dataclass(frozen=True, eq=False)  # parse() gives one object a text, so that telling two apart costs nothing
-class Positions:
-    """``first`` N and ``last`` M tokens of the prompt; where both are 0, all of it; or the ``written`` ones; or all."""
-
-    first: int = 0
-    last: int = 0
-    everywhere: bool = False
-    written: bool = False
-    pyreft_compat: bool = False
-
-    @property
-    def places(self) -> int:
-        """How many tokens of a prompt can be chosen; 0 = no fixed number."""
-        return self.first + self.last
-
-    def shares(self, tied: Tied) -> list[tuple[int, int]]:
-        """The places, from and up to, that each intervention of a layer has, prefix first.
-
-        One has them all if ``tied``; if not, one a side of fN+lM; and with "position" one each. A kind with no fixed
-        number of places has one intervention.
-        """
-        if tied == "position" and self.places:
-            return [(k, k + 1) for k in range(self.places)]
-        if not tied and self.first and self.last:
-            return [(0, self.first), (self.first, self.places)]
-        return [(0, self.places)]
+from ..ops import prompts
+from .spec import Positions, Tied
 
 
 @dataclass
@@ -91,24 +59,6 @@ class Tokens:
     @property
     def _labelled(self) -> Tensor | None:
         return None if self.labels is None else self.labels != -100
-
-
-@lru_cache
-def parse(text: str, *, pyreft_compat: bool = False) -> Positions:
-    """The :class:`Positions` of a text: fN, lM, fN+lM (in either order), prompt, decode or all; else ``ValueError``."""
-    if text == "all":
-        return Positions(everywhere=True)
-    if text == "decode":
-        return Positions(written=True)
-    if text == "prompt":
-        return Positions()
-    counts: dict[str, int] = {}
-    for part in text.split("+") if isinstance(text, str) else [""]:
-        match = re.fullmatch(r"([fl])([1-9][0-9]*)", part)
-        if match is None or match[1] in counts:
-            raise ValueError(f"positions is {text!r}; it must be {ACCEPTED}")
-        counts[match[1]] = int(match[2])
-    return Positions(counts.get("f", 0), counts.get("l", 0), pyreft_compat=pyreft_compat)
 
 
 def tokens_of(
@@ -178,9 +128,9 @@ def rows(positions: Positions, tokens: Tokens, tied: Tied = True, device: torch.
     size = positions.places
     shares = positions.shares(tied)
     plain = tokens.starts is None and tokens.window is None
-    if plain and _ops.finds_rows(tokens.mask, tokens.labels, device):
+    if plain and prompts.finds_rows(tokens.mask, tokens.labels, device):
         counts = (positions.first, positions.last)
-        index = _ops.prompt_rows(tokens.mask, tokens.labels, *tokens.shape, *counts, positions.pyreft_compat)
+        index = prompts.prompt_rows(tokens.mask, tokens.labels, *tokens.shape, *counts, positions.pyreft_compat)
         return [index] if len(shares) == 1 else [index[:, a:b] for a, b in shares]
     place = _place(positions, tokens, device)
     if tokens.starts is None:
@@ -247,7 +197,7 @@ def check_mask(mask: Tensor | None) -> None:
     """``ValueError`` naming a sample of which ``mask`` (B, S) shows no token; a look that only a CPU gives without waiting."""
     if mask is None or mask.ndim != 2 or not mask.is_cpu:
         return
-    hidden = _ops.hidden_sample(mask)
+    hidden = prompts.hidden_sample(mask)
     if hidden >= 0:
         raise ValueError(f"attention_mask hides every token of sample {hidden}; each sample must show one at least")
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..models.blocks import COMPONENTS, component_of, find_blocks
+from ..models.blocks import component_of, find_blocks
+from ..models.components import COMPONENTS
 from .format import CheckpointError
 
 _SIDES = ("output", "input")

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 from transformers import DataCollatorForSeq2Seq
 
-from ..plan.positions import parse
+from ..plan.spec import parse
 
 IGNORE_INDEX = -100
 

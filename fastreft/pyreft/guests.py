@@ -1,7 +1,8 @@
 """Our interventions as guests in pyvene's models, and so in pyreft's, which ask ``isinstance`` of pyvene's own classes.
 
-Imports pyvene. :mod:`fastreft.interventions` imports this only when pyvene has taken an intervention, which it does by setting
-``use_fast``; the intervention then changes to a class that is ours first and pyvene's after.
+Imports pyvene, and is imported once pyvene is (:mod:`fastreft.joining`). It then takes its place as the ``host`` of
+:mod:`fastreft.interventions`: when pyvene has taken an intervention, which it does by setting ``use_fast``, that changes to a
+class that is ours first and pyvene's after.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import pyvene
 import torch
 from torch import Tensor, nn
 
-from .. import interventions
+from .. import interventions, optim
 from ..interventions import Intervention
-from ..optim import adamw as optim
 from . import format
 
 _HOSTS = (pyvene.SourcelessIntervention, pyvene.TrainableIntervention, pyvene.DistributedRepresentationIntervention)
@@ -79,3 +79,5 @@ def _guest(of: type[Intervention]) -> type[Any]:
 for _name, _class in vars(interventions).items():
     if isinstance(_class, type) and issubclass(_class, Intervention) and _class is not Intervention:
         globals()[_name] = type(_name, (_Guest, _class, *_HOSTS), {"__module__": __name__, "__doc__": _class.__doc__})
+
+interventions.host = adopt

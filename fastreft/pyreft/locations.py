@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import positions
+from ..plan.positions import rows_of_columns
 
 
 class Locations:
@@ -18,7 +18,12 @@ class Locations:
 
     def __init__(self, index: Tensor | None, prompt: bool | None = None):
         self.index, self.prompt = index, prompt
+        self.idle = False  # does the forward under way edit nothing?
         self._rows: dict[Any, tuple[Tensor, ...]] = {}
+
+    def begin(self, decoding: bool) -> None:
+        """Note what kind of forward comes: over a prompt, or a decode step."""
+        self.idle = self.prompt is decoding
 
     def rows(self, i: int, shape: tuple[int, int], device: torch.device) -> Tensor | None:
         """The rows (n,) of intervention i in a hidden state of ``shape`` (B, S), each once; None for every row.
@@ -40,7 +45,7 @@ class Locations:
             raise ValueError(f"unit_locations has locations for {samples} samples; the batch has {batch}")
         if index.is_cpu and index.numel() and int(index.max()) >= length:
             raise IndexError(f"unit_locations holds column {int(index.max())}, past the last of {length} tokens")
-        return positions.rows_of_columns(index, (batch, length)).flatten(1).unbind()
+        return rows_of_columns(index, (batch, length)).flatten(1).unbind()
 
 
 def parse(unit_locations: Any, interventions: int, batch: int, prompt: bool | None = None) -> Locations:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import optim
 from ..interventions import Intervention
-from ..optim import adamw as optim
 from . import checkpoint, components, format, locations
 from .checkpoint import Entry
 from .config import ReftConfig, Representation

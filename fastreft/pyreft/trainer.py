@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer
 
-from ..optim.adamw import ReftAdamW, param_groups
+from ..optim import ReftAdamW, param_groups
 from .checkpoint import TRAINER_FOLDER
 from .model import ReftModel
 

@@ -1,1 +1,4 @@
-"""What the command line does, one module a command; each can be called from Python too."""
+"""What the command line does, one module a command: its flags in :mod:`fastreft.tasks.flags`, its ``run`` here.
+
+Each can be called from Python too.
+"""

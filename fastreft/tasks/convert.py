@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastreft import pyreft
 
-from .arguments import Parser
 from .errors import UserError, user_errors
-from .models import ADAPTER_CONFIG, adapter_config, find_model, save_adapter
-
-
-@dataclass
-class ConvertArguments:
-    """What to convert, and what pyreft's files do not say."""
-
-    source: str = field(metadata={"help": "a folder: a pyreft checkpoint, or an adapter of ours to convert back"})
-    output_dir: str = field(metadata={"help": "the folder to write"})
-    model: str | None = field(
-        default=None,
-        metadata={"help": "the base model, of which only config.json is read; an adapter of ours names its own"},
-    )
-    positions: str | None = field(
-        default=None,
-        metadata={"help": "the tokens to edit; 'l1' if not given, and 'f1+l1' for prefix and suffix apart"},
-    )
-    act_fn: str | None = field(
-        default=None, metadata={"help": "the activation it was trained with; linear if not given"}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "the dropout to train on with"})
-    dtype: str = field(default="float32", metadata={"help": "the dtype of W, b and P to write; R is kept in float32"})
-    intervention_type: str | None = field(
-        default=None, metadata={"help": "the kind, for a trainer's checkpoint without config.json that does not tell"}
-    )
-    orthonormalise: bool = field(
-        default=False, metadata={"help": "give an R that pyreft let drift orthonormal rows, with the same edit"}
-    )
+from .flags.convert import ConvertArguments
+from .models import adapter_config, save_adapter
+from .places import ADAPTER_CONFIG, find_model
 
 
 def skeleton(model: str) -> Any:
@@ -114,18 +86,9 @@ def to_pyreft(arguments: ConvertArguments) -> str:
     )
 
 
-def run(argv: Sequence[str]) -> int:
+def run(arguments: ConvertArguments) -> int:
     """Convert in the direction that the source's folder tells."""
-    parser = Parser(
-        [ConvertArguments],
-        command="fastreft convert",
-        description="Convert a pyreft checkpoint to an adapter of ours, or one of ours to pyreft's.",
-    )
-    (arguments,) = parser.parse(argv)
-    source, target = Path(arguments.source).expanduser(), Path(arguments.output_dir).expanduser()
-    if target.exists() and (not target.is_dir() or target.resolve() == source.resolve()):
-        raise UserError(f"output_dir '{arguments.output_dir}' is a file or the source itself; give another folder")
-    back = (source / ADAPTER_CONFIG).is_file()
+    back = (Path(arguments.source).expanduser() / ADAPTER_CONFIG).is_file()
     if back and not isinstance(adapter_config(arguments.source), pyreft.convert.ReftConfig):
         raise UserError(f"the adapter in '{arguments.source}' is not a ReFT adapter")
     line = to_pyreft(arguments) if back else from_pyreft(arguments)

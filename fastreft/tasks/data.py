@@ -10,36 +10,15 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from .errors import UserError, nearest
+from .flags.train import DataArguments
 
 IGNORED = -100  # the label that no loss is taken on
-
-
-@dataclass
-class DataArguments:
-    """What to train on."""
-
-    train_file: str = field(metadata={"help": "records to train on: .jsonl, .json, .csv or .tsv"})
-    eval_file: str | None = field(default=None, metadata={"help": "records to report the loss on after training"})
-    prompt_field: str = field(default="prompt", metadata={"help": "the field that holds the prompt"})
-    completion_field: str = field(default="completion", metadata={"help": "the field that holds the completion"})
-    messages_field: str | None = field(
-        default=None,
-        metadata={
-            "help": "a field that holds a list of {role, content} messages, the last the assistant's, instead of prompt"
-            " and completion; goes through the tokenizer's chat template"
-        },
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "most tokens of prompt and completion together; 512 or the model's context where not given"},
-    )
 
 
 def read_records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,8 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy  # PEFT writes the base's name into a configuration
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -26,11 +25,11 @@ from transformers.utils import logging
 import fastreft
 
 from . import behaviour
-from .arguments import Parser
 from .behaviour import Example, Metrics
-from .errors import UserError
+from .flags.demo import DemoArguments
 from .memorise import PROMPT, Recital, memorise
-from .models import EMBEDDED, load_adapter, load_base, load_tokenizer, save_adapter
+from .models import load_adapter, load_base, load_tokenizer, save_adapter
+from .places import EMBEDDED
 
 BATCH, HELD_OUT, SHOWN = 16, 64, 3
 UNTOUCHED, SAVED = "untouched", "LoReFT all"  # the last one is trained last, saved and loaded
@@ -40,17 +39,6 @@ METHODS: dict[str, tuple[PeftConfig, float]] = {
     "LoReFT f5+l5": (fastreft.ReftConfig(task_type="CAUSAL_LM", r=8, positions="f5+l5"), 2e-2),
     SAVED: (fastreft.ReftConfig(task_type="CAUSAL_LM", r=4, positions="all"), 2e-2),
 }
-
-
-@dataclass
-class DemoArguments:
-    """What to run the demo on."""
-
-    model: str = field(default=EMBEDDED, metadata={"help": "a folder, a hub id, or the package's own small model"})
-    steps: int = field(default=300, metadata={"help": "training steps of each method"})
-    memory_steps: int = field(default=700, metadata={"help": "training steps of each memorisation test"})
-    seed: int = field(default=0, metadata={"help": "of the data, the weights drawn and their order"})
-    output_dir: str | None = field(default=None, metadata={"help": "where to keep the LoReFT adapter"})
 
 
 @dataclass
@@ -200,14 +188,8 @@ def report(results: Results, arguments: DemoArguments, console: Console) -> None
     console.print(f"Done in {results.seconds:.0f} s.")
 
 
-def run(argv: Sequence[str]) -> int:
+def run(arguments: DemoArguments) -> int:
     """Run and report; 1 where the loaded adapter writes something else than the trained one."""
-    parser = Parser([DemoArguments], command="fastreft demo", description="What ReFT does, in under two minutes.")
-    (arguments,) = parser.parse(argv)
-    if arguments.steps < 1 or arguments.memory_steps < 1:
-        raise UserError("--steps and --memory_steps must be at least 1")
-    if arguments.output_dir and Path(arguments.output_dir).is_file():
-        raise UserError(f"output_dir '{arguments.output_dir}' is a file; give a folder")
     logging.disable_progress_bar()
     console = Console()
     with _threads_for(arguments.model):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,10 @@ from transformers import set_seed
 
 import fastreft  # noqa: F401  # registers the method with PEFT
 
-from .arguments import Parser
 from .data import prompt_ids
 from .errors import UserError, user_errors
+from .flags.generate import NO_PROMPT, GenerateArguments
 from .models import adapter_config, load_adapter, load_base, load_tokenizer
-
-
-@dataclass
-class GenerateArguments:
-    """What to write, and how."""
-
-    adapter: str = field(metadata={"help": "the adapter's folder"})
-    model: str | None = field(default=None, metadata={"help": "the base model; the one the adapter names if not given"})
-    dtype: str = field(default="auto", metadata={"help": "the base model's dtype, or 'auto' for its checkpoint's"})
-    prompt: list[str] | None = field(default=None, metadata={"help": "one prompt or more"})
-    prompt_file: str | None = field(default=None, metadata={"help": "a text file, one prompt a line; '-' is stdin"})
-    chat: bool = field(
-        default=False, metadata={"help": "put each prompt through the chat template as a user's message"}
-    )
-    base: bool = field(default=False, metadata={"help": "write the untouched model's text too"})
-    max_new_tokens: int = field(default=128, metadata={"help": "most tokens to write after a prompt"})
-    batch_size: int = field(default=8, metadata={"help": "prompts at a time"})
-    do_sample: bool = field(default=False, metadata={"help": "sample instead of taking the likeliest token"})
-    temperature: float = field(default=1.0, metadata={"help": "with --do_sample: below 1 is more predictable"})
-    top_p: float = field(default=1.0, metadata={"help": "with --do_sample: keep the likeliest tokens of this total"})
-    seed: int = field(default=0, metadata={"help": "with --do_sample: the random seed"})
 
 
 def complete(
@@ -64,7 +42,7 @@ def _prompts(arguments: GenerateArguments) -> list[str]:
             text = sys.stdin.read() if arguments.prompt_file == "-" else Path(arguments.prompt_file).read_text("utf-8")
         prompts += [line for line in text.splitlines() if line.strip()]
     if not prompts or not all(prompts):
-        raise UserError("there is nothing to complete: give --prompt TEXT or --prompt_file FILE, with no empty prompt")
+        raise UserError(NO_PROMPT)
     return prompts
 
 
@@ -86,16 +64,10 @@ def _report(prompts: Sequence[str], texts: dict[str, list[str]]) -> Iterator[str
             yield f"{name}: {written[i]}" if len(texts) > 1 else written[i]
 
 
-def run(argv: Sequence[str]) -> int:
+def run(arguments: GenerateArguments) -> int:
     """Print the completion of every prompt."""
-    parser = Parser([GenerateArguments], command="fastreft generate", description="Write text with a trained adapter.")
-    (arguments,) = parser.parse(argv)
     prompts = _prompts(arguments)
     named = adapter_config(arguments.adapter).base_model_name_or_path
-    if arguments.max_new_tokens < 1 or arguments.batch_size < 1:
-        raise UserError("--max_new_tokens and --batch_size must be at least 1")
-    if arguments.do_sample and not (arguments.temperature > 0 and 0 < arguments.top_p <= 1):
-        raise UserError("--temperature must be above 0, and --top_p above 0 and at most 1")
     name = arguments.model or named
     if not name:
         raise UserError(f"the adapter in '{arguments.adapter}' names no base model; give --model")

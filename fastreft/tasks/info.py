@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fastreft.ops import native
 
-from .arguments import Parser
-
-# What tests/test_architectures.py found: model type -> the classes tested, the blocks, `generate`; or why not.
+# What tests/models/test_architectures.py found: model type -> the classes tested, the blocks, `generate`; or why not.
 TABLE = Path(__file__).parent.parent / "models" / "architectures.json"
 
 
@@ -61,11 +59,8 @@ def totals(table: dict[str, Any]) -> list[str]:
     ]
 
 
-def run(argv: Sequence[str]) -> int:
+def run(chosen: Namespace) -> int:
     """Print the facts, one a line; or the models."""
-    parser = Parser([], command="fastreft info", description="Versions, the native core in use, and why.")
-    parser.add_argument("--models", action="store_true", help="list the model types tested, and those that do not work")
-    (chosen,) = parser.parse(argv)
     if chosen.models:
         print("\n".join(models()))
         return 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,10 @@ from safetensors.torch import load_file
 
 from fastreft.pyreft import checkpoint, format
 
-from .arguments import Parser
 from .errors import UserError, user_errors
-from .models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
-
-
-@dataclass
-class InspectArguments:
-    """What to look at."""
-
-    path: str = field(metadata={"help": "a folder: a pyreft checkpoint or an adapter of ours"})
-    intervention_type: str | None = field(
-        default=None, metadata={"help": "the kind, for a trainer's checkpoint without config.json that does not tell"}
-    )
+from .flags.inspect import InspectArguments
+from .models import adapter_config
+from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def pyreft_rows(path: str, intervention_type: str | None) -> list[tuple[str, ...]]:
@@ -71,14 +60,8 @@ def _row(where: str, kind: str, r: int, d: int, parameters: Any, error: float) -
     return where, kind, str(r), str(d), f"{sum(p.numel() for p in parameters):,}", f"{error:.1e}"
 
 
-def run(argv: Sequence[str]) -> int:
+def run(arguments: InspectArguments) -> int:
     """Print what is there."""
-    parser = Parser(
-        [InspectArguments],
-        command="fastreft inspect",
-        description="Say what a pyreft checkpoint or an adapter of ours holds.",
-    )
-    (arguments,) = parser.parse(argv)
     if (Path(arguments.path).expanduser() / ADAPTER_CONFIG).is_file():
         settings, rows = adapter_rows(arguments.path)
         print("a fastreft adapter: " + ", ".join(settings))

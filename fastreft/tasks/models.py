@@ -13,29 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastreft.files import staged
 
 from .errors import UserError, user_errors
-
-EMBEDDED = "embedded"  # the name of the package's own small model
-EMBEDDED_PATH = Path(__file__).parent.parent / "embedded"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def find_model(model: str) -> tuple[str, dict[str, Any]]:
-    """(what to load, keywords for ``from_pretrained``) for a folder, a hub id or "embedded".
-
-    A folder that exists is never looked up on a hub; a name that can only be a path must exist.
-    """
-    if model == EMBEDDED:
-        return str(EMBEDDED_PATH), {"local_files_only": True}
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"the model folder '{model}' has no config.json")
-        return str(path), {"local_files_only": True}
-    if path.exists():
-        raise UserError(f"the model '{model}' is a file; give the folder that holds it and its config.json")
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise UserError(f"there is no model folder '{model}'")
-    return model, {}
+from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDED, find_adapter, find_model
 
 
 def load_tokenizer(model: str, adapter: str | None = None) -> Any:
@@ -70,9 +48,7 @@ def load_base(model: str, dtype: str = "auto") -> Any:
 
 def adapter_config(adapter: str) -> PeftConfig:
     """The configuration in an adapter's folder."""
-    path = Path(adapter).expanduser()
-    if not (path / ADAPTER_CONFIG).is_file():
-        raise UserError(f"there is no adapter in '{adapter}' (no {ADAPTER_CONFIG})")
+    path = find_adapter(adapter)
     with user_errors(ValueError, TypeError, KeyError, prefix=f"'{adapter}/{ADAPTER_CONFIG}' is not an adapter's: "):
         return PeftConfig.from_pretrained(str(path))
 

@@ -3,62 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import fastreft
 
-from .arguments import Parser, arguments_of
-from .data import DataArguments, load_dataset
+from .data import load_dataset
 from .errors import UserError, user_errors
+from .flags.train import DataArguments, ModelArguments, parser_of, settings_of
 from .models import load_base, load_tokenizer, save_adapter
 
 
-@dataclass
-class ModelArguments:
-    """What to train, and where the settings come from."""
-
-    model: str = field(metadata={"help": "the base model: a folder, a hub id, or 'embedded' for the package's own"})
-    dtype: str = field(default="auto", metadata={"help": "the base model's dtype, or 'auto' for its checkpoint's"})
-    config: str | None = field(default=None, metadata={"help": "a YAML file of these settings; flags override it"})
-
-
-AdapterArguments = arguments_of(fastreft.ReftConfig, PeftConfig, "AdapterArguments")
-
-
-def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, fastreft.ReftConfig, TrainingArguments]:
-    """The settings of a run, flags over YAML over defaults; :class:`UserError` for any that is wrong."""
-    parser = Parser(
-        [ModelArguments, DataArguments, AdapterArguments, TrainingArguments],
-        command="fastreft train",
-        description="Train a ReFT adapter. Every setting can be a flag or a key of --config's YAML file.",
-    )
-    # The paper's learning rate and warmup; Trainer's defaults are meant for whole models.
-    parser.set_defaults(learning_rate=9e-4, warmup_steps=0.1)
-    parser.require("output_dir")  # TrainingArguments would make one up
-    model, data, adapter, training = parser.parse_with_config(argv)
+def settings(flags: Sequence[str]) -> tuple[ModelArguments, DataArguments, fastreft.ReftConfig, TrainingArguments]:
+    """The settings of a run, of flags that :func:`fastreft.tasks.flags.train.parse` has looked at."""
+    model, data, adapter, training = parser_of(TrainingArguments).parse(flags)
     with user_errors(ValueError, TypeError):
-        config = fastreft.ReftConfig(
-            task_type="CAUSAL_LM", **{name: _names(value) for name, value in vars(adapter).items()}
-        )
-    return model, data, config, training
-
-
-def _names(value: Any) -> Any:
-    """A flag's list as what it means: numbers, name endings, or one regular expression or slice, which stands alone."""
-    if isinstance(value, list) and value and all(re.fullmatch(r"\d+", str(item)) for item in value):
-        return [int(item) for item in value]
-    if value == ["all"]:
-        return "all"
-    alone = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
-    return value[0] if alone and not re.fullmatch(r"[\w.]+", value[0]) else value
+        return model, data, fastreft.ReftConfig(task_type="CAUSAL_LM", **settings_of(adapter)), training
 
 
 def longest(max_length: int | None, model: Any) -> int:
@@ -88,13 +52,11 @@ def find_checkpoint(training: TrainingArguments, output_dir: str) -> str | None:
     return str(wanted)
 
 
-def run(argv: Sequence[str]) -> int:
+def run(flags: Sequence[str]) -> int:
     """Train, save and report; everything is checked before anything is written."""
-    model_arguments, data_arguments, config, training = parse(argv)
+    model_arguments, data_arguments, config, training = settings(flags)
     output_dir = str(training.output_dir)
     checkpoint = find_checkpoint(training, output_dir)
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
-        raise UserError(f"output_dir '{output_dir}' is a file; give a folder")
     tokenizer = load_tokenizer(model_arguments.model)
     set_seed(training.seed)  # before the adapter's weights are drawn
     base = load_base(model_arguments.model, model_arguments.dtype)

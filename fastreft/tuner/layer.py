@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import OrderedDict
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +12,15 @@ from torch.compiler import is_compiling
 from ..interventions import INTERVENTIONS, Intervention
 from ..models import layouts
 from ..models.layouts import Layout
-from ..ops import edit as _ops
-from ..plan import positions
+from ..ops.edit import NEW, WHERE_ALLOWED
+from ..plan import hooks, spec
 from ..plan.forward import Plan, Shared
-from ..plan.positions import Positions, Tied
+from ..plan.spec import Positions, Tied
 from .config import ReftConfig
 
 # The attributes of a ReftLayer that hold interventions, or, with one for each position, a list of them in the first. The
 # second is only filled where prefix and suffix have one each.
 _GROUPS = ("reft_edit", "reft_suffix")
-# Where a module keeps the hooks that get its input, and those that get its output.
-_KEPT = {True: "_forward_pre_hooks", False: "_forward_hooks"}
 NO_MERGE = "an edit at positions has no weight form, so it cannot be merged; save the adapter instead"
 
 
@@ -67,7 +62,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: ReftConfig) -> None:
         """Add an adapter: one intervention, one for the prefix and one for the suffix, or one for each position."""
-        spec = positions.parse(config.positions, pyreft_compat=config.pyreft_compat)
+        parsed = spec.parse(config.positions, pyreft_compat=config.pyreft_compat)
         made = [
             INTERVENTIONS[config.intervention_type](
                 embed_dim=self.width,
@@ -76,29 +71,19 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 act_fn=config.act_fn,
                 add_bias=config.add_bias,
             )
-            for _ in spec.shares(config.tied)
+            for _ in parsed.shares(config.tied)
         ]
         held = [nn.ModuleList(made)] if config.tied == "position" else made
         for group, item in zip(_GROUPS, held, strict=False):
             getattr(self, group)[adapter_name] = item
         at_input = config.component == "block_input"
-        self.specs[adapter_name] = Spec(spec, config.tied, at_input)
+        self.specs[adapter_name] = Spec(parsed, config.tied, at_input)
         if at_input not in self._hooks:
-            self._hook(at_input)
+            edit = _edit_input if at_input else _edit_output
+            self._hooks[at_input] = hooks.hang(
+                self._block[0], self._shared.local, edit, at_input=at_input, prepend=not at_input
+            )
         self._move_adapter_to_device_of_base_layer(adapter_name)
-
-    def _hook(self, at_input: bool) -> None:
-        """Hang our hook; an output's comes first: whoever else looks at it sees it edited, as the modules after it do."""
-        block, shared = self._block[0], self._shared
-        hooks = HooksWithWork()
-        if not len(getattr(block, _KEPT[at_input])):  # else the handles of others' hooks would lose what they are in
-            setattr(block, _KEPT[at_input], hooks)
-        handle = self._hooks[at_input] = (
-            block.register_forward_pre_hook(partial(_edit_input, shared), with_kwargs=True)
-            if at_input
-            else block.register_forward_hook(partial(_edit_output, shared), prepend=True)
-        )
-        hooks.own = shared.local, handle.id
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT's method, but the dtype stays: fp32 masters whatever the block's dtype."""
@@ -123,11 +108,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def detach(self) -> None:
         """Take the hooks and this layer off the module."""
         block = self._block[0]
-        for at_input, hook in self._hooks.items():
-            hook.remove()
-            hooks = getattr(block, _KEPT[at_input])
-            if isinstance(hooks, HooksWithWork) and not len(hooks):  # a pickled base needs nothing of ours
-                setattr(block, _KEPT[at_input], OrderedDict())
+        for at_input, handle in self._hooks.items():
+            hooks.take_down(block, handle, at_input=at_input)
         del block._modules["reft"]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -139,73 +121,19 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         raise ValueError(NO_MERGE)
 
 
-class HooksWithWork(OrderedDict[int, Any]):
-    """A module's hooks; false while ours is the only one and this thread's forward edits nothing, as a decode step does.
-
-    ``nn.Module`` asks for their truth at each call, and where it finds none takes a shorter way, which saves several
-    microseconds a block. Who asks for longer than a call, the compiler first of all, asks for their number.
-    """
-
-    own: tuple[Any, int | None] = (None, None)  # what each thread is in, and the key of our hook
-
-    def __bool__(self) -> bool:
-        local, ours = self.own
-        number = len(self)
-        if number != 1 or ours not in self:
-            return number > 0
-        plan = local.here.plan
-        return plan is not None and not plan.idle
+# What the hooks call: functions that find the layer through the module, so that copies and replicas use their own.
 
 
-# The hooks are functions that find the layer through the module, so that copies and replicas use their own. A decode step
-# goes no further than its plan: what it costs is measured against 2% of a small model's step.
+def _edit_output(module: nn.Module, plan: Plan, hidden: Tensor) -> Tensor:
+    """The hidden state that a module gives, as the active adapters leave it: in place where it is nobody else's."""
+    layer: Any = module._modules["reft"]
+    return hidden if layer._disable_adapters else _edited(layer, plan, hidden, False)
 
 
-def _edit_output(shared: Shared, block: nn.Module, args: Any, output: Any) -> Any:
-    """The forward hook: the module's output with the rows of this forward edited; None where nothing is to do."""
-    plan = shared.local.here.plan
-    if plan is None or plan.idle:
-        return None
-    layer: Any = block._modules["reft"]
-    if layer._disable_adapters:
-        return None
-    given = output if isinstance(output, Tensor) else first(output)
-    hidden = _edited(layer, plan, given, False)
-    if hidden is given:
-        return None
-    return hidden if isinstance(output, Tensor) else with_first(output, hidden)
-
-
-def _edit_input(shared: Shared, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The forward pre-hook: the module's arguments with the hidden state, their first tensor, edited in a copy."""
-    plan = shared.local.here.plan
-    if plan is None or plan.idle:
-        return None
-    layer: Any = block._modules["reft"]
-    if layer._disable_adapters:
-        return None
-    if args:
-        return (_edited(layer, plan, args[0], True), *args[1:]), kwargs
-    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point())
-    return args, kwargs | {name: _edited(layer, plan, kwargs[name], True)}
-
-
-def first(output: Any) -> Tensor:
-    """The hidden state of an output that holds more: its first entry."""
-    if isinstance(output, dict):
-        return next(iter(output.values()))
-    return getattr(output, dataclasses.fields(output)[0].name) if dataclasses.is_dataclass(output) else output[0]
-
-
-def with_first(output: Any, hidden: Tensor) -> Any:
-    """The output with another first entry."""
-    if isinstance(output, dict):
-        output[next(iter(output))] = hidden
-        return output
-    if dataclasses.is_dataclass(output):
-        return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: hidden})  # type: ignore[type-var]
-    entries = (hidden, *output[1:])
-    return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
+def _edit_input(module: nn.Module, plan: Plan, hidden: Tensor) -> Tensor:
+    """The hidden state that a module takes, edited in a copy."""
+    layer: Any = module._modules["reft"]
+    return hidden if layer._disable_adapters else _edited(layer, plan, hidden, True)
 
 
 def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
@@ -217,7 +145,7 @@ def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
         _check(layer, hidden)
         layer.checked = True
     active = layer._active_adapter
-    inplace = layer.fresh and not at_input and not compiling
+    where = WHERE_ALLOWED if layer.fresh and not at_input and not compiling else NEW
     for name in (active,) if isinstance(active, str) else active:
         spec = layer.specs.get(name)
         if spec is not None and spec.at_input is at_input:
@@ -227,7 +155,7 @@ def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
                 else _rows(layer, plan, spec, hidden)
             )
             for intervention, rows in zip(layer.interventions(name), found, strict=False):
-                hidden = edit(intervention, hidden, rows, inplace)
+                hidden = intervention.edit(hidden, rows, where)  # a plan lists no row twice
     return hidden
 
 
@@ -248,31 +176,3 @@ def _rows(layer: Any, plan: Plan, spec: Spec, hidden: Tensor) -> list[Tensor | N
         return plan.rows(spec.positions, spec.tied, hidden)
     places = layouts.places(layer.layout, hidden, plan.length)
     return [layouts.take(places, rows) for rows in plan.rows(spec.positions, spec.tied, places)]
-
-
-def edit(intervention: Intervention, hidden: Tensor, rows: Tensor | None, inplace: bool) -> Tensor:
-    """The edited hidden state, shape of ``hidden``: in place, which the compiler cannot, where autograd allows it; else a
-    new tensor."""
-    # forward() and not a call: an edit costs microseconds, and so does a module's call. A plan lists no row twice.
-    if rows is None:
-        return intervention.forward(hidden)
-    if inplace and intervention.fused is not None and not (intervention.dropout and intervention.training):
-        U, V, P, b, c = intervention.weights()
-        done = _ops.quick_edit_rows_(hidden, rows, U, V, P, b, c, intervention.fused, True)
-        if done is not NotImplemented:
-            return done
-    return intervention.forward(hidden, rows=rows, inplace=inplace and not _refuses_edits(hidden), unique=True)
-
-
-def _refuses_edits(hidden: Tensor) -> bool:
-    """Is an in-place edit impossible: scattered memory, or a leaf or one of several views, which autograd refuses?"""
-    if not hidden.is_contiguous():
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    base = hidden
-    if hidden._is_view():
-        if torch._C._autograd._get_creation_meta(hidden) != torch._C._autograd.CreationMeta.DEFAULT:
-            return True
-        base = hidden._base  # type: ignore[assignment]
-    return base.is_leaf and base.requires_grad

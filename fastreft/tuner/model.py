@@ -1,7 +1,7 @@
 """ReFT as a PEFT method: ``peft.get_peft_model(model, ReftConfig(...))`` and everything PEFT does with the result.
 
-Nothing of the model is wrapped. Each edited module gets a :class:`fastreft.layer.ReftLayer` as the submodule ``reft`` and
-a hook, which edits a block's output in place, at the rows that the forward's :class:`fastreft.plan.Plan` says. Where a
+Nothing of the model is wrapped. Each edited module gets a :class:`fastreft.tuner.layer.ReftLayer` as the submodule ``reft`` and
+a hook, which edits a block's output in place, at the rows that the forward's :class:`fastreft.plan.forward.Plan` says. Where a
 cache with content comes in (a decode step) only ``positions="all"`` edits.
 """
 
@@ -18,8 +18,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
+from .. import optim
 from ..models import blocks, layouts
-from ..optim import adamw as optim
+from ..models.components import COMPONENTS
 from ..plan.forward import Shared
 from .config import ReftConfig
 from .layer import NO_MERGE, ReftLayer
@@ -69,7 +70,7 @@ class ReftModel(BaseTuner):
         if config.target_modules is None:
             found = blocks.find_blocks(self.model)
             names, layers = found.names, list(range(len(found.names)))
-            if config.component in blocks.COMPONENTS:
+            if config.component in COMPONENTS:
                 chosen = config.layers_among(layers)
                 pairs = zip(found.names, found.modules, strict=True)
                 names = [

@@ -1,4 +1,4 @@
-"""The CUDA launch policy, exhaustively and on any machine: csrc/policy.h through pybind11.
+"""The CUDA launch policy, exhaustively and on any machine: csrc/cuda/policy.h through pybind11.
 
 For every shape and device: shared memory stays under the limit, every CTA owns columns, every column and row is owned
 once, and the grid covers the rows.

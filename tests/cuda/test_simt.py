@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the host by tests/simt under AddressSanitizer and UBSan, against the oracle in fp64.
+"""The CUDA kernels, run on the host by tests/cuda/simt under AddressSanitizer and UBSan, against the oracle in fp64.
 
 The tolerance is a rule, not a number: error against fp64 <= 2 x the error of plain torch in the same dtype + one rounding.
 """

@@ -15,8 +15,9 @@ from torch.library import opcheck
 
 from fastreft import functional as F
 from fastreft import reference
-from fastreft.ops import activations
+from fastreft.interventions import activation_module
 from fastreft.ops import native as core
+from fastreft.ops.names import FUSED
 
 TESTS = Path(__file__).parents[1]
 
@@ -50,7 +51,7 @@ def test_the_difference_of_masters_is_formed_before_it_is_rounded(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("act", activations.NAMES)
+@pytest.mark.parametrize("act", FUSED)
 @pytest.mark.parametrize("method", ["loreft", "noreft", "nodireft"])
 def test_activations(device, act, method):
     torch.manual_seed(0)
@@ -66,12 +67,12 @@ def test_every_activation_of_transformers_works():
     """prelu and xielu hold parameters, so they stay outside the kernels; everything else is inside."""
     from transformers.activations import ACT2CLS
 
-    assert set(ACT2CLS) - set(activations.NAMES) <= {"prelu", "xielu"}
+    assert set(ACT2CLS) - set(FUSED) <= {"prelu", "xielu"}
     h, (R, W, b) = torch.randn(4, 32), weights("loreft", 32, 3, torch.float32)
     for name in ACT2CLS:
-        fn = activations.module(name).float()
+        fn = activation_module(name).float()
         torch.testing.assert_close(
-            F.loreft(h, R, W, b, act_fn=name if name in activations.NAMES else fn),
+            F.loreft(h, R, W, b, act_fn=name if name in FUSED else fn),
             reference.loreft(h, R, W, b, act_fn=fn),
         )
 

@@ -8,14 +8,16 @@ from common import DEVICES
 from family import DTYPES, FAMILY, compare, gradients, weights
 
 from fastreft import functional as F
-from fastreft.ops import edit, gemms
+from fastreft.ops import checks, gemms, native
 
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
     """On a CPU too: by products, and each row once as a GPU's lists are."""
     monkeypatch.setattr(gemms, "takes", lambda h, U: True)
-    monkeypatch.setattr(edit, "listed", lambda rows, unique: rows if unique else edit.each_once(edit._index(rows)))
+    monkeypatch.setattr(native, "quick", native.Elsewhere)
+    each_once, as_index = checks.each_once, checks.as_index
+    monkeypatch.setattr(checks, "listed", lambda rows, unique: rows if unique else each_once(as_index(rows)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

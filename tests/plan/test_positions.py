@@ -8,9 +8,10 @@ from common import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastreft.ops import edit as ops
+from fastreft.ops import prompts
 from fastreft.plan.inputs import marks, packing
-from fastreft.plan.positions import Positions, Tokens, check_mask, explicit_rows, parse, rows, tokens_of
+from fastreft.plan.positions import Tokens, check_mask, explicit_rows, rows, tokens_of
+from fastreft.plan.spec import Positions, parse
 
 ORACLE = SHARED / "oracles" / "get_intervention_locations.json"
 KINDS = ["f1", "f3", "l1", "l4", "f2+l3", "f5+l5", "prompt", "decode", "all"]
@@ -88,8 +89,8 @@ WAYS = pytest.mark.parametrize("way", ["native", "torch"])
 def choose(way: str, monkeypatch) -> None:
     """Have the rows found by the native op or by torch."""
     if way == "torch":
-        monkeypatch.setattr(ops, "finds_rows", lambda *_: False)
-    elif not ops.finds_rows(None, None, torch.device("cpu")):
+        monkeypatch.setattr(prompts, "finds_rows", lambda *_: False)
+    elif not prompts.finds_rows(None, None, torch.device("cpu")):
         pytest.skip("the native core is not built, or not in use")
 
 

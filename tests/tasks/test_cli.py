@@ -190,7 +190,7 @@ def test_bad_train_files(settings, tmp_path, capsys):
 def test_bad_generate(settings, tmp_path, capsys):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from fastreft.tasks.models import find_model
+    from fastreft.tasks.places import find_model
 
     ask = ["--prompt", "The king", "--max_new_tokens", "2"]
     fails(main(["generate", *ask]), capsys, "required", "--adapter")

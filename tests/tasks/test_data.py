@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from fastreft.tasks.data import IGNORED, DataArguments, load_dataset, read_records
+from fastreft.tasks.data import IGNORED, load_dataset, read_records
 from fastreft.tasks.errors import UserError
+from fastreft.tasks.flags.train import DataArguments
 from fastreft.tasks.models import load_tokenizer
 
 MODEL = "embedded"

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from fastreft.tasks.behaviour import examples
-from fastreft.tasks.demo import SAVED, DemoArguments, demo, report
-from fastreft.tasks.models import EMBEDDED
+from fastreft.tasks.demo import SAVED, demo, report
+from fastreft.tasks.flags.demo import DemoArguments
+from fastreft.tasks.places import EMBEDDED
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K" / "hf"
 

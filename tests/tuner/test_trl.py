@@ -8,8 +8,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fastreft import ReftConfig
-from fastreft.tasks.models import EMBEDDED_PATH, load_tokenizer
-from fastreft.tuner import layer
+from fastreft.interventions import Intervention
+from fastreft.tasks.models import load_tokenizer
+from fastreft.tasks.places import EMBEDDED_PATH
 
 SETTINGS = dict(max_steps=2, per_device_train_batch_size=3, learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False)
 WAYS = {
@@ -49,13 +50,13 @@ def expected(given):
 def train(trainer, tmp_path, monkeypatch):
     """Two steps, each batch's rows compared; then the adapter saved and loaded. Gives the edits made without gradients."""
     batches, edits, ungraded = [], [], []
-    real = layer.edit
+    real = Intervention.edit
 
-    def edit(intervention, hidden, rows, inplace):
+    def edit(intervention, hidden, rows, *more):
         (edits if torch.is_grad_enabled() else ungraded).append(sorted(rows[rows >= 0].tolist()))
-        return real(intervention, hidden, rows, inplace)
+        return real(intervention, hidden, rows, *more)
 
-    monkeypatch.setattr(layer, "edit", edit)
+    monkeypatch.setattr(Intervention, "edit", edit)
     handle = trainer.model.register_forward_pre_hook(
         lambda _m, _a, given: batches.append(dict(given)), with_kwargs=True
     )

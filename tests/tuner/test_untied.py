@@ -10,7 +10,8 @@ from tiny import WIDTH, batch, blocks, columns, hooked, logits, make
 
 from fastreft import ReftAdamW, ReftConfig, get_reft_model, param_groups, pyreft
 from fastreft.cli import main
-from fastreft.tasks.train import parse
+from fastreft.tasks.flags.train import parse
+from fastreft.tasks.train import settings
 
 OWN = dict(positions="f2+l3", tied="position")
 
@@ -210,18 +211,18 @@ def test_it_is_saved_for_pyreft_as_so_many_interventions(tmp_path):
 
 @pytest.mark.parametrize("given", [["--tied", "position"], ["--tied=position"]])
 def test_the_command_line_takes_it(given, tmp_path):
-    base = ["--model", "embedded", "--train_file", "x", "--output_dir", str(tmp_path)]
-    assert parse([*base, *given])[2].tied == "position"
+    base = ["--model", "embedded", "--train_file", __file__, "--output_dir", str(tmp_path)]
+    assert settings(parse([*base, *given]))[2].tied == "position"
 
 
 def test_the_command_line_still_takes_yes_and_no(tmp_path):
-    base = ["--model", "embedded", "--train_file", "x", "--output_dir", str(tmp_path)]
-    assert parse(base)[2].tied is True
+    base = ["--model", "embedded", "--train_file", __file__, "--output_dir", str(tmp_path)]
+    assert settings(parse(base))[2].tied is True
     for word, wanted in (("false", False), ("False", False), ("no", False), ("true", True), ("1", True)):
-        assert parse([*base, "--tied", word])[2].tied is wanted
+        assert settings(parse([*base, "--tied", word]))[2].tied is wanted
     for value in ("position", False, True):
         (tmp_path / "c.yaml").write_text(f"tied: {json.dumps(value)}\n")
-        assert parse([*base, "--config", str(tmp_path / "c.yaml")])[2].tied == value
+        assert settings(parse([*base, "--config", str(tmp_path / "c.yaml")]))[2].tied == value
 
 
 @pytest.mark.parametrize("positions", ["prompt", "all", "decode"])

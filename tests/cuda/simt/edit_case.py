@@ -106,7 +106,7 @@ class Edit:
 
         def common() -> None:
             case.set(n=n, total=total, d=d, r=r, type=harness.TYPES[dtype])
-            case.set(act=activations.native_id(self.act), tied=int(self.tied))
+            case.set(act=activations.find(self.act).number, tied=int(self.tied))
             case.set(index="index" if listed else None)
             for k in self.tensors:
                 case.set(**{k: "w" + ("U" if k == "P" and self.tied else k), f"{k}__type": harness.TYPES[self.weights]})

@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from .errors import UserError, nearest, user_errors
+from ..errors import UserError, nearest, user_errors
 
 
 class Parser(HfArgumentParser):
@@ -41,12 +41,12 @@ class Parser(HfArgumentParser):
             raise UserError(f"unknown argument '{flag}'{nearest(flag, self._option_string_actions)}")
         return tuple(parsed)
 
-    def parse_with_config(self, argv: Sequence[str]) -> tuple[Any, ...]:
-        """As :meth:`parse`; the keys of ``--config``'s YAML file act as flags that come before the real ones."""
+    def with_config(self, argv: Sequence[str]) -> list[str]:
+        """The flags, after those that the keys of ``--config``'s YAML file stand for, if it is there."""
         finder = Parser([], command=self.prog, add_help=False)
         finder.add_argument("--config")
         found, flags = finder.parse_known_args(list(argv))
-        return self.parse(self._flags_from_yaml(found.config) + flags if found.config else flags)
+        return self._flags_from_yaml(found.config) + flags if found.config else flags
 
     def _flags_from_yaml(self, path: str) -> list[str]:
         """The file's keys as flags, so that both are typed and checked in one place; null leaves a default alone."""
@@ -93,17 +93,13 @@ def _argument_type(hint: Any) -> Any:
     return chosen | None if len(members) < len(get_args(hint)) else chosen
 
 
-def arguments_of(config: type, base: type, name: str) -> type:
-    """A dataclass of the fields that ``config`` adds to ``base``, with types that flags can have."""
-    inherited = {field.name for field in dataclasses.fields(base)}
-    hints = get_type_hints(config)
+def with_flag_types(settings: type) -> type:
+    """A dataclass with the fields of another, of types that flags can have."""
+    hints = get_type_hints(settings)
     own = []
-    for field in dataclasses.fields(config):
-        if field.init and field.name not in inherited:
-            copied = dataclasses.field(
-                default=field.default,
-                default_factory=field.default_factory,
-                metadata=field.metadata,
-            )
-            own.append((field.name, _argument_type(hints[field.name]), copied))
-    return dataclasses.make_dataclass(name, own)
+    for field in dataclasses.fields(settings):
+        copied = dataclasses.field(
+            default=field.default, default_factory=field.default_factory, metadata=field.metadata
+        )
+        own.append((field.name, _argument_type(hints[field.name]), copied))
+    return dataclasses.make_dataclass(settings.__name__, own)

@@ -1,0 +1,24 @@
+"""The names of the edits and of the activations that kernels have. Imports nothing, so that a command line may ask."""
+
+METHODS = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
+
+# By Transformers' names (``ACT2FN``), those of one function together; their order is the numbering of `Act` in csrc/edit.h.
+ACTIVATIONS = (
+    ("linear",),
+    ("relu",),
+    ("gelu", "gelu_python"),
+    ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"),
+    ("silu", "swish"),
+    ("sigmoid",),
+    ("tanh",),
+    ("relu2",),
+    ("relu6",),
+    ("leaky_relu",),
+    ("quick_gelu",),
+    ("mish",),
+    ("laplace",),
+    ("gelu_10",),
+    ("hardswish",),
+    ("sqrtsoftplus",),
+)
+FUSED = tuple(name for names in ACTIVATIONS for name in names)

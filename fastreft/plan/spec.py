@@ -1,0 +1,56 @@
+"""The words for positions: "f5+l5" and its friends, as :class:`Positions`. Imports nothing, so that a command line may ask."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+Tied = bool | str  # True, False or "position": who shares an intervention, see Positions.shares
+ACCEPTED = "'fN', 'lM', 'fN+lM' (N, M >= 1, such as 'f5+l5'), 'prompt', 'decode' or 'all'"
+
+
+@dataclass(frozen=True, eq=False)  # parse() gives one object a text, so that telling two apart costs nothing
+class Positions:
+    """``first`` N and ``last`` M tokens of the prompt; where both are 0, all of it; or the ``written`` ones; or all."""
+
+    first: int = 0
+    last: int = 0
+    everywhere: bool = False
+    written: bool = False
+    pyreft_compat: bool = False
+
+    @property
+    def places(self) -> int:
+        """How many tokens of a prompt can be chosen; 0 = no fixed number."""
+        return self.first + self.last
+
+    def shares(self, tied: Tied) -> list[tuple[int, int]]:
+        """The places, from and up to, that each intervention of a layer has, prefix first.
+
+        One has them all if ``tied``; if not, one a side of fN+lM; and with "position" one each. A kind with no fixed
+        number of places has one intervention.
+        """
+        if tied == "position" and self.places:
+            return [(k, k + 1) for k in range(self.places)]
+        if not tied and self.first and self.last:
+            return [(0, self.first), (self.first, self.places)]
+        return [(0, self.places)]
+
+
+@lru_cache
+def parse(text: str, *, pyreft_compat: bool = False) -> Positions:
+    """The :class:`Positions` of a text: fN, lM, fN+lM (in either order), prompt, decode or all; else ``ValueError``."""
+    if text == "all":
+        return Positions(everywhere=True)
+    if text == "decode":
+        return Positions(written=True)
+    if text == "prompt":
+        return Positions()
+    counts: dict[str, int] = {}
+    for part in text.split("+") if isinstance(text, str) else [""]:
+        match = re.fullmatch(r"([fl])([1-9][0-9]*)", part)
+        if match is None or match[1] in counts:
+            raise ValueError(f"positions is {text!r}; it must be {ACCEPTED}")
+        counts[match[1]] = int(match[2])
+    return Positions(counts.get("f", 0), counts.get("l", 0), pyreft_compat=pyreft_compat)

@@ -1,0 +1,152 @@
+"""What a user can say of an adapter, and what is checked of it without a model. Imports neither torch nor PEFT, so that a
+command line answers at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from dataclasses import dataclass, field
+
+from .models.components import COMPONENTS
+from .ops.names import FUSED, METHODS
+from .plan.spec import parse
+from .sources import assigned, tree_of
+
+EDITABLE = ("block_output", "block_input", *COMPONENTS)
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(:-?[1-9]\d*|:)?")
+
+
+@dataclass
+class ReftSettings:
+    """The fields that a :class:`fastreft.ReftConfig` adds to PEFT's; each says what it is in its ``help``."""
+
+    intervention_type: str = field(
+        default="loreft", metadata={"help": f"The edit: {', '.join(METHODS)}.", "choices": list(METHODS)}
+    )
+    r: int = field(default=4, metadata={"help": "The rank of the edit, at least 1 and at most the hidden size."})
+    positions: str = field(
+        default="f5+l5",
+        metadata={
+            "help": "The tokens to edit: 'fN' the first N of the prompt, 'lM' the last M, 'fN+lM' both, "
+            "'prompt' all of it, 'all' every token, decoded ones too, 'decode' only those."
+        },
+    )
+    tied: bool | str = field(
+        default=True,
+        metadata={
+            "help": "Which positions share an intervention: true = all of a layer; false = those of the prefix and those "
+            "of the suffix ('fN+lM'), as in pyreft; position = none, each of the N + M has its own, as the paper's untied."
+        },
+    )
+    layers_to_transform: list[int] | int | str | None = field(
+        default=None,
+        metadata={
+            "help": "The layers to edit, counted from 0: some of them, a slice such as '4:12' or '::2', or 'all'; "
+            "all of them if not given."
+        },
+    )
+    component: str = field(
+        default="block_output",
+        metadata={"help": f"What of a block is edited: {', '.join(EDITABLE)}.", "choices": list(EDITABLE)},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The modules whose output is edited, as a list of name endings or a regular expression; "
+            "the model's transformer blocks if not given. Their output must have the hidden size."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out, as a list of name endings or a regular expression."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "The dropout on the edited rows, at least 0 and below 1."})
+    act_fn: str | None = field(
+        default=None, metadata={"help": "The activation in the edit, by its Transformers name; linear if not given."}
+    )
+    add_bias: bool = field(default=False, metadata={"help": "Whether noreft's and nodireft's projection has a bias."})
+    pyreft_compat: bool = field(
+        default=False, metadata={"help": "Whether to count the positions of short prompts as pyreft does."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train in full and save with the adapter, such as a new classifier."}
+    )
+
+    def check(self) -> None:
+        """``ValueError`` naming the argument, what came and what is wanted."""
+        if self.intervention_type not in METHODS:
+            raise ValueError(f"intervention_type is {self.intervention_type!r}; it must be one of {', '.join(METHODS)}")
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r is {self.r!r}; it must be an integer of at least 1")
+        self._check_tied()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+        if self.act_fn is not None and self.act_fn not in activation_names():
+            raise ValueError(f"act_fn {self.act_fn!r} is neither one of {', '.join(FUSED)} nor in transformers' ACT2FN")
+        if self.component not in EDITABLE:
+            raise ValueError(f"component is {self.component!r}; it must be one of {', '.join(EDITABLE)}")
+        if self.target_modules is not None and self.component != "block_output":
+            raise ValueError(
+                f"component is {self.component!r} and target_modules {self.target_modules!r}; give one of them, as "
+                "target_modules names the modules whose output is edited"
+            )
+        self._check_layers()
+
+    def _check_tied(self) -> None:
+        """``ValueError`` for positions that are none, and for another way to share interventions than there are."""
+        spec = parse(self.positions)
+        if self.tied not in (True, False, "position"):
+            raise ValueError(f"tied is {self.tied!r}; it must be True, False or 'position'")
+        if self.tied == "position" and not spec.places:
+            raise ValueError(
+                f"tied is 'position' and positions {self.positions!r}, which is no fixed number of positions that could "
+                "have an intervention each; it must be 'fN', 'lM' or 'fN+lM', or tied True"
+            )
+
+    def _check_layers(self) -> None:
+        """``ValueError`` for layers that no model has."""
+        layers = self.layers_to_transform
+        given = [layers] if isinstance(layers, int) else layers
+        if given is None or (isinstance(given, str) and (given == "all" or _SLICE.fullmatch(given))):
+            return
+        if not given or any(type(i) is not int or i < 0 for i in given) or len(set(given)) < len(given):
+            raise ValueError(
+                f"layers_to_transform is {layers!r}; it must be a layer or a list of different layers, counted from 0, "
+                "a slice such as '4:12' or '::2', or 'all'"
+            )
+
+    def layers_among(self, layers: list[int]) -> set[int]:
+        """Those of a model's layers that ``layers_to_transform`` means; ``ValueError`` where one is missing, or all."""
+        wanted = self.layers_to_transform
+        if wanted is None or wanted == "all" or not layers:
+            return set(layers)
+        if isinstance(wanted, str):
+            bounds = (int(part) if part else None for part in wanted.split(":"))
+            chosen = set(range(max(layers) + 1)[slice(*bounds)]) & set(layers)
+        else:
+            chosen = {wanted} if isinstance(wanted, int) else set(wanted)
+        if not chosen or not chosen <= set(layers):
+            raise ValueError(
+                f"layers_to_transform is {wanted!r}; the model's layers to choose from are {min(layers)} to {max(layers)}"
+            )
+        return chosen
+
+
+def activation_names() -> set[str]:
+    """Every name that ``act_fn`` may be: :data:`FUSED`, and those of Transformers' ``ACT2FN``.
+
+    Where that is loaded it is asked itself, as people add to it; else its source is read, which takes a thousandth of the time.
+    """
+    loaded = sys.modules.get("transformers.activations")
+    return {*FUSED, *(_in_source() if loaded is None else loaded.ACT2FN)}
+
+
+def _in_source() -> list[str]:
+    try:
+        tree = tree_of("transformers", "activations.py")
+    except ImportError:
+        return []
+    table = assigned(tree, "ACT2CLS")
+    keys = table.keys if isinstance(table, ast.Dict) else []
+    return [key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]

@@ -1,0 +1,50 @@
+"""The flags of ``fastreft generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..errors import UserError
+from ..places import find_adapter, find_model
+from .parser import Parser
+
+
+@dataclass
+class GenerateArguments:
+    """What to write, and how."""
+
+    adapter: str = field(metadata={"help": "the adapter's folder"})
+    model: str | None = field(default=None, metadata={"help": "the base model; the one the adapter names if not given"})
+    dtype: str = field(default="auto", metadata={"help": "the base model's dtype, or 'auto' for its checkpoint's"})
+    prompt: list[str] | None = field(default=None, metadata={"help": "one prompt or more"})
+    prompt_file: str | None = field(default=None, metadata={"help": "a text file, one prompt a line; '-' is stdin"})
+    chat: bool = field(
+        default=False, metadata={"help": "put each prompt through the chat template as a user's message"}
+    )
+    base: bool = field(default=False, metadata={"help": "write the untouched model's text too"})
+    max_new_tokens: int = field(default=128, metadata={"help": "most tokens to write after a prompt"})
+    batch_size: int = field(default=8, metadata={"help": "prompts at a time"})
+    do_sample: bool = field(default=False, metadata={"help": "sample instead of taking the likeliest token"})
+    temperature: float = field(default=1.0, metadata={"help": "with --do_sample: below 1 is more predictable"})
+    top_p: float = field(default=1.0, metadata={"help": "with --do_sample: keep the likeliest tokens of this total"})
+    seed: int = field(default=0, metadata={"help": "with --do_sample: the random seed"})
+
+
+NO_PROMPT = "there is nothing to complete: give --prompt TEXT or --prompt_file FILE, with no empty prompt"
+
+
+def parse(argv: Sequence[str]) -> GenerateArguments:
+    """:class:`UserError` for what is wrong."""
+    parser = Parser([GenerateArguments], command="fastreft generate", description="Write text with a trained adapter.")
+    (arguments,) = parser.parse(argv)
+    if not arguments.prompt and not arguments.prompt_file:
+        raise UserError(NO_PROMPT)
+    find_adapter(arguments.adapter)
+    if arguments.model is not None:
+        find_model(arguments.model)
+    if arguments.max_new_tokens < 1 or arguments.batch_size < 1:
+        raise UserError("--max_new_tokens and --batch_size must be at least 1")
+    if arguments.do_sample and not (arguments.temperature > 0 and 0 < arguments.top_p <= 1):
+        raise UserError("--temperature must be above 0, and --top_p above 0 and at most 1")
+    return arguments
