@@ -1,4 +1,4 @@
-"""The largest difference between pyreft's own outputs and ours, a row an oracle file: `python tests/oracle_table.py`."""
+"""The largest difference between pyreft's outputs and ours, a row an oracle file: `python tests/helpers/oracle_table.py`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Every model type that Transformers maps to a head: attached, edited, trained, saved, disabled and made to generate.
 
-The table that ``fastreft info --models`` prints is what these tests find: ``python tests/models/test_architectures.py`` writes it.
+The table that ``fastreft info --models`` prints is what these tests find, and ``PYTHONPATH=tests/helpers python
+tests/models/test_architectures.py`` writes.
 """
 
 from __future__ import annotations
