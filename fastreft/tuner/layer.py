@@ -13,9 +13,9 @@ from ..interventions import INTERVENTIONS, Intervention
 from ..models import layouts
 from ..models.layouts import Layout
 from ..ops.edit import NEW, WHERE_ALLOWED
-from ..plan import hooks, spec
+from ..plan import hooks
 from ..plan.forward import Plan, Shared
-from ..plan.spec import Positions, Tied
+from ..plan.spec import Positions, Tied, parse
 from .config import ReftConfig
 
 # The attributes of a ReftLayer that hold interventions, or, with one for each position, a list of them in the first. The
@@ -62,7 +62,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: ReftConfig) -> None:
         """Add an adapter: one intervention, one for the prefix and one for the suffix, or one for each position."""
-        parsed = spec.parse(config.positions, pyreft_compat=config.pyreft_compat)
+        positions = parse(config.positions, pyreft_compat=config.pyreft_compat)
         made = [
             INTERVENTIONS[config.intervention_type](
                 embed_dim=self.width,
@@ -71,13 +71,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 act_fn=config.act_fn,
                 add_bias=config.add_bias,
             )
-            for _ in parsed.shares(config.tied)
+            for _ in positions.shares(config.tied)
         ]
         held = [nn.ModuleList(made)] if config.tied == "position" else made
         for group, item in zip(_GROUPS, held, strict=False):
             getattr(self, group)[adapter_name] = item
         at_input = config.component == "block_input"
-        self.specs[adapter_name] = Spec(parsed, config.tied, at_input)
+        self.specs[adapter_name] = Spec(positions, config.tied, at_input)
         if at_input not in self._hooks:
             edit = _edit_input if at_input else _edit_output
             self._hooks[at_input] = hooks.hang(
