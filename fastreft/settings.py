@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 
 from .models.components import COMPONENTS
-from .ops.names import FUSED, METHODS
+from .ops.names import FUSED_ACTIVATIONS, METHODS
 from .plan.spec import parse
 from .sources import assigned, tree_of
 
@@ -83,7 +83,9 @@ class ReftSettings:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
         if self.act_fn is not None and self.act_fn not in activation_names():
-            raise ValueError(f"act_fn {self.act_fn!r} is neither one of {', '.join(FUSED)} nor in transformers' ACT2FN")
+            raise ValueError(
+                f"act_fn {self.act_fn!r} is neither one of {', '.join(FUSED_ACTIVATIONS)} nor in transformers' ACT2FN"
+            )
         if self.component not in EDITABLE:
             raise ValueError(f"component is {self.component!r}; it must be one of {', '.join(EDITABLE)}")
         if self.target_modules is not None and self.component != "block_output":
@@ -134,12 +136,12 @@ class ReftSettings:
 
 
 def activation_names() -> set[str]:
-    """Every name that ``act_fn`` may be: :data:`FUSED`, and those of Transformers' ``ACT2FN``.
+    """Every name that ``act_fn`` may be: :data:`FUSED_ACTIVATIONS`, and those of Transformers' ``ACT2FN``.
 
     Where that is loaded it is asked itself, as people add to it; else its source is read, which takes a thousandth of the time.
     """
     loaded = sys.modules.get("transformers.activations")
-    return {*FUSED, *(_in_source() if loaded is None else loaded.ACT2FN)}
+    return {*FUSED_ACTIVATIONS, *(_in_source() if loaded is None else loaded.ACT2FN)}
 
 
 def _in_source() -> list[str]:

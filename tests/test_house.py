@@ -131,6 +131,15 @@ def test_a_planted_circle_is_found():
     assert wrong_arrows(modules) == []
 
 
+def test_one_place_chooses_how_an_edit_is_computed():
+    """The ways to compute it are ops.edit's alone; ops.step asks csrc/quick/ for the optimizer, ops.prompts for rows."""
+    modules = house()
+    for way in ("ops.gemms", "ops.autograd"):
+        assert [module for module, taken in modules.items() if way in taken] == ["ops.edit"]
+    asking = {path.stem for path in ROOT.rglob("*.py") if "quick.edit_rows_(" in path.read_text()}
+    assert asking == {"edit"}
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_what_must_be_light_imports_the_light(module):
     """No torch, and nothing of ours that has it."""

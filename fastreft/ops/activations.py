@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .names import ACTIVATIONS, FUSED
+from .names import ACTIVATIONS, FUSED_ACTIVATIONS
 
 Function = Callable[[Tensor], Tensor]
 ActFn = str | Function | None
@@ -71,12 +71,12 @@ _KNOWN[None] = _KNOWN["linear"]
 
 
 def find(act_fn: ActFn) -> Activation:
-    """The :class:`Activation` of None, a name of :data:`FUSED` or a callable; ``ValueError`` for another name."""
+    """The :class:`Activation` of None, a name of :data:`FUSED_ACTIVATIONS` or a callable; ``ValueError`` for another name."""
     if act_fn is not None and not isinstance(act_fn, str):
         return Activation(None, act_fn)
     found = _KNOWN.get(act_fn)
     if found is None:
-        raise ValueError(f"act_fn {act_fn!r} is not one of {', '.join(FUSED)}")
+        raise ValueError(f"act_fn {act_fn!r} is not one of {', '.join(FUSED_ACTIVATIONS)}")
     return found
 
 

@@ -21,4 +21,4 @@ ACTIVATIONS = (
     ("hardswish",),
     ("sqrtsoftplus",),
 )
-FUSED = tuple(name for names in ACTIVATIONS for name in names)
+FUSED_ACTIVATIONS = tuple(name for names in ACTIVATIONS for name in names)

@@ -16,8 +16,10 @@ from torch.library import opcheck
 from fastreft import functional as F
 from fastreft import reference
 from fastreft.interventions import activation_module
+from fastreft.ops import activations, gemms
 from fastreft.ops import native as core
-from fastreft.ops.names import FUSED
+from fastreft.ops.edit import FUSED, GEMMS, IN_PLACE, NEW, PLAIN, WHERE_ALLOWED, settled, way_of
+from fastreft.ops.names import FUSED_ACTIVATIONS
 
 TESTS = Path(__file__).parents[1]
 
@@ -51,7 +53,7 @@ def test_the_difference_of_masters_is_formed_before_it_is_rounded(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("act", FUSED)
+@pytest.mark.parametrize("act", FUSED_ACTIVATIONS)
 @pytest.mark.parametrize("method", ["loreft", "noreft", "nodireft"])
 def test_activations(device, act, method):
     torch.manual_seed(0)
@@ -67,12 +69,12 @@ def test_every_activation_of_transformers_works():
     """prelu and xielu hold parameters, so they stay outside the kernels; everything else is inside."""
     from transformers.activations import ACT2CLS
 
-    assert set(ACT2CLS) - set(FUSED) <= {"prelu", "xielu"}
+    assert set(ACT2CLS) - set(FUSED_ACTIVATIONS) <= {"prelu", "xielu"}
     h, (R, W, b) = torch.randn(4, 32), weights("loreft", 32, 3, torch.float32)
     for name in ACT2CLS:
         fn = activation_module(name).float()
         torch.testing.assert_close(
-            F.loreft(h, R, W, b, act_fn=name if name in FUSED else fn),
+            F.loreft(h, R, W, b, act_fn=name if name in FUSED_ACTIVATIONS else fn),
             reference.loreft(h, R, W, b, act_fn=fn),
         )
 
@@ -344,3 +346,30 @@ def test_reference_backend():
         check=False,
     )
     assert "FASTREFT_BACKEND is 'fast'; it must be native or reference" in done.stderr
+
+
+@native
+def test_the_way_of_an_edit(monkeypatch):
+    """Plain torch where no kernel has the activation or the device, products beyond the fused ranks, else the native ops."""
+    h, w = torch.randn(3, 8), (torch.eye(2, 8), None, None, None, None)
+    assert way_of(h, w, activations.find("gelu")) is FUSED
+    assert way_of(h, w, activations.find(torch.sin)) is PLAIN
+    assert way_of(h.to("meta"), w, activations.find(None)) is PLAIN
+    monkeypatch.setattr(gemms, "takes", lambda h, U: U.shape[0] == 2)
+    assert way_of(h, w, activations.find(None)) is GEMMS
+    monkeypatch.setattr(core, "CPU", False)
+    assert way_of(h, w, activations.find(None)) is PLAIN
+
+
+def test_where_an_edit_goes():
+    """In place only where memory and autograd allow it, when that is what is asked."""
+    leaf = torch.randn(4, 8, requires_grad=True)
+    cases = {
+        IN_PLACE: [torch.randn(4, 8), leaf * 1, torch.randn(4, 8)[:, None].expand(4, 2, 8).contiguous()],
+        NEW: [leaf, torch.randn(8, 4).T, leaf.unbind()[0], (leaf * 1).unbind()[0]],
+    }
+    for wanted, states in cases.items():
+        assert [settled(WHERE_ALLOWED, h) for h in states] == [wanted] * len(states)
+        assert [settled(NEW, h) for h in states] == [NEW] * len(states)
+    with torch.no_grad():
+        assert settled(WHERE_ALLOWED, leaf) == IN_PLACE

@@ -115,6 +115,24 @@ def test_each_intervention_has_its_own_locations():
         torch.testing.assert_close(found, logits(base, inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("component", ["block_output", "block_input"])
+@pytest.mark.parametrize(("on_prompt", "truths"), [(True, [True, False, False]), (False, [False, True, True])])
+def test_the_hooks_count_as_none_in_forwards_that_edit_nothing(component, on_prompt, truths):
+    """As the PEFT tuner's do: steps after an edited prompt, a prompt before edited steps, and the bare model's forward."""
+    model, inputs = model_of([(1, component)]), batch("left")
+    block, seen = model.model.model.layers[1], []
+    kept = block._forward_pre_hooks if component == "block_input" else block._forward_hooks
+    block.self_attn.register_forward_pre_hook(lambda *_: seen.append((bool(kept), len(kept))))
+    column = 8 if on_prompt else 0
+    model.generate(
+        inputs, unit_locations=at([column], 1), intervene_on_prompt=on_prompt, max_new_tokens=3, min_new_tokens=3
+    )
+    assert seen == [(truth, 1) for truth in truths]
+    seen.clear()
+    logits(model.model, inputs)
+    assert seen == [(False, 1)]
+
+
 def test_what_is_not_supported_says_so():
     model, inputs = model_of(), batch("left")
     with pytest.raises(NotImplementedError, match="sources are not supported"):
