@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .ops import activations
 from .ops.checks import Weights
 from .ops.edit import IN_PLACE, NEW, edit, settled
-from .ops.names import FUSED_ACTIVATIONS, METHODS
+from .ops.names import METHODS, unknown_activation
 
 # Every intervention alive, so that an optimizer's parameters can be told apart from other people's.
 _alive: weakref.WeakSet[Intervention] = weakref.WeakSet()
@@ -36,11 +36,9 @@ def activation_module(act_fn: str) -> nn.Module:
     try:
         from transformers.activations import ACT2FN
     except ImportError as error:
-        raise ValueError(f"act_fn {act_fn!r} is not one of {', '.join(FUSED_ACTIVATIONS)}") from error
+        raise unknown_activation(act_fn) from error
     if act_fn not in ACT2FN:
-        raise ValueError(
-            f"act_fn {act_fn!r} is neither one of {', '.join(FUSED_ACTIVATIONS)} nor in transformers' ACT2FN"
-        )
+        raise unknown_activation(act_fn)
     return ACT2FN[act_fn]
 
 

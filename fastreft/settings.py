@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 
 from .models.components import COMPONENTS
-from .ops.names import FUSED_ACTIVATIONS, METHODS
+from .ops.names import FUSED_ACTIVATIONS, METHODS, unknown_activation
 from .plan.spec import parse
 from .sources import assigned, tree_of
 
@@ -83,9 +83,7 @@ class ReftSettings:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
         if self.act_fn is not None and self.act_fn not in activation_names():
-            raise ValueError(
-                f"act_fn {self.act_fn!r} is neither one of {', '.join(FUSED_ACTIVATIONS)} nor in transformers' ACT2FN"
-            )
+            raise unknown_activation(self.act_fn)
         if self.component not in EDITABLE:
             raise ValueError(f"component is {self.component!r}; it must be one of {', '.join(EDITABLE)}")
         if self.target_modules is not None and self.component != "block_output":

@@ -1,5 +1,7 @@
 """The names of the edits and of the activations that kernels have. Imports nothing, so that a command line may ask."""
 
+from __future__ import annotations
+
 METHODS = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
 
 # By Transformers' names (``ACT2FN``), those of one function together; their order is the numbering of `Act` in csrc/edit.h.
@@ -22,3 +24,8 @@ ACTIVATIONS = (
     ("sqrtsoftplus",),
 )
 FUSED_ACTIVATIONS = tuple(name for names in ACTIVATIONS for name in names)
+
+
+def unknown_activation(act_fn: object) -> ValueError:
+    """What to raise for an ``act_fn`` that is no activation's name."""
+    return ValueError(f"act_fn {act_fn!r} is neither one of {', '.join(FUSED_ACTIVATIONS)} nor in transformers' ACT2FN")
