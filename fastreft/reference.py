@@ -8,6 +8,7 @@ Source: ReFT (Wu et al. 2024, arXiv 2404.03592), section 3; NoReFT, ConsReFT and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,22 +96,13 @@ def edit_rows(
     return flat.index_copy(0, rows, edit(flat[rows], U, V, P, b, c, act)).reshape(h.shape)
 
 
-def edit_rows_(
-    h: Tensor,
-    rows: Tensor,
-    U: Tensor,
-    V: Tensor | None,
-    P: Tensor | None,
-    b: Tensor | None,
-    c: Tensor | None = None,
-    act: Act = None,
-) -> Tensor:
-    """:func:`edit_rows` in place; returns h."""
+def edit_rows_(h: Tensor, rows: Tensor, *terms: Any) -> Tensor:
+    """:func:`edit_rows` in place, ``terms`` being its arguments after rows; returns h."""
     if not h.is_contiguous():
-        return h.copy_(edit_rows(h, rows, U, V, P, b, c, act))
+        return h.copy_(edit_rows(h, rows, *terms))
     flat = h.view(-1, h.shape[-1])
     rows = chosen_rows(rows, flat.shape[0])
-    flat.index_copy_(0, rows, edit(flat[rows], U, V, P, b, c, act))
+    flat.index_copy_(0, rows, edit(flat[rows], *terms))
     return h
 
 
