@@ -156,7 +156,7 @@ int run_sums(const Pass& p, const EditGradArgs& args, const Plan& plan) {
   grid.y = plan.grad.splits;
   grid.z = plan.grad.chunks;
   if (plan.road == Road::two_passes) {
-    grid.threads = kFusedWarps * 32;
+    grid.threads = kFusedThreads;
     grid.shared = sums_shared(p.packed_depth);
     return args.type == DType::bf16 ? sums_as<bf16>(s, p.packed_depth, grid, args.stream)
                                     : sums_as<f16>(s, p.packed_depth, grid, args.stream);

@@ -8,7 +8,7 @@
 // identity) or where nothing asks for gz. 64 fp32 registers a thread at Rank 16 and slices 512 wide. At the end every
 // cluster leaves one partial sum, and finish_kernel (edit_simple.cuh) adds those in order.
 #pragma once
-#include "edit_fused.cuh"
+#include "edit_cta.cuh"
 
 namespace fastreft {
 
@@ -66,46 +66,33 @@ __device__ __forceinline__ void store_sums(float* to, const float (&sums)[Depth 
 }
 
 template <typename T, int Rank>
-__global__ void __launch_bounds__(kFusedWarps * 32, 1) both_kernel(const __grid_constant__ Both both) {
+__global__ void __launch_bounds__(kFusedThreads, 1) both_kernel(const __grid_constant__ Both both) {
   constexpr int Depth = both_depth(Rank), Pairs = kBothColumns / kFusedWarps / 16;
   const Pass& p = both.f.pass;
   const FusedShape& s = both.f.shape;
   if (blockIdx.x >= both.f.clusters * s.cluster)
-    return copy_unlisted<T, 8, kFusedWarps * 32>(p, blockIdx.x - both.f.clusters * s.cluster);
-  const FusedLayout at = fused_layout(s);
-  char* shared = shared_memory();
-  T* shrink = reinterpret_cast<T*>(shared + at.shrink);
-  T* expand = reinterpret_cast<T*>(shared + at.expand);
-  T* tiles = reinterpret_cast<T*>(shared + at.tiles);
-  float* partial = reinterpret_cast<float*>(shared + at.partial);
-  float* received = reinterpret_cast<float*>(shared + at.received);
-  T* coordinates = reinterpret_cast<T*>(shared + at.coordinates);
-
-  const int warp = threadIdx.x / 32, rank = s.cluster > 1 ? cluster_rank() : 0;
+    return copy_unlisted<T, 8, kFusedThreads>(p, blockIdx.x - both.f.clusters * s.cluster);
+  const Cta<T, Rank, 1> cta(p, s, s.cluster > 1 ? cluster_rank() : 0);
+  const FusedLayout& at = cta.at;
+  T* const coordinates = cta.coordinates;
   const int64_t cluster = blockIdx.x / s.cluster, clusters = both.f.clusters;
-  const int columns = s.width / kFusedWarps;
-  const int64_t slice = static_cast<int64_t>(rank) * s.width, column = slice + warp * columns;
-  const int64_t tile_size = s.rows * at.pitch;
-  const int depth = s.expands * Rank > 16 ? s.expands * Rank : 16, own = own_rows(s);
-  const int expand_from = p.expand[0].w.p != nullptr ? 0 : 1;
+  const int64_t slice = static_cast<int64_t>(cta.rank) * s.width, column = cta.column(slice);
   const int kept = p.act == Act::identity ? p.r : 2 * p.r;
   const bool wants_second = both.h.p != nullptr;
 
   const auto fetch = [&](int64_t tile, int stage) {
     if (tile < both.f.tiles) {
       const int64_t first = tile * s.rows;
-      T* to = tiles + 2 * stage * tile_size + warp * columns;
-      load_tile(to, p.in.p, tile_rows(p, p.in, first, s.rows, false), s.rows, at.pitch, columns, column, p.d);
-      if (wants_second)
-        load_tile(to + tile_size, both.h.p, tile_rows(p, both.h, first, s.rows, true), s.rows, at.pitch, columns,
-                  column, p.d);
+      T* to = cta.tile(2 * stage);
+      cta.load(to, p.in, first, false, column);
+      if (wants_second) cta.load(to + cta.tile_size, both.h, first, true, column);
     }
     copy_commit();
   };
   for (int stage = 0; stage < s.stages; ++stage) fetch(cluster + stage * clusters, stage);
-  load_slice(shrink, p.shrink, 1, Rank, Rank, s.width, at.pitch, p.r, p.d, slice);
-  load_slice(expand, p.expand + expand_from, s.expands, Rank, depth, s.width, at.pitch, p.r, p.d, slice);
-  for (int e = threadIdx.x; e < s.rows * at.coordinate_pitch; e += kFusedWarps * 32) coordinates[e] = rounded<T>(0.f);
+  cta.load_shrink(slice);
+  cta.load_expand(slice);
+  cta.clear_coordinates();
   cluster_sync(s.cluster);  // as in fused_kernel
 
   float first_sum[Depth / 16][2 * Pairs][4] = {}, second_sum[Depth / 16][2 * Pairs][4] = {};
@@ -113,25 +100,17 @@ __global__ void __launch_bounds__(kFusedWarps * 32, 1) both_kernel(const __grid_
   int stage = 0;
   for (int64_t tile = cluster; tile < both.f.tiles; tile += clusters) {
     const int64_t first = tile * s.rows;
-    T* mine = tiles + 2 * stage * tile_size + warp * columns;
+    T* mine = cta.tile(2 * stage);
     wait_for_oldest(s.stages);
     __syncwarp();
-    for (int m = 0; m < s.rows; m += 16)
-      shrink_rows<T, Rank>(mine + m * at.pitch, shrink + warp * columns, at.pitch, columns,
-                           partial + (warp * s.rows + m) * Rank, Rank);
+    cta.shrink_tile(mine);
     __syncthreads();
 
-    for (int e = threadIdx.x; e < s.rows * Rank; e += kFusedWarps * 32) {
-      float sum = 0;
-      for (int w = 0; w < kFusedWarps; ++w) sum += partial[w * s.rows * Rank + e];
-      const int m = e / Rank, k = e % Rank;
-      float* to = received + (rank * own + m % own) * Rank + k;
-      *(s.cluster > 1 ? of_rank(to, m / own) : to) = sum;
-    }
+    cta.send_sums();
     cluster_sync(s.cluster);  // (1) as in fused_kernel
 
-    for (int e = threadIdx.x; e < own * Rank / 2; e += kFusedWarps * 32) {
-      const int m = rank * own + e / (Rank / 2), k = e % (Rank / 2) * 2;
+    for (int e = threadIdx.x; e < cta.own * Rank / 2; e += kFusedThreads) {
+      const int m = cta.rank * cta.own + e / (Rank / 2), k = e % (Rank / 2) * 2;
       if (m >= s.rows) continue;
       const int64_t i = first + m;
       const bool live = listed_row(p.index, i, p.n, p.total) >= 0;
@@ -139,7 +118,8 @@ __global__ void __launch_bounds__(kFusedWarps * 32, 1) both_kernel(const __grid_
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         float sum = 0;
-        for (int from = 0; from < s.cluster; ++from) sum += received[(from * own + m % own) * Rank + k + pair];
+        for (int from = 0; from < s.cluster; ++from)
+          sum += cta.received[(from * cta.own + m % cta.own) * Rank + k + pair];
         coordinate<true>(p, i, k + pair, sum, 0.f, live, gp[pair], minus_gz[pair]);
         z[pair] = live && k + pair < p.r ? static_cast<const float*>(p.z)[i * kept + k + pair] : 0.f;
       }
@@ -148,33 +128,30 @@ __global__ void __launch_bounds__(kFusedWarps * 32, 1) both_kernel(const __grid_
         T* row = coordinates + m * at.coordinate_pitch + k;
         if (s.cluster > 1) row = of_rank(row, other);
         for (int q = 0; q < s.expands; ++q)
-          *reinterpret_cast<uint32_t*>(row + q * Rank) = q + expand_from == 1 ? pack<T>(minus_gz[0], minus_gz[1]) : gx;
-        *reinterpret_cast<uint32_t*>(row + depth) = pack<T>(z[0], z[1]);
-        *reinterpret_cast<uint32_t*>(row + depth + Depth) = gx;
+          *reinterpret_cast<uint32_t*>(row + q * Rank) =
+              q + cta.expand_from == 1 ? pack<T>(minus_gz[0], minus_gz[1]) : gx;
+        *reinterpret_cast<uint32_t*>(row + cta.depth) = pack<T>(z[0], z[1]);
+        *reinterpret_cast<uint32_t*>(row + cta.depth + Depth) = gx;
       }
     }
     cluster_sync(s.cluster);  // (2) as in fused_kernel
 
-    if (rank == 0 && threadIdx.x < Rank) {
+    if (cta.rank == 0 && threadIdx.x < Rank) {
       for (int m = 0; m < s.rows; ++m)
-        vector += to_float(coordinates[m * at.coordinate_pitch + depth + Depth + threadIdx.x]);
+        vector += to_float(coordinates[m * at.coordinate_pitch + cta.depth + Depth + threadIdx.x]);
     }
     for (int m = 0; m < s.rows; m += 16) {
-      const T* row = coordinates + m * at.coordinate_pitch + depth;
+      const T* row = coordinates + m * at.coordinate_pitch + cta.depth;
       if (both.wants_first)
-        add_products<T, Depth, Pairs>(first_sum, row, at.coordinate_pitch, mine + m * at.pitch, at.pitch, columns);
+        add_products<T, Depth, Pairs>(first_sum, row, at.coordinate_pitch, mine + m * at.pitch, at.pitch, cta.columns);
       if (wants_second)
-        add_products<T, Depth, Pairs>(second_sum, row + Depth, at.coordinate_pitch, mine + tile_size + m * at.pitch,
-                                      at.pitch, columns);
+        add_products<T, Depth, Pairs>(second_sum, row + Depth, at.coordinate_pitch, mine + cta.tile_size + m * at.pitch,
+                                      at.pitch, cta.columns);
     }
     if (p.out.p != nullptr) {
       __syncwarp();  // other lanes' columns of g have been read
-      for (int m = 0; m < s.rows; m += 16)
-        expand_rows<T, (Rank > 8 ? Rank / 8 : 1)>(mine + m * at.pitch, coordinates + m * at.coordinate_pitch,
-                                                  at.coordinate_pitch, expand + warp * columns, at.pitch, columns,
-                                                  s.expands > 0 ? depth / 16 : 0);
-      __syncwarp();
-      store_tile(p.out.p, mine, tile_rows(p, p.out, first, s.rows, false), s.rows, at.pitch, columns, column, p.d);
+      cta.template expand_tile<true>(mine);
+      cta.store(mine, first, column);
     }
     __syncwarp();
     fetch(tile + s.stages * clusters, stage);
@@ -184,9 +161,9 @@ __global__ void __launch_bounds__(kFusedWarps * 32, 1) both_kernel(const __grid_
 
   const int64_t size = static_cast<int64_t>(p.r) * p.d;
   float* to = both.partial + cluster * (both.wants_first + wants_second) * size;
-  if (both.wants_first) store_sums<Depth, Pairs>(to, first_sum, p.r, p.d, columns, column);
-  if (wants_second) store_sums<Depth, Pairs>(to + both.wants_first * size, second_sum, p.r, p.d, columns, column);
-  if (rank == 0 && static_cast<int>(threadIdx.x) < p.r) {
+  if (both.wants_first) store_sums<Depth, Pairs>(to, first_sum, p.r, p.d, cta.columns, column);
+  if (wants_second) store_sums<Depth, Pairs>(to + both.wants_first * size, second_sum, p.r, p.d, cta.columns, column);
+  if (cta.rank == 0 && static_cast<int>(threadIdx.x) < p.r) {
     both.vectors[cluster * 2 * p.r + threadIdx.x] = vector;
     both.vectors[(cluster * 2 + 1) * p.r + threadIdx.x] = vector;
   }

@@ -1,5 +1,6 @@
 // Host helpers that the forward and the backward share: alignment questions and the two roads of a pass over rows.
 #pragma once
+#include "edit_fused.cuh"
 #include "edit_simple.cuh"
 #include "edit_streamed.cuh"
 #include "launch.h"
@@ -91,7 +92,7 @@ inline Grid fused_grid(const Pass& p, const FusedPlan& plan) {
   Grid grid;
   grid.cluster = plan.shape.cluster;
   grid.x = plan.clusters * grid.cluster + copy_blocks(p.total, p.copy_rows, grid.cluster);
-  grid.threads = kFusedWarps * 32;
+  grid.threads = kFusedThreads;
   grid.shared = plan.shared;
   return grid;
 }

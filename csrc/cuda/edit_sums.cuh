@@ -21,8 +21,7 @@ __device__ __forceinline__ void store_one_sum(const Gradient& p, const float (&s
 }
 
 template <typename T, int Depth>
-__global__ void __launch_bounds__(kFusedWarps * 32, Depth > 32 ? 1 : 2)
-    sums_kernel(const __grid_constant__ Gradient p) {
+__global__ void __launch_bounds__(kFusedThreads, Depth > 32 ? 1 : 2) sums_kernel(const __grid_constant__ Gradient p) {
   constexpr SumsLayout at = sums_layout(Depth);
   constexpr int Stages = sums_stages(Depth);
   T* stages = reinterpret_cast<T*>(shared_memory());
@@ -35,7 +34,7 @@ __global__ void __launch_bounds__(kFusedWarps * 32, Depth > 32 ? 1 : 2)
   const auto fetch = [&](int64_t i0, int stage) {
     T* g = stages + stage * at.stage;
     if (i0 < end) {
-      for (int e = thread; e < kSumsRows * kSumsColumns / 8; e += kFusedWarps * 32) {
+      for (int e = thread; e < kSumsRows * kSumsColumns / 8; e += kFusedThreads) {
         const int m = e / (kSumsColumns / 8), j = e % (kSumsColumns / 8) * 8;
         const int64_t row = listed_row(p.index, i0 + m, end, p.total);
         const bool valid = row >= 0 && block + j < p.d;
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(kFusedWarps * 32, Depth > 32 ? 1 : 2)
           copy_async(to + at.h, static_cast<const T*>(p.h.p) + (valid ? row_offset(p.h, i0 + m) + block + j : 0),
                      valid);
       }
-      for (int e = thread; e < kSumsRows * 3 * Depth / 8; e += kFusedWarps * 32) {
+      for (int e = thread; e < kSumsRows * 3 * Depth / 8; e += kFusedThreads) {
         const int m = e / (3 * Depth / 8), k = e % (3 * Depth / 8) * 8;
         const bool valid = i0 + m < end;
         copy_async(g + at.coordinates + m * at.coordinate_pitch + k,

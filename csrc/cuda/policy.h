@@ -25,7 +25,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // ---- tensor cores: one pass over rows (edit_fused.cuh) ------------------------------------------------------------
 
-constexpr int kFusedWarps = 8;
+constexpr int kFusedWarps = 8, kFusedThreads = kFusedWarps * 32;
 constexpr int kMaxFusedRank = 64;
 
 // 0 where r has no padded form.

@@ -216,8 +216,8 @@ def test_a_barrier_or_wait_left_out_is_noticed(plant, kwargs, runner, tmp_path):
 @pytest.mark.parametrize(
     "patches",
     [
-        {"edit_fused.cuh": ("const int m = e / sums, k = e % sums;", "const int m = e / sums, k = (e + 1) % sums;")},
-        {"edit_fused.cuh": ("e < s.rows * at.coordinate_pitch; e +=", "e <= s.rows * at.coordinate_pitch; e +=")},
+        {"edit_cta.cuh": ("const int m = e / sums, k = e % sums;", "const int m = e / sums, k = (e + 1) % sums;")},
+        {"edit_cta.cuh": ("e < s.rows * at.coordinate_pitch; e +=", "e <= s.rows * at.coordinate_pitch; e +=")},
     ],
     ids=["a coordinate", "one past the end of shared memory"],
 )
