@@ -95,49 +95,68 @@ inline int64_t resident_clusters(const Device& device, int cluster, int per_sm) 
   return count > 0 ? count : 1;
 }
 
+// A shape for these matrices; rank 0 where tensor cores do not take them.
+inline FusedShape fused_shape(int64_t n, int64_t d, int64_t r, int shrinks, int expands) {
+  FusedShape s;
+  if (n > 0 && d > 0 && d % 8 == 0) s.rank = padded_rank(r);
+  s.shrinks = shrinks;
+  s.expands = expands;
+  return s;
+}
+
+// The most CTAs a multiprocessor and the tallest tiles of whose shape `fit(tiles, clusters, limit)` can make one of at
+// most `limit` bytes, `clusters` of them running at once: false where there are none. plan.shape has the cluster
+// already.
+template <typename Fit>
+bool plan_tiles(FusedPlan& plan, int64_t n, int most_per_sm, const Device& device, const Fit& fit) {
+  FusedShape& s = plan.shape;
+  for (int per_sm = most_per_sm; per_sm >= 1; --per_sm) {
+    const int64_t limit = per_sm == 2 ? half_of_shared(device.shared) : device.shared;
+    const int64_t clusters = resident_clusters(device, s.cluster, per_sm);
+    if (clusters < 1) continue;  // the device does not run clusters of this size
+    for (s.rows = 64; s.rows >= 16; s.rows /= 2) {
+      const int64_t tiles = ceil_div(n, s.rows);
+      const bool idle_clusters = s.rows > 16 && tiles < clusters;           // rather more at work than taller tiles
+      const bool too_low = per_sm == 2 && s.rows < 32 && tiles > clusters;  // a whole SM for one tall tile is better
+      if (idle_clusters || too_low || !fit(tiles, clusters, limit)) continue;
+      plan.fits = true;
+      plan.per_sm = per_sm;
+      plan.tiles = tiles;
+      plan.clusters = tiles < clusters ? tiles : clusters;
+      plan.shared = fused_layout(s).bytes;
+      return true;
+    }
+  }
+  return false;
+}
+
 // `columns` caps the width of a CTA's slice (0: no cap), for kernels that keep sums over it in registers; `most_per_sm`
 // is what the kernel was compiled for.
 inline FusedPlan plan_fused(int64_t n, int64_t d, int64_t r, int shrinks, int expands, int extra, int inputs,
                             int columns, int most_per_sm, const Device& device) {
   FusedPlan plan;
   FusedShape& s = plan.shape;
-  s.rank = padded_rank(r);
-  if (s.rank == 0 || n <= 0 || d <= 0 || d % 8 != 0) return plan;
-  s.shrinks = shrinks;
-  s.expands = expands;
+  s = fused_shape(n, d, r, shrinks, expands);
+  if (s.rank == 0) return plan;
   s.extra = extra;
   s.inputs = inputs;
-  const int64_t half = half_of_shared(device.shared);
+  const auto fit = [&](int64_t tiles, int64_t clusters, int64_t limit) {
+    // No more stages than there are tiles for: memory left over is room for a CTA that copies (edit_copy.cuh).
+    const int64_t turns = ceil_div(tiles, clusters);
+    s.stages = turns < 2 ? 2 : turns < 4 ? static_cast<int>(turns) : 4;
+    while (s.stages > 2 && fused_layout(s).bytes > limit) --s.stages;
+    return fused_layout(s).bytes <= limit;
+  };
   // The smallest cluster whose slices are at most 512 wide: wide enough for long transfers, narrow enough for weights
   // and tiles to stay in shared memory. Larger ones where the weights still do not fit.
   const int usual = device.largest_cluster < 8 ? device.largest_cluster : 8;
   for (int most = 1; most <= device.largest_cluster; most *= 2) {
-    if (ceil_div(d, most) > 512 && 2 * most <= usual) continue;
+    const bool a_larger_one_is_usual = ceil_div(d, most) > 512 && 2 * most <= usual;
+    if (a_larger_one_is_usual) continue;
     s.width = static_cast<int>(round_up(ceil_div(d, most), 16 * kFusedWarps));
     s.cluster = static_cast<int>(ceil_div(d, s.width));  // fewer than `most` where the last ones would have no columns
-    if (columns > 0 && s.width > columns) continue;
-    for (int per_sm = most_per_sm; per_sm >= 1; --per_sm) {
-      const int64_t limit = per_sm == 2 ? half : device.shared;
-      const int64_t clusters = resident_clusters(device, s.cluster, per_sm);
-      if (clusters < 1) continue;  // the device does not run clusters of this size
-      for (int rows = 64; rows >= 16; rows /= 2) {
-        if (rows > 16 && ceil_div(n, rows) < clusters) continue;  // rather more clusters at work than taller tiles
-        if (per_sm == 2 && rows < 32 && ceil_div(n, rows) > clusters)
-          continue;  // a whole SM for one tall tile is better
-        s.rows = rows;
-        // No more than there are tiles for: memory left over is room for a CTA that copies (edit_copy.cuh).
-        const int64_t turns = ceil_div(ceil_div(n, rows), clusters);
-        s.stages = turns < 2 ? 2 : turns < 4 ? static_cast<int>(turns) : 4;
-        while (s.stages > 2 && fused_layout(s).bytes > limit) --s.stages;
-        if (fused_layout(s).bytes > limit) continue;
-        plan.fits = true;
-        plan.per_sm = per_sm;
-        plan.tiles = ceil_div(n, rows);
-        plan.clusters = plan.tiles < clusters ? plan.tiles : clusters;
-        plan.shared = fused_layout(s).bytes;
-        return plan;
-      }
-    }
+    const bool too_wide = columns > 0 && s.width > columns;
+    if (!too_wide && plan_tiles(plan, n, most_per_sm, device, fit)) return plan;
   }
   return plan;
 }
@@ -151,29 +170,17 @@ inline FusedPlan plan_pass(int64_t n, int64_t d, int64_t r, int shrinks, int exp
 inline FusedPlan plan_streamed(int64_t n, int64_t d, int64_t r, int shrinks, int expands, const Device& device) {
   FusedPlan plan;
   FusedShape& s = plan.shape;
-  s.rank = padded_rank(r);
-  if (s.rank == 0 || n <= 0 || d <= 0 || d % 8 != 0) return plan;
-  s.shrinks = shrinks;
-  s.expands = expands;
-  for (int per_sm = per_sm_of_rank(s.rank); per_sm >= 1; --per_sm) {
-    const int64_t limit = per_sm == 2 ? half_of_shared(device.shared) : device.shared;
-    const int64_t ctas = static_cast<int64_t>(device.multiprocessors) * per_sm;
-    for (s.rows = 64; s.rows >= 16; s.rows /= 2) {
-      if (s.rows > 16 && ceil_div(n, s.rows) < ctas) continue;                 // rather more CTAs than taller tiles
-      if (per_sm == 2 && s.rows < 32 && ceil_div(n, s.rows) > ctas) continue;  // as in plan_fused
-      for (s.width = 512; s.width >= 128; s.width /= 2) {
-        if (s.width > 128 && s.width >= 2 * d) continue;
-        s.pieces = static_cast<int>(ceil_div(d, s.width));
-        plan.shared = fused_layout(s).bytes;
-        if (plan.shared > limit) continue;
-        plan.fits = true;
-        plan.per_sm = per_sm;
-        plan.tiles = ceil_div(n, s.rows);
-        plan.clusters = plan.tiles < ctas ? plan.tiles : ctas;
-        return plan;
-      }
+  s = fused_shape(n, d, r, shrinks, expands);
+  if (s.rank == 0) return plan;
+  const auto fit = [&](int64_t, int64_t, int64_t limit) {
+    for (s.width = 512; s.width >= 128; s.width /= 2) {
+      const bool half_would_do = s.width > 128 && s.width >= 2 * d;
+      s.pieces = static_cast<int>(ceil_div(d, s.width));
+      if (!half_would_do && fused_layout(s).bytes <= limit) return true;
     }
-  }
+    return false;
+  };
+  plan_tiles(plan, n, per_sm_of_rank(s.rank), device, fit);
   return plan;
 }
 
