@@ -30,25 +30,11 @@ struct Plan {
 bool linear(const EditGradArgs& args) { return args.w.act == Act::identity; }
 
 // The pass that turns g into dh.
-Pass make_pass(const EditGradArgs& args) {
-  const Weights& w = args.w;
-  Pass p;
-  p.n = args.n;
-  p.total = args.total;
-  p.d = static_cast<int>(args.d);
-  p.r = static_cast<int>(args.r);
-  p.in = args.g;
-  p.out = args.dh;
-  p.index = args.index;
-  p.act = w.act;
+Pass make_pass(const EditGradArgs& args, const Device& device) {
+  Pass p = pass_between(args.g, args.dh, args, device);
   p.z = const_cast<void*>(args.z);
-  p.shrink[0].w = w.U;
-  p.expand[0].w = w.V;
-  if (linear(args) && w.V.p != nullptr && w.P.p != nullptr) {
-    p.expand[0].minus = w.P;
-  } else {
-    p.expand[1].w = w.P;
-  }
+  p.shrink[0].w = args.w.U;
+  set_both(p.expand, args.w);
   return p;
 }
 
@@ -206,16 +192,15 @@ int finish(const EditGradArgs& args, const Plan& plan) {
 int64_t edit_backward_scratch_bytes(const EditGradArgs& args) {
   Device device;
   if (current_device(device)) return -1;
-  return make_plan(args, make_pass(args), device).bytes;
+  return make_plan(args, make_pass(args, device), device).bytes;
 }
 
 int edit_backward_cuda(const EditGradArgs& args) {
   if (args.d <= 0) return 0;
   Device device;
   if (int error = current_device(device)) return error;
-  Pass p = make_pass(args);
+  Pass p = make_pass(args, device);
   const Plan plan = make_plan(args, p, device);
-  if (args.index != nullptr && args.dh.p != nullptr && !plan.in_place) p.copy_rows = plan_copy(args.total, device);
   if (args.n <= 0 || plan.road == Road::no_gradients) {  // one pass, if any, and sums of nothing, if any
     const int error = p.out.p != nullptr ? run_pass(p, args, plan, true, device) : 0;
     return error || plan.road == Road::no_gradients ? error : finish(args, plan);

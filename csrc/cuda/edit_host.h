@@ -26,6 +26,33 @@ inline bool vector_pass(const Pass& p, DType type) {
          vector_matrix(p.expand[1]);
 }
 
+// V and P as a pass takes them: one matrix, V - P, where the activation is the identity.
+inline void set_both(Matrix2 (&pair)[2], const Weights& w) {
+  pair[0].w = w.V;
+  if (w.act == Act::identity && w.V.p != nullptr && w.P.p != nullptr) {
+    pair[0].minus = w.P;
+  } else {
+    pair[1].w = w.P;
+  }
+}
+
+// What a pass is told in both directions: the forward's from h to out, the backward's from g to dh.
+template <typename Args>
+Pass pass_between(const Rows& in, const Rows& out, const Args& args, const Device& device) {
+  Pass p;
+  p.n = args.n;
+  p.total = args.total;
+  p.d = static_cast<int>(args.d);
+  p.r = static_cast<int>(args.r);
+  p.in = in;
+  p.out = out;
+  p.index = args.index;
+  p.act = args.w.act;
+  const bool elsewhere = out.p != nullptr && out.p != in.p;
+  if (args.index != nullptr && elsewhere) p.copy_rows = plan_copy(args.total, device);
+  return p;
+}
+
 inline int present(const Matrix2 (&pair)[2]) { return (pair[0].w.p != nullptr) + (pair[1].w.p != nullptr); }
 
 template <typename T, bool Backward>
