@@ -10,8 +10,6 @@
 #ifdef FASTREFT_SIMT
 #include "cuda_host.h"
 #else
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #endif
 
@@ -39,9 +37,14 @@ using accum_t = typename Accum<T>::type;
 
 #ifndef FASTREFT_SIMT
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
-__device__ __forceinline__ float to_float(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
-__device__ __forceinline__ void store_as(float x, bf16& y) { y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-__device__ __forceinline__ void store_as(float x, f16& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
+// As cuda_fp16.h and cuda_bf16.h convert, without the second of every unit's compilation that those headers take.
+__device__ __forceinline__ float to_float(f16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+__device__ __forceinline__ void store_as(float x, bf16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+__device__ __forceinline__ void store_as(float x, f16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 #else
 __device__ __forceinline__ float to_float(bf16 x) { return simt::from_bf16(x.bits); }
 __device__ __forceinline__ float to_float(f16 x) { return simt::from_f16(x.bits); }

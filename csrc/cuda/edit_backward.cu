@@ -6,9 +6,7 @@
 // with a separate sums kernel write dh last, when g has been read; where it takes other memory, the launch that writes
 // it copies the rows that are not listed. What is not asked for is not launched.
 #include "../kernels.h"
-#include "edit_both.cuh"
 #include "edit_host.h"
-#include "edit_sums.cuh"
 
 namespace fastreft {
 namespace {
@@ -63,7 +61,7 @@ Plan make_plan(const EditGradArgs& args, const Pass& p, const Device& device) {
     }
   }
 
-  const int64_t size = args.type == DType::f64 ? 8 : 4, coordinates = round_up(args.n * args.r * size, 256);
+  const int64_t size = sum_size(args.type), coordinates = round_up(args.n * args.r * size, 256);
   switch (plan.road) {
     case Road::one_pass: plan.splits = static_cast<int>(plan.fused.clusters); break;
     case Road::two_passes:
@@ -86,16 +84,6 @@ int run_pass(const Pass& p, const EditGradArgs& args, const Plan& plan, bool shr
   return simple_pass<true>(p, args.type, shrinks, args.stream, device);
 }
 
-template <typename T>
-int both_as(const Both& both, const Grid& grid, void* stream) {
-  switch (both.f.shape.rank) {
-    case 8: return launch<both_kernel<T, 8>>(grid, stream, both);
-    case 16: return launch<both_kernel<T, 16>>(grid, stream, both);
-    case 32: return launch<both_kernel<T, 32>>(grid, stream, both);
-  }
-  return kInvalidValue;
-}
-
 int one_pass(const Pass& p, const EditGradArgs& args, const Plan& plan) {
   Both both;
   both.f = fused_of(p, plan.fused);
@@ -103,18 +91,7 @@ int one_pass(const Pass& p, const EditGradArgs& args, const Plan& plan) {
   both.wants_first = plan.slot[0] >= 0;
   both.partial = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + plan.partial);
   both.vectors = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + plan.vectors);
-  const Grid grid = fused_grid(p, plan.fused);
-  return args.type == DType::bf16 ? both_as<bf16>(both, grid, args.stream) : both_as<f16>(both, grid, args.stream);
-}
-
-template <typename T>
-int sums_as(const Gradient& s, int depth, const Grid& grid, void* stream) {
-  switch (depth) {
-    case 16: return launch<sums_kernel<T, 16>>(grid, stream, s);
-    case 32: return launch<sums_kernel<T, 32>>(grid, stream, s);
-    case 64: return launch<sums_kernel<T, 64>>(grid, stream, s);
-  }
-  return kInvalidValue;
+  return both_at_once(both, args.type, fused_grid(p, plan.fused), args.stream);
 }
 
 int run_sums(const Pass& p, const EditGradArgs& args, const Plan& plan) {
@@ -144,18 +121,11 @@ int run_sums(const Pass& p, const EditGradArgs& args, const Plan& plan) {
   if (plan.road == Road::two_passes) {
     grid.threads = kFusedThreads;
     grid.shared = sums_shared(p.packed_depth);
-    return args.type == DType::bf16 ? sums_as<bf16>(s, p.packed_depth, grid, args.stream)
-                                    : sums_as<f16>(s, p.packed_depth, grid, args.stream);
+    return sums_on_tensor_cores(s, p.packed_depth, args.type, grid, args.stream);
   }
   grid.threads = kGradThreads;
-  grid.shared = grad_shared(args.type == DType::f64 ? 8 : 4);
-  switch (args.type) {
-    case DType::f32: return launch<gradient_kernel<float>>(grid, args.stream, s);
-    case DType::f64: return launch<gradient_kernel<double>>(grid, args.stream, s);
-    case DType::bf16: return launch<gradient_kernel<bf16>>(grid, args.stream, s);
-    case DType::f16: return launch<gradient_kernel<f16>>(grid, args.stream, s);
-  }
-  return kInvalidValue;
+  grid.shared = grad_shared(sum_size(args.type));
+  return sums_on_cuda_cores(s, args.type, grid, args.stream);
 }
 
 int finish(const EditGradArgs& args, const Plan& plan) {
@@ -183,8 +153,7 @@ int finish(const EditGradArgs& args, const Plan& plan) {
   f.c = w.c.type;
   Grid grid;
   grid.x = ceil_div(f.elements, 256);
-  return args.type == DType::f64 ? launch<finish_kernel<double>>(grid, args.stream, f)
-                                 : launch<finish_kernel<float>>(grid, args.stream, f);
+  return finish_sums(f, args.type, grid, args.stream);
 }
 
 }  // namespace

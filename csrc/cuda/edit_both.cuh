@@ -12,59 +12,6 @@
 
 namespace fastreft {
 
-struct Both {
-  Fused f;
-  Rows h;  // [n, d]; p == nullptr where no gradient needs it
-  bool wants_first = false;
-  float* partial = nullptr;  // [clusters, slots, r, d], first before second
-  float* vectors = nullptr;  // [clusters, 2, r]: sum gx, twice
-};
-
-// sums (Depth x 16 Pairs) += coordinates^T (Depth x 16 rows) times 16 rows of a tile, over the warp's columns.
-template <typename T, int Depth, int Pairs>
-__device__ __forceinline__ void add_products(float (&sums)[Depth / 16][2 * Pairs][4], const T* coordinates,
-                                             int64_t coordinate_pitch, const T* tile, int64_t pitch, int columns) {
-  const int lane = threadIdx.x % 32;
-  uint32_t a[Depth / 16][4];
-#pragma unroll
-  for (int k = 0; k < Depth / 16; ++k)
-    load_matrices_transposed(a[k],
-                             coordinates + (lane % 8 + lane / 16 * 8) * coordinate_pitch + k * 16 + lane / 8 % 2 * 8);
-#pragma unroll
-  for (int pair = 0; pair < Pairs; ++pair) {
-    if (pair * 16 >= columns) continue;
-    uint32_t b[4];
-    load_matrices_transposed(b, tile + lane % 16 * pitch + pair * 16 + lane / 16 * 8);
-#pragma unroll
-    for (int k = 0; k < Depth / 16; ++k) {
-      multiply(sums[k][2 * pair], a[k], b[0], b[1], T{});
-      multiply(sums[k][2 * pair + 1], a[k], b[2], b[3], T{});
-    }
-  }
-}
-
-// The warp's sums to rows [0, r) of a partial sum (r, d).
-template <int Depth, int Pairs>
-__device__ __forceinline__ void store_sums(float* to, const float (&sums)[Depth / 16][2 * Pairs][4], int r, int64_t d,
-                                           int columns, int64_t column) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int k = 0; k < Depth / 16; ++k) {
-#pragma unroll
-    for (int eight = 0; eight < 2 * Pairs; ++eight) {
-      const int64_t j = column + eight * 8 + lane % 4 * 2;
-      if (eight * 8 >= columns || j >= d) continue;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = k * 16 + half * 8 + lane / 4;
-        if (row < r)
-          *reinterpret_cast<float2*>(to + row * d + j) =
-              make_float2(sums[k][eight][2 * half], sums[k][eight][2 * half + 1]);
-      }
-    }
-  }
-}
-
 template <typename T, int Rank>
 __global__ void __launch_bounds__(kFusedThreads, 1) both_kernel(const __grid_constant__ Both both) {
   constexpr int Depth = both_depth(Rank), Pairs = kBothColumns / kFusedWarps / 16;

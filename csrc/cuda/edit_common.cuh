@@ -1,6 +1,7 @@
 // What all edit kernels share: where a row lies, how a weight of any dtype is read, and the coordinates' arithmetic.
 #pragma once
 #include "activation.cuh"
+#include "edit_args.h"
 
 namespace fastreft {
 
@@ -66,12 +67,6 @@ __device__ __forceinline__ void store_weight(void* p, DType type, int64_t at, C 
   }
 }
 
-// A matrix (r, d) as the kernels use it: w, or w - minus where `minus` is there (D = V - P, formed from the masters).
-struct Matrix2 {
-  Weight w;
-  Weight minus;
-};
-
 template <int V, typename C>
 __device__ __forceinline__ void load_matrix(const Matrix2& m, int64_t at, C (&x)[V]) {
   load_weight<V>(m.w, at, x);
@@ -82,29 +77,6 @@ __device__ __forceinline__ void load_matrix(const Matrix2& m, int64_t at, C (&x)
     for (int v = 0; v < V; ++v) x[v] -= y[v];
   }
 }
-
-// One pass over rows: shrink (products with up to two matrices), coordinates, expand (a sum over up to two matrices).
-// The forward and the gradient of the hidden state are the same pass with other matrices:
-//     forward    s0 = V x or (V - P) x,  s1 = P x;  z = act(s0 + b) - s1 - c;            out = x + U^T z
-//     backward   s0 = U x = gz;  gp = gz act'(a);                                        out = x + V^T gp - P^T gz
-struct Pass {
-  int64_t n = 0, total = 0;
-  int d = 0, r = 0;
-  Rows in;                         // [total, d]
-  Rows out;                        // [total, d], or p == nullptr where only the coordinates are wanted
-  const int64_t* index = nullptr;  // [n] or none
-  Matrix2 shrink[2];               // (r, d)
-  Matrix2 expand[2];               // (r, d)
-  Weight b, c;                     // (r), forward
-  Act act = Act::identity;
-  void* saved = nullptr;   // [n, d] the rows as read, or none; forward
-  void* z = nullptr;       // [n, k] forward: written; backward: read
-  void* gp = nullptr;      // [n, r] backward: written, or read where nothing is shrunk; none where act is the identity
-  void* gz = nullptr;      // [n, r] likewise
-  void* packed = nullptr;  // [n, 3, packed_depth] of the rows' type: z, gp, gz; backward on tensor cores, or none
-  int packed_depth = 0;
-  int copy_rows = 0;  // rows a copying CTA owns (edit_copy.cuh); 0: none, all rows are edited or `out` is `in`
-};
 
 // z from the two products; a is what the activation saw.
 template <typename C>

@@ -6,7 +6,6 @@
 // scratch, nothing built beforehand.
 #pragma once
 #include "edit_common.cuh"
-#include "policy.h"
 
 namespace fastreft {
 

@@ -6,13 +6,6 @@
 
 namespace fastreft {
 
-struct Fused {
-  Pass pass;
-  FusedShape shape;
-  int64_t tiles = 0;
-  int64_t clusters = 0;  // that edit; CTAs behind them copy
-};
-
 // Where only one of two matrices is there it comes first in shared memory.
 __device__ __forceinline__ int only_second(const Matrix2 (&pair)[2]) { return pair[0].w.p != nullptr ? 0 : 1; }
 

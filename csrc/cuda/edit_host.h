@@ -1,9 +1,6 @@
-// Host helpers that the forward and the backward share: alignment questions and the two roads of a pass over rows.
+// Host helpers that the forward and the backward share: alignment questions, what a pass is told, and its two roads.
 #pragma once
-#include "edit_fused.cuh"
-#include "edit_simple.cuh"
-#include "edit_streamed.cuh"
-#include "launch.h"
+#include "edit_units.h"
 
 namespace fastreft {
 
@@ -55,48 +52,21 @@ Pass pass_between(const Rows& in, const Rows& out, const Args& args, const Devic
 
 inline int present(const Matrix2 (&pair)[2]) { return (pair[0].w.p != nullptr) + (pair[1].w.p != nullptr); }
 
-template <typename T, bool Backward>
-int simple_pass_as(const Pass& p, bool vector, bool shrinks, void* stream, const Device& device) {
-  const SimplePlan plan = plan_simple(p.n, p.r, sizeof(accum_t<T>), device);
+// Bytes of the type that sums run in.
+inline int sum_size(DType type) { return type == DType::f64 ? 8 : 4; }
+
+template <bool Backward>
+int simple_pass(const Pass& p, DType type, bool shrinks, void* stream, const Device& device) {
+  const SimplePlan plan = plan_simple(p.n, p.r, sum_size(type), device);
   if (!plan.fits) return kInvalidValue;
   Grid grid;
   grid.x = plan.blocks + copy_blocks(p.total, p.copy_rows, 1);
   if (grid.x == 0) return 0;
   grid.threads = kSimpleThreads;
   grid.shared = plan.shared;
-  return vector ? launch<pass_kernel<T, kVector<T>, Backward>>(grid, stream, p, shrinks)
-                : launch<pass_kernel<T, 1, Backward>>(grid, stream, p, shrinks);
-}
-
-template <bool Backward>
-int simple_pass(const Pass& p, DType type, bool shrinks, void* stream, const Device& device) {
   const bool vector = vector_pass(p, type);
-  switch (type) {
-    case DType::f32: return simple_pass_as<float, Backward>(p, vector, shrinks, stream, device);
-    case DType::f64: return simple_pass_as<double, Backward>(p, vector, shrinks, stream, device);
-    case DType::bf16: return simple_pass_as<bf16, Backward>(p, vector, shrinks, stream, device);
-    case DType::f16: return simple_pass_as<f16, Backward>(p, vector, shrinks, stream, device);
-  }
-  return kInvalidValue;
-}
-
-template <typename T, bool Backward>
-int fused_pass_as(const Fused& f, const Grid& grid, void* stream) {
-  if (f.shape.pieces > 1) {
-    switch (f.shape.rank) {
-      case 8: return launch<streamed_kernel<T, 8, Backward>>(grid, stream, f);
-      case 16: return launch<streamed_kernel<T, 16, Backward>>(grid, stream, f);
-      case 32: return launch<streamed_kernel<T, 32, Backward>>(grid, stream, f);
-      case 64: return launch<streamed_kernel<T, 64, Backward>>(grid, stream, f);
-    }
-  }
-  switch (f.shape.rank) {
-    case 8: return launch<fused_kernel<T, 8, Backward>>(grid, stream, f);
-    case 16: return launch<fused_kernel<T, 16, Backward>>(grid, stream, f);
-    case 32: return launch<fused_kernel<T, 32, Backward>>(grid, stream, f);
-    case 64: return launch<fused_kernel<T, 64, Backward>>(grid, stream, f);
-  }
-  return kInvalidValue;
+  return Backward ? simple_backward(p, vector, shrinks, type, grid, stream)
+                  : simple_forward(p, vector, type, grid, stream);
 }
 
 // The plan of a pass on tensor cores; `fits` is false where the CUDA cores have to do it.
@@ -126,10 +96,10 @@ inline Grid fused_grid(const Pass& p, const FusedPlan& plan) {
 
 template <bool Backward>
 int fused_pass(const Pass& p, DType type, const FusedPlan& plan, void* stream) {
-  const Fused f = fused_of(p, plan);
-  const Grid grid = fused_grid(p, plan);
-  return type == DType::bf16 ? fused_pass_as<bf16, Backward>(f, grid, stream)
-                             : fused_pass_as<f16, Backward>(f, grid, stream);
+  const bool streamed = plan.shape.pieces > 1;
+  const auto start =
+      Backward ? (streamed ? streamed_backward : fused_backward) : (streamed ? streamed_forward : fused_forward);
+  return start(fused_of(p, plan), type, fused_grid(p, plan), stream);
 }
 
 }  // namespace fastreft

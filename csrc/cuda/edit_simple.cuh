@@ -134,28 +134,6 @@ __global__ void __launch_bounds__(kSimpleThreads, 2) pass_kernel(const Pass p, c
   }
 }
 
-// The sums over rows that the weights' gradients are made of:
-//     sums[0] = sum z g^T      sums[1] = sum gp h^T      sums[2] = sum gz h^T     (each (r, d); absent ones have slot
-//     -1)
-struct Gradient {
-  int64_t n = 0, total = 0;
-  int d = 0, r = 0;
-  int64_t range = 0;               // rows a partial sum covers
-  int splits = 0;                  // partial sums there are
-  Rows g;                          // [total, d]
-  Rows h;                          // [n, d]
-  const int64_t* index = nullptr;  // [n] or none
-  const void* z = nullptr;         // [n, kept]
-  int kept = 0;
-  const void* gp = nullptr;           // [n, r]; none where act is the identity (gp = gz)
-  const void* gz = nullptr;           // [n, r]
-  const void* coordinates = nullptr;  // [n, 3, depth] T: z, gp, gz padded with zeros; tensor cores only
-  int slot[3] = {-1, -1, -1};
-  int slots = 0;
-  void* partial = nullptr;  // [splits, slots, r, d] accumulation type
-  void* vectors = nullptr;  // [splits, 2, r]: sum gp, sum gz
-};
-
 template <typename T>
 __global__ void __launch_bounds__(kGradThreads) gradient_kernel(const Gradient p) {
   using C = accum_t<T>;
@@ -222,17 +200,6 @@ __global__ void __launch_bounds__(kGradThreads) gradient_kernel(const Gradient p
   if (blockIdx.x == 0 && thread < 2 * K && k0 + thread % K < r)
     static_cast<C*>(p.vectors)[(blockIdx.y * 2 + thread / K) * r + k0 + thread % K] = vector;
 }
-
-// Partial sums -> gradients. dU = S0 - (tied ? S2 : 0), dV = S1, dP = -S2; where act is the identity S2 is S1's slot.
-struct Finish {
-  int64_t elements = 0;  // r d
-  int r = 0, splits = 0, slots = 0;
-  int u = -1, tied = -1, v = -1, p = -1;  // slots to read, -1 = none
-  const void* partial = nullptr;          // [splits, slots, r, d]
-  const void* vectors = nullptr;          // [splits, 2, r]
-  void *dU = nullptr, *dV = nullptr, *dP = nullptr, *db = nullptr, *dc = nullptr;
-  DType U = DType::f32, V = DType::f32, P = DType::f32, b = DType::f32, c = DType::f32;
-};
 
 template <typename C>
 __device__ __forceinline__ C sum_partials(const void* from, int splits, int64_t stride, int64_t at) {

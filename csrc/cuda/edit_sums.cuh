@@ -6,8 +6,7 @@
 // 32 rows of g and h and of their coordinates (written in T by the pass before) are copied asynchronously, three or
 // four stages ahead. Each CTA leaves one partial sum; finish_kernel adds those in order.
 #pragma once
-#include "edit_both.cuh"
-#include "edit_simple.cuh"
+#include "edit_tile.cuh"
 
 namespace fastreft {
 

@@ -224,3 +224,13 @@ def test_a_barrier_or_wait_left_out_is_noticed(plant, kwargs, runner, tmp_path):
 def test_an_index_shifted_by_one_is_noticed(patches, runner, tmp_path):
     faulty = harness.build(tmp_path / "build", patches=patches, reuse=runner.parent)
     assert noticed(TILED, faulty, tmp_path)
+
+
+def test_a_patch_reaches_the_units_that_are_made_of_its_file_and_no_others(runner):
+    def units(name: str) -> set[str]:
+        return {listing.stem for listing in runner.parent.glob("*.d") if name in harness.made_of(listing)}
+
+    assert units("edit_streamed.cuh") == {"edit_streamed_forward", "edit_streamed_backward"}
+    fused = {"edit_fused_forward", "edit_fused_backward", "edit_both"}
+    assert units("edit_cta.cuh") == units("edit_streamed.cuh") | fused
+    assert "runner" not in units("policy.h") >= units("edit_args.h") | {"retract", "launch"}

@@ -16,11 +16,11 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
-KERNELS = ("edit_forward.cu", "edit_backward.cu", "retract.cu")
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFASTREFT_SIMT"),
+    "-MMD",  # beside every object, a file .d of what it was made of
 ]
 
 H200 = (
@@ -38,11 +38,17 @@ def compiler() -> str | None:
     return shutil.which("g++") if platform.system() == "Linux" else None
 
 
+def made_of(listing: Path) -> set[str]:
+    """The files of csrc/cuda that a unit is made of, from what ``-MMD`` wrote."""
+    files = (Path(word) for word in listing.read_text().replace("\\\n", " ").split())
+    return {file.name for file in files if file.parent.name == "cuda"}
+
+
 def build(folder: Path, *, patches: dict[str, tuple[str, str]] | None = None, reuse: Path | None = None) -> Path:
     """Compiles the runner into ``folder``.
 
-    ``patches`` (file of csrc -> text, other text) makes a faulty copy of the kernels. ``reuse`` is a folder of an earlier
-    build: only the forward is compiled anew then.
+    ``patches`` (file of csrc/cuda -> text, other text) makes a faulty copy of the kernels. ``reuse`` is a folder of an
+    earlier build of the kernels as they are: only the units that a patched file is part of are compiled anew then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source = CSRC
@@ -54,16 +60,14 @@ def build(folder: Path, *, patches: dict[str, tuple[str, str]] | None = None, re
             assert text.count(old) == 1, f"{name}: {old!r} is there {text.count(old)} times"
             (source / "cuda" / name).write_text(text.replace(old, new))
     flags = [*FLAGS, f"-I{HERE}", f"-I{source}"]
-    units = [
-        *(source / "cuda" / name for name in KERNELS),
-        HERE / "cuda_host.cpp",
-        HERE / "instructions.cpp",
-        HERE / "runner.cpp",
-    ]
+    units = [*sorted((source / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+    assert len({unit.stem for unit in units}) == len(units), "two units would make one object"
     ready = []
     if reuse:
-        ready = [str(reuse / f"{unit.stem}.o") for unit in units[1:]]
-        units = units[:1]
+        kept = [unit for unit in units if not made_of(reuse / f"{unit.stem}.d") & set(patches or {})]
+        assert len(kept) < len(units), f"no unit is made of {patches}"
+        ready = [str(reuse / f"{unit.stem}.o") for unit in kept]
+        units = [unit for unit in units if unit not in kept]
 
     def compile_one(unit: Path) -> str:
         target = folder / f"{unit.stem}.o"

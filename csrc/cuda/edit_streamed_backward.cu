@@ -1,0 +1,14 @@
+// The backward on tensor cores, matrices streamed.
+#include "edit_streamed.cuh"
+#include "edit_units.h"
+#include "launch.h"
+
+namespace fastreft {
+
+int streamed_backward(const Fused& f, DType type, const Grid& grid, void* stream) {
+  return by_type_and_rank<8, 16, 32, 64>(type, f.shape.rank, [&](auto t, auto rank) {
+    return launch<streamed_kernel<decltype(t), rank.value, true>>(grid, stream, f);
+  });
+}
+
+}  // namespace fastreft

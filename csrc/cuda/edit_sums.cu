@@ -1,0 +1,14 @@
+// The sums over rows of the weights' gradients on tensor cores.
+#include "edit_sums.cuh"
+#include "edit_units.h"
+#include "launch.h"
+
+namespace fastreft {
+
+int sums_on_tensor_cores(const Gradient& s, int depth, DType type, const Grid& grid, void* stream) {
+  return by_type_and_rank<16, 32, 64>(type, depth, [&](auto t, auto padded) {
+    return launch<sums_kernel<decltype(t), padded.value>>(grid, stream, s);
+  });
+}
+
+}  // namespace fastreft
