@@ -23,6 +23,7 @@ static py::dict build_info() {
 #endif
   info["cuda"] = FASTREFT_STRING(FASTREFT_CUDA_REASON);
   info["cuda_arches"] = FASTREFT_STRING(FASTREFT_CUDA_ARCHES);
+  info["quick_asked"] = FASTREFT_STRING(FASTREFT_QUICK);
   info["torch_built_with"] = FASTREFT_STRING(FASTREFT_TORCH_BUILT_WITH);
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;

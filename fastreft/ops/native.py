@@ -1,7 +1,8 @@
 """The native core: loading it, and the choice between it and plain torch.
 
 FASTREFT_BACKEND chooses at run time: ``native`` (the default where the extension is there) or ``reference`` (plain
-torch everywhere).
+torch everywhere). FASTREFT_QUICK chooses how the native ops are called: ``0`` through torch's dispatcher, ``1`` past it
+or not at all, ``auto`` (the default) past it where the extension for that serves this torch.
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ class Elsewhere:
     prompt_rows = hidden_sample = step_ = edit_rows_
 
 
-quick: Any = Elsewhere
 _core_error = ""
-_calls = "past torch's dispatcher"
 try:
     from .. import _C as core  # type: ignore[attr-defined,no-redef]
 except ImportError as error:  # a source tree without a build, or a torch too old for the extension
@@ -43,17 +42,32 @@ if BACKEND == "native" and core is None:
 CPU: bool = BACKEND == "native"
 CUDA: bool = CPU and "cuda" in core.build_info()["devices"].split()
 
-if CPU:
-    _built_with = core.build_info()["torch_built_with"]
-    if _built_with == torch.__version__:
-        try:
-            quick = importlib.import_module("fastreft._quick")
-        except ImportError as error:
-            _calls = f"through torch's dispatcher, slower: {error}"
-    else:
-        _calls = (
-            f"through torch's dispatcher, slower: built with torch {_built_with}; reinstall for {torch.__version__}"
-        )
+QUICK: str = os.environ.get("FASTREFT_QUICK", "").strip().lower() or "auto"
+if QUICK not in ("auto", "1", "0"):
+    raise ImportError(f"FASTREFT_QUICK is {QUICK!r}; it must be auto, 1 or 0")
+
+
+def _find_quick() -> tuple[Any, str]:
+    """csrc/quick/ or its stand-in, and how calls go with it."""
+    if QUICK == "0":
+        return Elsewhere, "through torch's dispatcher: FASTREFT_QUICK is 0"
+    why = "FASTREFT_BACKEND is reference"
+    if CPU:
+        built = core.build_info()
+        why = f"built with torch {built['torch_built_with']}; reinstall for {torch.__version__}"
+        if built["quick_asked"] == "0":
+            why = "FASTREFT_QUICK was 0 when fastreft was built"
+        elif built["torch_built_with"] == torch.__version__:
+            try:
+                return importlib.import_module("fastreft._quick"), "past torch's dispatcher"
+            except ImportError as error:
+                why = str(error)
+    if QUICK == "1":
+        raise ImportError(f"FASTREFT_QUICK=1, but calls cannot go past torch's dispatcher: {why}")
+    return Elsewhere, f"through torch's dispatcher, slower: {why}"
+
+
+quick, _calls = _find_quick()
 
 
 def runs(t: Tensor) -> bool:
@@ -69,6 +83,7 @@ def build_info() -> dict[str, str]:
         info["to change it"] = "build it with 'pip install --no-build-isolation .' where torch and a C++ compiler are"
         return info
     info |= core.build_info()
+    del info["quick_asked"]  # "calls" says what came of it
     if CPU:
         info["calls"] = _calls
     change = "FASTREFT_BACKEND=reference runs plain torch" if BACKEND == "native" else "unset FASTREFT_BACKEND"

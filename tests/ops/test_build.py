@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,6 +38,8 @@ def test_the_quick_calls_are_there_for_the_torch_that_built_them():
     """Its build may fail without an error, for a torch to come; here it must not have."""
     import torch
 
+    if "FASTREFT_QUICK" in core.build_info()["calls"]:
+        pytest.skip("it is switched off")
     built_with = core.build_info()["torch_built_with"]
     if built_with == torch.__version__:
         assert core.quick is not core.Elsewhere
@@ -45,25 +49,28 @@ def test_the_quick_calls_are_there_for_the_torch_that_built_them():
         assert built_with in core.build_info()["calls"]
 
 
-def setup(**env: str) -> subprocess.CompletedProcess[str]:
+def python(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "setup.py", "--version"],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, *args], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False
     )
 
 
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there is no source tree here")
+def setup(**env: str) -> subprocess.CompletedProcess[str]:
+    return python("setup.py", "--version", **env)
+
+
+source_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there is no source tree here")
+
+
+@source_tree
 def test_switches_of_the_build():
     import torch
 
     pytest.importorskip("pybind11")
-    wrong = setup(FASTREFT_BUILD_CUDA="yes")
-    assert wrong.returncode != 0
-    assert wrong.stderr.strip().endswith("FASTREFT_BUILD_CUDA is 'yes'; it must be auto, 1 or 0")
+    for name in ("FASTREFT_BUILD_CUDA", "FASTREFT_QUICK"):
+        wrong = setup(**{name: "yes"})
+        assert wrong.returncode != 0
+        assert wrong.stderr.strip().endswith(f"{name} is 'yes'; it must be auto, 1 or 0")
     if torch.version.cuda is None:
         insisted = setup(FASTREFT_BUILD_CUDA="1")
         assert insisted.returncode != 0
@@ -80,3 +87,136 @@ def test_build_info_says_which_why_and_what_would_change_it():
     if "cuda" not in info["devices"]:
         assert info["cuda"].startswith("not built: ")
         assert "FASTREFT_BUILD_CUDA=1" in info["to change it"]
+
+
+# ---- fastreft._quick: built, left out, insisted on -------------------------------------------------------------------
+
+MODULE = '#include <Python.h>\nstatic PyModuleDef module = {{PyModuleDef_HEAD_INIT, "{0}"}};\n'
+MODULE += "PyMODINIT_FUNC PyInit_{0}() {{ return PyModule_Create(&module); }}\n"
+
+
+def build(folder: Path, quick: str, asked: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """Builds a small tree with this setup.py, in which an older _quick lies; what was said, and the modules then there."""
+    pytest.importorskip("pybind11")
+    sources = {"cpu/positions": "", "torch/module": MODULE.format("_C"), "quick/module": quick}
+    for name, text in sources.items():
+        path = folder / "csrc" / f"{name}.cpp"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    (folder / "fastreft").mkdir()
+    (folder / "fastreft" / "__init__.py").touch()
+    (folder / "fastreft" / "_quick.older.so").touch()
+    shutil.copy(ROOT / "setup.py", folder)
+    switches = {"FASTREFT_BUILD_CUDA": "0", "FASTREFT_QUICK": asked}
+    done = python("setup.py", "build_ext", "--inplace", cwd=folder, **switches)
+    return done, {path.name.split(".")[0] for path in (folder / "fastreft").glob("*.so")}
+
+
+WELL, ILL = MODULE.format("_quick"), "#error there is something that this torch does not have"
+
+
+@source_tree
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("quick", "asked", "builds", "there"),
+    [
+        (WELL, "", True, {"_C", "_quick"}),
+        (ILL, "auto", True, {"_C"}),
+        (ILL, "0", True, {"_C"}),
+        (WELL, "0", True, {"_C"}),
+        (WELL, "1", True, {"_C", "_quick"}),
+        (ILL, "1", False, None),
+    ],
+    ids=["well", "ill", "ill and left out", "left out", "insisted on", "ill and insisted on"],
+)
+def test_a_build_with_and_without_the_quick_calls(quick, asked, builds, there, tmp_path):
+    done, modules = build(tmp_path, quick, asked)
+    assert (done.returncode == 0) == builds, done.stdout + done.stderr
+    if builds:
+        assert modules == there
+        left = tmp_path / "fastreft" / "_quick.older.so"
+        assert left.exists() == (quick is WELL and asked != "0")  # one that was built comes before it
+    else:
+        assert "something that this torch does not have" in done.stdout + done.stderr
+
+
+def calls(**env: str) -> str:
+    """How calls go in a process with this environment, or the last line of its error."""
+    ask = "from fastreft.ops import native; print(native.build_info()['calls'])"
+    done = python("-c", ask, **{"FASTREFT_BACKEND": "", "FASTREFT_QUICK": "", **env})
+    return (done.stdout or done.stderr).strip().rpartition("\n")[2]
+
+
+@native
+def test_switch_of_the_quick_calls():
+    refused = "ImportError: FASTREFT_QUICK=1, but calls cannot go past torch's dispatcher: "
+    assert calls(FASTREFT_QUICK="0") == "through torch's dispatcher: FASTREFT_QUICK is 0"
+    assert calls(FASTREFT_QUICK="yes") == "ImportError: FASTREFT_QUICK is 'yes'; it must be auto, 1 or 0"
+    assert calls(FASTREFT_QUICK="1", FASTREFT_BACKEND="reference") == f"{refused}FASTREFT_BACKEND is reference"
+    usual = calls()
+    if usual == "past torch's dispatcher":
+        assert calls(FASTREFT_QUICK="auto") == calls(FASTREFT_QUICK="1") == usual
+    else:
+        assert calls(FASTREFT_QUICK="1") == refused + usual.partition(": ")[2]
+
+
+def test_what_is_said_of_a_build_without_the_quick_calls(monkeypatch):
+    import torch
+
+    def built(asked: str, version: str) -> None:
+        info = {"devices": "cpu", "quick_asked": asked, "torch_built_with": version}
+        monkeypatch.setattr(core, "core", SimpleNamespace(build_info=lambda: info))
+
+    monkeypatch.setattr(core, "CPU", True)
+    monkeypatch.setattr(core, "QUICK", "auto")
+    for asked, version, why in (
+        ("0", torch.__version__, "FASTREFT_QUICK was 0 when fastreft was built"),
+        ("auto", "1.0", f"built with torch 1.0; reinstall for {torch.__version__}"),
+    ):
+        built(asked, version)
+        assert core._find_quick() == (core.Elsewhere, f"through torch's dispatcher, slower: {why}")
+        monkeypatch.setattr(core, "QUICK", "1")
+        with pytest.raises(ImportError, match=f"^FASTREFT_QUICK=1, but .*: {re.escape(why)}$"):
+            core._find_quick()
+        monkeypatch.setattr(core, "QUICK", "auto")
+
+
+# ---- the CUDA toolkit ------------------------------------------------------------------------------------------------
+
+WITH_CUDA = """
+import runpy, setuptools, torch
+torch.version.cuda, torch.cuda._is_compiled, torch.cuda.is_available = "13.0", lambda: True, lambda: False
+setuptools.setup = lambda ext_modules, **_: print(*ext_modules[0].libraries)
+runpy.run_path("setup.py")
+print(torch.utils.cpp_extension.CUDA_HOME)
+"""
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@source_tree
+@pytest.mark.skipif(os.name != "posix", reason="nvcc is a shell script here")
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize("unversioned", [True, False])
+def test_the_toolkit_is_that_of_the_nvcc_on_path(says, unversioned, monkeypatch, tmp_path):
+    """Where a script calls nvcc; and cudart is linked under the name that is there."""
+    pytest.importorskip("pybind11")
+    home = tmp_path / "toolkit"
+    program(home / "bin" / "nvcc", f"echo '#$ TOP={home}/bin/..' >&2" if says else "exit 1")
+    program(tmp_path / "bin" / "nvcc", f'exec {home}/bin/nvcc "$@"')
+    libraries = (home if says else tmp_path) / "lib64"
+    libraries.mkdir()
+    for name in ("libcudart.so.13", *(["libcudart.so"] if unversioned else [])):
+        (libraries / name).touch()
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    done = python("-c", WITH_CUDA, FASTREFT_BUILD_CUDA="1", PATH=path)
+    assert done.returncode == 0, done.stderr
+    linked, found = done.stdout.strip().split("\n")
+    assert Path(found) == (home if says else tmp_path)  # torch's guess where nvcc does not say
+    assert ("cudart" if unversioned else ":libcudart.so.13") in linked.split()
