@@ -23,6 +23,7 @@ from . import activations, autograd, checks, gemms, native
 from .activations import ActFn, Activation
 from .checks import Weights
 
+LINEAR = activations.find(None)
 NEW, IN_PLACE, WHERE_ALLOWED = "new", "in place", "in place where autograd allows it, else new"
 
 
@@ -43,20 +44,21 @@ def edit(
     whether listed rows are edited in h itself or in a copy. ``unique`` promises that no row is listed twice, which saves a GPU
     the looking.
     """
-    act = activations.find(act_fn)
+    act = LINEAR if act_fn is None else activations.find(act_fn)  # a call more would be a twentieth of a small edit
     if rows is None:
         return way_of(h, w, act).dense(h, w, act)
-    if where != NEW:
-        if act.number is not None:
+    if where is not NEW:
+        number = act[0]
+        if number is not None:
             try:
-                done = native.quick.edit_rows_(h, rows, *w, act.number, unique)
+                done = native.quick.edit_rows_(h, rows, *w, number, unique)
             except RuntimeError as error:
                 raise checks.explained(error, h, w, rows) from None
             if done is not NotImplemented:
                 return done
         where = settled(where, h)
     way = way_of(h, w, act)
-    return (way.rows if where == NEW else way.rows_)(h, rows, w, act, unique)
+    return (way.rows if where is NEW else way.rows_)(h, rows, w, act, unique)
 
 
 def way_of(h: Tensor, w: Weights, act: Activation) -> Way:
@@ -70,7 +72,7 @@ def way_of(h: Tensor, w: Weights, act: Activation) -> Way:
 
 def settled(where: str, h: Tensor) -> str:
     """``where`` as NEW or IN_PLACE. Scattered memory is edited in a copy, too, where that is allowed."""
-    if where != WHERE_ALLOWED:
+    if where is not WHERE_ALLOWED:
         return where
     return NEW if not h.is_contiguous() or _autograd_refuses(h) else IN_PLACE
 
