@@ -5,6 +5,7 @@ command line answers at once.
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import sys
 from dataclasses import dataclass, field
@@ -136,10 +137,11 @@ class ReftSettings:
 def activation_names() -> set[str]:
     """Every name that ``act_fn`` may be: :data:`FUSED_ACTIVATIONS`, and those of Transformers' ``ACT2FN``.
 
-    Where that is loaded it is asked itself, as people add to it; else its source is read, which takes a thousandth of the time.
+    Where that is loaded it is asked itself, as people add to it; else its source is read, which takes a thousandth of the time,
+    or, where that is not what it was, it is loaded.
     """
-    loaded = sys.modules.get("transformers.activations")
-    return {*FUSED_ACTIVATIONS, *(_in_source() if loaded is None else loaded.ACT2FN)}
+    names = [] if "transformers.activations" in sys.modules else _in_source()
+    return {*FUSED_ACTIVATIONS, *(names or importlib.import_module("transformers.activations").ACT2FN)}
 
 
 def _in_source() -> list[str]:

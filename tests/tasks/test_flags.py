@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 from transformers import TrainingArguments
 
+from fastreft import settings
 from fastreft.cli import COMMANDS
 from fastreft.tasks.flags import train, training
 
@@ -83,7 +85,14 @@ def test_the_stand_in_has_the_flags_of_the_real_one():
     "odd", ["", "class TrainingArguments: pass", "class TrainingArguments:\n  x: int = field(default=y.z())"]
 )
 def test_a_source_that_is_odd_gives_the_real_one(odd, monkeypatch):
-    import ast
-
     monkeypatch.setattr(training, "tree_of", lambda *_: ast.parse(odd))
     assert training.training_arguments() is TrainingArguments
+
+
+@pytest.mark.parametrize("odd", [True, False])
+def test_activations_that_no_kernel_has_are_known_with_and_without_their_source(odd, monkeypatch):
+    if odd:
+        monkeypatch.setattr(settings, "tree_of", lambda *_: ast.parse(""))
+    monkeypatch.delitem(sys.modules, "transformers.activations", raising=False)
+    assert "prelu" in settings.activation_names() and "geluu" not in settings.activation_names()
+    assert ("transformers.activations" in sys.modules) == odd
