@@ -7,6 +7,7 @@ device. Knows torch and the calling conventions of Transformers' generation (4.5
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ NO_GUIDANCE = (
 )
 
 
+_SOURCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
 class Run:
     """One call of ``generate``: its prompt, and how far its forwards have come.
 
@@ -40,6 +44,13 @@ class Run:
         self.cache: Any = None  # the one that the sequence is run with, once a forward has shown it
         self.over = False  # has the prompt been run? Then all that comes with this cache is decoded
         self.step: Any = None  # the plan of those forwards, made once
+        self.prepared: dict[str, Any] | None = None  # what its next forward is given, see Prepared
+
+    def owns(self, given: dict[str, Any]) -> bool:
+        """Is a forward one of this call's, and not of a callback, a streamer or a processor that asks the model for itself?"""
+        if self.prepared is None or self.over:  # with a cache that tells, see advance()
+            return True
+        return any(given.get(name) is not None and given[name] is self.prepared.get(name) for name in _SOURCES)
 
     def begin(self, length: int, mask: Tensor | None) -> None:
         """Take the prompt of a decoder. A draft goes on after one, so that its length is known."""
@@ -92,27 +103,50 @@ class Generate:
         model.__dict__["generate"] = self
         # Its forwards fail in a thread of its own, which logs that and gives the prompts back as if nothing were wrong.
         model.__dict__["init_continuous_batching"] = _refuse_batches
+        if hasattr(type(model), Prepared.name) and Prepared.name not in model.__dict__:
+            model.__dict__[Prepared.name] = Prepared(model, local)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, DecoderPrompt.name):
             model.__dict__[DecoderPrompt.name] = DecoderPrompt(model, local)
 
     def __call__(self, *args: Any, reft_positions: Tensor | None = None, **kwargs: Any) -> Any:
         given = dict(zip(("inputs", "generation_config"), args, strict=False), **kwargs)
-        outer, self.local.here.run = self.local.here.run, _run_of(self.model, given, reft_positions)
+        here = self.local.here
+        run = _run_of(self.model, given, reft_positions)
+        # What a module round it was given, labels for one, says nothing of what is written.
+        (outer_run, here.run), (outer, here.outer) = (here.run, run), (here.outer, None)
         try:
             if self.inner is not None:
                 return self.inner(*args, **kwargs)
             return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
-            self.local.here.run = outer
+            here.run, here.outer = outer_run, outer
 
     def remove(self) -> None:
         """Give the model its own ``generate`` back."""
         self.model.__dict__.pop("init_continuous_batching", None)
-        self.model.__dict__.pop(DecoderPrompt.name, None)
+        for kind in (DecoderPrompt, Prepared):
+            if isinstance(self.model.__dict__.get(kind.name), kind):
+                del self.model.__dict__[kind.name]
         if self.model.__dict__.get("generate") is self:
             del self.model.__dict__["generate"]
             if self.inner is not None:
                 self.model.__dict__["generate"] = self.inner
+
+
+class Prepared:
+    """The method of a model that makes the arguments of generate's forwards, and tells the call of ``generate`` of them."""
+
+    name = "prepare_inputs_for_generation"
+
+    def __init__(self, model: nn.Module, local: Any):
+        self.model, self.local = model, local
+        self.__signature__ = inspect.signature(getattr(model, self.name))  # generate looks for what it takes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        made = getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        if self.local.here.run is not None:
+            self.local.here.run.prepared = made
+        return made
 
 
 class DecoderPrompt:

@@ -1,5 +1,5 @@
-"""How a plan reaches the modules of its forward: what each thread is in, the hooks that hand a module's hidden state to
-whoever edits it, and the recomputation of checkpointed blocks. Imports torch alone.
+"""How a plan reaches the modules of its forward: what each thread is in, and the hooks that hand a module's hidden state to
+whoever edits it. A block that a backward recomputes gets the plan of its own forward, see ``past.py``. Imports torch alone.
 
 A plan is any object with ``idle``: does the forward under way edit nothing? Then the hooks do nothing, and count as none.
 """
@@ -13,23 +13,26 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from .past import Past
 
 Edit = Callable[[nn.Module, Any, Tensor], Tensor]
 """(module, plan, hidden) -> the hidden state as it is to be: ``hidden`` itself where it was edited in place, or not at all."""
 
 
 class PerThread(threading.local):
-    """``here``, an object of each thread's own: servers run several forwards of a model at once.
+    """``here``, an object of each thread's own: servers run several forwards of a model at once. ``past`` is common to them.
 
     The state is an object in here, and not in this one's attributes, as a compiled frame that changes those loses the change.
     """
 
-    def __init__(self, make: Callable[[], Any]):
-        self.make, self.here = make, make()
+    def __init__(self, make: Callable[[], Any], past: Past):
+        self.make, self.here, self.past = make, make(), past
 
-    def __reduce__(self) -> tuple[type[PerThread], tuple[Callable[[], Any]]]:
-        return PerThread, (self.make,)  # a copy of the model starts with no forward under way
+    def __reduce__(self) -> tuple[type[PerThread], tuple[Callable[[], Any], Past]]:
+        return PerThread, (self.make, self.past)  # a copy of the model starts with no forward under way
 
 
 # ---- hooks on a module ---------------------------------------------------------------------------------------------
@@ -53,7 +56,9 @@ class HooksWithWork(OrderedDict[int, Any]):
         if number != 1 or ours not in self:
             return number > 0
         plan = local.here.plan
-        return plan is not None and not plan.idle
+        if plan is None:
+            return torch._C._current_autograd_node() is not None  # recomputed, perhaps
+        return not plan.idle
 
 
 def hang(module: nn.Module, local: PerThread, edit: Edit, *, at_input: bool, prepend: bool = False) -> Any:
@@ -85,6 +90,8 @@ def take_down(module: nn.Module, handle: Any, *, at_input: bool) -> None:
 def _edit_output(local: PerThread, edit: Edit, module: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook: the module's output with another hidden state; None where that is the same."""
     plan = local.here.plan
+    if plan is None:
+        plan = local.past.find(module)
     if plan is None or plan.idle:
         return None
     given = output if isinstance(output, Tensor) else _first(output)
@@ -97,6 +104,8 @@ def _edit_output(local: PerThread, edit: Edit, module: nn.Module, args: Any, out
 def _edit_input(local: PerThread, edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward pre-hook: the module's arguments with another hidden state, which is the first tensor of them."""
     plan = local.here.plan
+    if plan is None:
+        plan = local.past.find(module)
     if plan is None or plan.idle:
         return None
     if args:

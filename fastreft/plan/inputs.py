@@ -22,8 +22,24 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Given:
 
 def batch_shape(given: Given) -> tuple[int, int] | None:
     """(B, S) of the tokens or embeddings; None where the input is something else."""
-    entry = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    entry = source_of(given)
     return None if entry is None else (entry.shape[0], entry.shape[1])
+
+
+def source_of(given: Given) -> Tensor | None:
+    """The tokens (B, S), or the embeddings (B, S, d); None where the input is something else."""
+    return given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+
+
+def flattened(given: Given) -> Given:
+    """With the choices of a question (B, choices, S) as samples of their own, as the blocks see them."""
+    ids = given.get("input_ids")
+    if ids is None or ids.ndim != 3:
+        return given
+    return {
+        name: value.flatten(0, 1) if isinstance(value, Tensor) and value.shape == ids.shape else value
+        for name, value in given.items()
+    }
 
 
 def cache_of(given: Given) -> Any:
@@ -46,7 +62,9 @@ def cached_tokens(cache: Any) -> int:
 def attention_mask(given: Given) -> Tensor | None:
     """The attention mask; of several, one a kind of layer, any, as each hides the padding."""
     mask = given.get("attention_mask")
-    return next((m for m in mask.values() if m is not None), None) if isinstance(mask, dict) else mask
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
+    return mask if isinstance(mask, Tensor) else None  # flex attention has an object of its own
 
 
 def has_shorter_blocks(module: nn.Module) -> bool:

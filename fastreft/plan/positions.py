@@ -125,6 +125,8 @@ def rows(positions: Positions, tokens: Tokens, tied: Tied = True, device: torch.
         if chosen is None:
             return [] if positions.written else [None]
         return [_window(_listed(chosen.to(device)), tokens)]
+    if tied != "position":  # more places than there are tokens would hold -1 alone, and cost memory
+        positions = positions.within(tokens.shape[1])
     size = positions.places
     shares = positions.shares(tied)
     plain = tokens.starts is None and tokens.window is None
@@ -179,7 +181,7 @@ def _listed(chosen: Tensor) -> Tensor:
 def _scatter(place: Tensor, chosen: Tensor, n: int) -> Tensor:
     """The rows of the chosen tokens, each at its own place of n, (B, n); the others share a place that is cut off."""
     row = torch.arange(place.numel(), device=place.device).view(place.shape)
-    return row.new_full((len(place), n + 1), -1).scatter_(1, place.masked_fill(~chosen, n), row)[:, :n]
+    return row.new_full((place.shape[0], n + 1), -1).scatter_(1, place.masked_fill(~chosen, n), row)[:, :n]
 
 
 def _window(index: Tensor, tokens: Tokens) -> Tensor:
@@ -187,9 +189,9 @@ def _window(index: Tensor, tokens: Tokens) -> Tensor:
     if tokens.window is None:
         return index
     start, length = tokens.window
-    column = index - torch.arange(len(index), device=index.device)[:, None] * tokens.shape[1] - start
+    column = index - torch.arange(index.shape[0], device=index.device)[:, None] * tokens.shape[1] - start
     inside = (index >= 0) & (column >= 0) & (column < length)
-    first = torch.arange(0, len(index) * length, length, device=index.device)[:, None]
+    first = torch.arange(0, index.shape[0] * length, length, device=index.device)[:, None]
     return (column + first).masked_fill(~inside, -1)
 
 
@@ -200,6 +202,20 @@ def check_mask(mask: Tensor | None) -> None:
     hidden = prompts.hidden_sample(mask)
     if hidden >= 0:
         raise ValueError(f"attention_mask hides every token of sample {hidden}; each sample must show one at least")
+
+
+def check_lengths(lengths: Tensor, shape: tuple[int, int]) -> None:
+    """``ValueError`` where ``lengths`` are not the tokens of the prompts of a (B, T) batch."""
+    integers = isinstance(lengths, Tensor) and not (lengths.is_floating_point() or lengths.dtype == torch.bool)
+    if not integers or tuple(lengths.shape) != shape[:1]:
+        came = f"shape {tuple(lengths.shape)} and dtype {lengths.dtype}" if isinstance(lengths, Tensor) else repr(lengths)
+        raise ValueError(f"reft_prompt_lengths has {came}; it must be integers, one a sample, here ({shape[0]},)")
+
+
+def labels_of(lengths: Tensor, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Labels (B, T) that leave the first ``lengths`` (B,) shown tokens of each sample to the prompt: -100, else 0."""
+    shown = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else (mask != 0).to(device)
+    return torch.where(shown.cumsum(1) > lengths.to(device)[:, None], 0, -100)
 
 
 def check_explicit(index: Tensor, shape: tuple[int, int]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 Tied = bool | str  # True, False or "position": who shares an intervention, see Positions.shares
-ACCEPTED = "'fN', 'lM', 'fN+lM' (N, M >= 1, such as 'f5+l5'), 'prompt', 'decode' or 'all'"
+MOST = 1_000_000  # of N and M: more than a context holds
+ACCEPTED = f"'fN', 'lM', 'fN+lM' (N, M from 1 to {MOST}, such as 'f5+l5'), 'prompt', 'decode' or 'all'"
 
 
 @dataclass(frozen=True, eq=False)  # parse() gives one object a text, so that telling two apart costs nothing
@@ -20,10 +21,21 @@ class Positions:
     written: bool = False
     pyreft_compat: bool = False
 
+    def __str__(self) -> str:
+        if self.places:
+            return "+".join(f"{side}{n}" for side, n in (("f", self.first), ("l", self.last)) if n)
+        return "all" if self.everywhere else "decode" if self.written else "prompt"
+
     @property
     def places(self) -> int:
         """How many tokens of a prompt can be chosen; 0 = no fixed number."""
         return self.first + self.last
+
+    def within(self, length: int) -> Positions:
+        """As they are among so many tokens: there are no more places than that on a side."""
+        if max(self.first, self.last) <= length:
+            return self
+        return replace(self, first=min(self.first, length), last=min(self.last, length))
 
     def shares(self, tied: Tied) -> list[tuple[int, int]]:
         """The places, from and up to, that each intervention of a layer has, prefix first.
@@ -38,9 +50,13 @@ class Positions:
         return [(0, self.places)]
 
 
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 @lru_cache
-def parse(text: str, *, pyreft_compat: bool = False) -> Positions:
-    """The :class:`Positions` of a text: fN, lM, fN+lM (in either order), prompt, decode or all; else ``ValueError``."""
+def _parse(text: str, pyreft_compat: bool) -> Positions:
     if text == "all":
         return Positions(everywhere=True)
     if text == "decode":
@@ -48,9 +64,16 @@ def parse(text: str, *, pyreft_compat: bool = False) -> Positions:
     if text == "prompt":
         return Positions()
     counts: dict[str, int] = {}
-    for part in text.split("+") if isinstance(text, str) else [""]:
-        match = re.fullmatch(r"([fl])([1-9][0-9]*)", part)
-        if match is None or match[1] in counts:
-            raise ValueError(f"positions is {text!r}; it must be {ACCEPTED}")
+    for part in text.split("+"):
+        match = re.fullmatch(r"([fl])([1-9][0-9]{0,6})", part, re.ASCII)
+        if match is None or match[1] in counts or int(match[2]) > MOST:
+            raise ValueError(f"positions is {_short(text)}; it must be {ACCEPTED}")
         counts[match[1]] = int(match[2])
     return Positions(counts.get("f", 0), counts.get("l", 0), pyreft_compat=pyreft_compat)
+
+
+def parse(text: str, *, pyreft_compat: bool = False) -> Positions:
+    """The :class:`Positions` of a text: fN, lM, fN+lM (in either order), prompt, decode or all; else ``ValueError``."""
+    if not isinstance(text, str):
+        raise ValueError(f"positions is {_short(text)}; it must be {ACCEPTED}")
+    return _parse(text, pyreft_compat)

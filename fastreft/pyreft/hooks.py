@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..interventions import Intervention
 from ..ops.edit import NEW, WHERE_ALLOWED
 from ..plan.hooks import PerThread, carry_over, checkpointers, hang
+from ..plan.past import Past
 from .components import Place, block_names
 from .locations import Locations
 
@@ -26,7 +27,7 @@ class Hooks:
     """Every place of the model with its interventions, counted as the representations are."""
 
     def __init__(self, model: nn.Module, places: Sequence[Place], interventions: Sequence[Intervention]):
-        self.local = PerThread(_Here)
+        self.local = PerThread(_Here, Past())
         edits: dict[Place, list[tuple[int, Intervention]]] = {}
         for i, (place, intervention) in enumerate(zip(places, interventions, strict=True)):
             edits.setdefault(place, []).append((i, intervention))
@@ -44,10 +45,14 @@ class Hooks:
     def run(self, where: Locations, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """``call(**arguments)``, with the model edited at ``where``."""
         outer, self.local.here.plan = self.local.here.plan, where
+        began = torch.autograd._get_sequence_nr()
         try:
-            return call(**arguments)
+            output = call(**arguments)
         finally:
             self.local.here.plan = outer
+        if torch.is_grad_enabled():
+            self.local.past.note(where, began, output)
+        return output
 
     def _begin(self, module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         where = self.local.here.plan

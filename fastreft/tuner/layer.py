@@ -126,27 +126,40 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
 def _edit_output(module: nn.Module, plan: Plan, hidden: Tensor) -> Tensor:
     """The hidden state that a module gives, as the active adapters leave it: in place where it is nobody else's."""
-    layer: Any = module._modules["reft"]
-    return hidden if layer._disable_adapters else _edited(layer, plan, hidden, False)
+    return _edited(module, plan, hidden, False)
 
 
 def _edit_input(module: nn.Module, plan: Plan, hidden: Tensor) -> Tensor:
     """The hidden state that a module takes, edited in a copy."""
-    layer: Any = module._modules["reft"]
-    return hidden if layer._disable_adapters else _edited(layer, plan, hidden, True)
+    return _edited(module, plan, hidden, True)
 
 
-def _edited(layer: Any, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
+def _active(module: nn.Module, layer: Any, plan: Plan) -> Any:
+    """The adapters that edit a module in a forward: a recomputation has those of the forward that it recomputes."""
+    known = None if is_compiling() else plan.active
+    if known is not None and (plan.over or module in known):
+        return known.get(module, ())
+    active = layer._active_adapter
+    names = () if layer._disable_adapters else (active,) if isinstance(active, str) else tuple(active)
+    if known is not None:
+        known[module] = names
+    return names
+
+
+def _edited(module: nn.Module, plan: Plan, hidden: Tensor, at_input: bool) -> Tensor:
     """The hidden state as the active adapters leave it; ``hidden`` itself where it was edited in place, or not at all."""
+    layer: Any = module._modules["reft"]
+    names = _active(module, layer, plan)
+    if not names:
+        return hidden
     compiling = is_compiling()
     if compiling:  # at no cost, and a flag that changes would have it compiled again
         _check(layer, hidden)
     elif not layer.checked:
         _check(layer, hidden)
         layer.checked = True
-    active = layer._active_adapter
     where = WHERE_ALLOWED if layer.fresh and not at_input and not compiling else NEW
-    for name in (active,) if isinstance(active, str) else active:
+    for name in names:
         spec = layer.specs.get(name)
         if spec is not None and spec.at_input is at_input:
             found = (

@@ -22,6 +22,7 @@ from .. import optim
 from ..models import blocks, layouts
 from ..models.components import COMPONENTS
 from ..plan.forward import Shared
+from ..plan.report import ReftReport, report
 from .config import ReftConfig
 from .layer import NO_MERGE, ReftLayer
 
@@ -112,7 +113,11 @@ class ReftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         attached = [module for module in model.modules() if isinstance(module, ReftLayer)]
-        self._shared = attached[0]._shared if attached else Shared(model, sorted(self._targets))
+        if attached:
+            self._shared = attached[0]._shared
+            self._shared.enter(model, sorted(self._targets))
+        else:
+            self._shared = Shared(model, sorted(self._targets))
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         return key in self._targets or _matches(peft_config, [], key)  # which tells PEFT of the excluded ones
@@ -138,6 +143,16 @@ class ReftModel(BaseTuner):
         self._shared.add(layer.specs[adapter_name].positions)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
+
+    def reft_report(self) -> ReftReport:
+        """What this thread's last forward edited, decode steps aside: rows by layer and adapter, the positions meant, and how
+        many tokens of each sample were taken for the prompt. Waits for a GPU."""
+
+        def spec_of(module: Any, name: str) -> tuple[str, Any, Any] | None:
+            spec = module._modules["reft"].specs.get(name)
+            return None if spec is None else (module._modules["reft"].name, spec.positions, spec.tied)
+
+        return report(list(self._shared.local.here.latest.values()), spec_of)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's; another adapter then becomes active in every block, also where the deleted one was not."""

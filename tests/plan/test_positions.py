@@ -114,11 +114,12 @@ def test_rows_of_padded_batches(way, batch, text, tied, compat, with_mask, with_
         one = edited(text, tied, compat, shown if with_mask else [1] * length, y if with_labels else None)
         wanted |= {b * length + s: group for s, group in one.items()}
     assert row_groups(found, *shape) == wanted
+    places = spec.places if tied == "position" else spec.within(length).places
     for index in found:
         assert index is None or index.dtype == torch.int64
         if index is not None and spec.places:  # shapes fixed by N, M, B and S
-            assert index.shape == (shape[0], spec.places if len(found) == 1 else index.shape[1])
-    assert not spec.places or sum(index.shape[1] for index in found) == spec.places
+            assert index.shape == (shape[0], places if len(found) == 1 else index.shape[1])
+    assert not spec.places or sum(index.shape[1] for index in found) == places
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,121 @@
+"""What a forward was given, by itself and through the models round it, as far as it decides which tokens are edited."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import inputs
+from .entrances import LM, MODEL, OTHER, Entrance
+from .generation import Run
+from .inputs import Given
+
+
+class Said(NamedTuple):
+    """What is ours among a forward's arguments, and its labels, which are also the model's."""
+
+    explicit: Tensor | None = None  # reft_positions
+    answers: Tensor | None = None  # reft_labels
+    lengths: Tensor | None = None  # reft_prompt_lengths
+    labels: Tensor | None = None
+
+
+OURS = ("reft_positions", "reft_labels", "reft_prompt_lengths")
+
+
+def taken(given: Given, kwargs: Given) -> Said:
+    """What is ours, taken off a forward's keywords."""
+    return Said(*(kwargs.pop(name, None) for name in OURS), given.get("labels"))
+
+
+class Outer(NamedTuple):
+    """A forward round the one that makes the plan, and what it hands down."""
+
+    module: nn.Module
+    kind: str
+    said: Said
+    given: Given
+    foreign: bool  # within a call of generate, but not one of its own forwards: somebody's callback
+    outer: Outer | None
+
+    def chain(self) -> list[Outer]:
+        """From this one outwards."""
+        return [self, *(self.outer.chain() if self.outer is not None else [])]
+
+
+class Asked(NamedTuple):
+    """A forward that makes a plan; ``outer`` are those round it, the innermost first. ``causal``: do its tokens see what is
+    before them alone?"""
+
+    module: nn.Module
+    entrance: Entrance
+    given: Given
+    said: Said
+    outer: list[Outer]
+    run: Run | None
+    causal: bool
+
+    @property
+    def continues(self) -> bool:
+        """Would labels be a continuation of the input? Not those of a classifier."""
+        kinds = [self.entrance.kind, *(o.kind for o in self.outer)]
+        return not self.entrance.in_stacks and (LM in kinds or self.headless)
+
+    @property
+    def headless(self) -> bool:
+        """Is it a decoder whose head, if it has one, is none of Transformers' that we know of?"""
+        return self.causal and not self.entrance.in_stacks and all(o.kind is OTHER for o in self.outer)
+
+    def first(self, name: str) -> Any:
+        """What the innermost of the forwards says of something; None where none does."""
+        values = (getattr(said, name) for said in (self.said, *(o.said for o in self.outer)))
+        return next((value for value in values if value is not None), None)
+
+    def answers(self, shape: tuple[int, int] | None) -> Tensor | None:
+        """Labels (B, S) that continue the input: ``reft_labels``, else those of a language model, or of somebody's module
+        that computes its loss itself; elsewhere labels are something else, and all of the input is prompt."""
+        given = self.first("answers")
+        if given is None:
+            own = [(self.entrance.kind, self.said), *((o.kind, o.said) for o in self.outer)]
+            kind, given = next(((k, s.labels) for k, s in own if s.labels is not None), (MODEL, None))
+            if kind is OTHER and (not isinstance(given, Tensor) or tuple(given.shape) != shape):
+                return None  # labels of classes, or of another call
+            if kind is MODEL:
+                return None
+        return given if self.continues else None
+
+    def side(self, explicit: Tensor | None) -> tuple[Tensor | None, Tensor | None, Run | None]:
+        """What a stack of an encoder-decoder takes of what the whole is given: positions, labels, the call of generate.
+
+        Explicit positions are the encoder's. The decoder's input is the labels, one to the right, or what is generated.
+        """
+        if self.given.get("encoder_hidden_states") is None:
+            of_generate = None if self.run is None else self.run.explicit
+            return of_generate if explicit is None else explicit, None, None
+        labels = self.first("answers")
+        labels = self.first("labels") if labels is None else labels
+        return self.said.explicit, None if labels is None else nn.functional.pad(labels[:, :-1], (1, 0), value=-100), self.run
+
+    def mask(self, shape: tuple[int, int] | None) -> Tensor | None:
+        """The attention mask, (B, S) where somebody has it so: a model may hand another form of it to the one within it."""
+        own = inputs.attention_mask(self.given)
+        if own is None and shape is None and inputs.has_shorter_blocks(self.module) and self.outer:
+            return inputs.attention_mask(self.outer[0].given)  # Whisper's forward keeps it from the encoder
+        if (own is not None and own.ndim == 2) or self.entrance.in_stacks:
+            return own
+        around = (inputs.attention_mask(o.given) for o in self._alike(shape))
+        return next((mask for mask in around if mask is not None and mask.ndim == 2), own)
+
+    def marks(self, shape: tuple[int, int] | None) -> tuple[Tensor | None, ...]:
+        """What can say that sequences are packed, see :func:`inputs.marks`."""
+        own = inputs.marks(self.given)
+        if any(mark is not None for mark in own) or self.entrance.in_stacks:
+            return own
+        around = (inputs.marks(o.given) for o in self._alike(shape))
+        return next((marks for marks in around if any(mark is not None for mark in marks)), own)
+
+    def _alike(self, shape: tuple[int, int] | None) -> list[Outer]:
+        """The models of Transformers round it that have as many samples and tokens."""
+        return [o for o in self.outer if o.kind is not OTHER and inputs.batch_shape(o.given) == shape]

@@ -1,0 +1,106 @@
+"""Forwards that are over and that a backward may still recompute: whoever does so, the blocks find the plan of their own.
+
+A recomputed block runs within a backward, on behalf of a node of autograd's graph, and nodes are numbered in the order in which
+they were made. So a forward is known by the numbers that it began and ended with, whether its blocks are recomputed by Transformers,
+torch's wrappers, FSDP or somebody's own function, and however deep. Imports torch alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+KEPT = 8  # as many plans live on by themselves: more do as long as the outputs of their forwards
+
+UNKNOWN = (
+    "{} is recomputed within a backward, and the forward that it belongs to is not known: its edit would be lost; keep that "
+    "forward's output until the backward is over"
+)
+
+
+class Forward(NamedTuple):
+    """A forward that is over: the numbers of the nodes it made, ``begin`` up to ``end``, its plan, and what it was given."""
+
+    begin: int
+    end: int
+    plan: weakref.ref[Any]
+    given: tuple[Any, ...] | None
+
+    def holds(self, number: int) -> bool:
+        return self.begin <= number < self.end
+
+
+class _Again(threading.local):
+    """What a thread recomputed: (number, plan) of each time, for what is recomputed within it."""
+
+    def __init__(self) -> None:
+        self.done: deque[tuple[int, weakref.ref[Any]]] = deque(maxlen=256)
+
+
+class Past:
+    """The forwards of a model that a backward may recompute; its threads share it, as a backward may be in another."""
+
+    def __init__(self) -> None:
+        self.forwards: list[Forward] = []
+        self.latest: deque[Any] = deque(maxlen=KEPT)
+        self.again = _Again()
+
+    def __reduce__(self) -> tuple[type[Past], tuple[()]]:
+        return Past, ()  # the copy of a model has no past
+
+    def note(self, plan: Any, begin: int, output: Any, given: tuple[Any, ...] | None = None) -> None:
+        """Keep the plan of a forward that is over, as long as its output's graph lives: the graph holds it."""
+        end = torch.autograd._get_sequence_nr()
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.metadata["fastreft"] = plan
+        self.latest.append(plan)
+        self.forwards = [forward for forward in self.forwards if forward.plan() is not None]
+        self.forwards.append(Forward(begin, end, weakref.ref(plan), given))
+
+    @torch.compiler.disable  # within a compiled block: torch's compiler knows nothing of backwards
+    def find(self, block: nn.Module) -> Any:
+        """The plan of the forward that ``block`` is recomputed for; None where no backward is under way.
+
+        ``RuntimeError`` where it is none of those there are: without its plan the block would not be edited.
+        """
+        node = torch._C._current_autograd_node()
+        if node is None or not self.forwards:
+            return None
+        number = node._sequence_nr()
+        found = [plan for f in self.forwards if f.holds(number) and (plan := f.plan()) is not None]
+        # Threads count for themselves: of replicas that ran side by side, the one that ran this block.
+        plan = next((plan for plan in found if block in getattr(plan, "active", (block,))), found[0] if found else None)
+        if plan is None:  # its node was made by a recomputation
+            plan = next((ref() for at, ref in self.again.done if at >= number), None)
+        if plan is None:
+            raise RuntimeError(UNKNOWN.format(f"a {type(block).__name__}"))
+        self.again.done.append((torch.autograd._get_sequence_nr(), weakref.ref(plan)))
+        return plan
+
+    def same(self, owner: nn.Module, given: tuple[Any, ...]) -> Any:
+        """The plan of an earlier forward of ``owner`` with the same input, where a whole model is recomputed; None if none."""
+        if torch._C._current_autograd_node() is None:
+            return None
+        plans = (forward.plan() for forward in reversed(self.forwards) if forward.given == given)
+        return next((plan for plan in plans if plan is not None and plan.owner is owner), None)
+
+
+def address(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """What tells that tensors are the same: detached from their graph, as some who recompute do, they still are."""
+    return tuple(None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
+
+
+def _tensors(output: Any, deep: int = 3) -> Iterator[Tensor]:
+    """The tensors of a model's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif deep and isinstance(output, (dict, list, tuple)):
+        for value in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(value, deep - 1)

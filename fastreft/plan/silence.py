@@ -1,0 +1,124 @@
+"""What would go wrong without a word: forwards that edit nothing, which are refused in training, or other tokens than meant."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .positions import Tokens
+from .spec import Positions
+
+NO_LABELS = (
+    "this forward in training has no labels, so all of its input is taken as the prompt, the answer too; Trainer keeps them "
+    "back for label smoothing and compute_loss_func, and some trainers compute their loss themselves: give the model the "
+    "labels as reft_labels as well (a key of the collator's batch)"
+)
+NO_LABELS_IN_EVALUATION = (
+    "this forward in evaluation has no labels, so all of its input is taken as the prompt, an answer that is scored too: give "
+    "the model labels, reft_labels or reft_prompt_lengths (the tokens of each sample's prompt) where there is one"
+)
+SEVERAL_ANSWERS = (
+    "a sample has several answers (labels, then -100, then labels again): the prompt ends where the first begins, while generate "
+    "takes all of a conversation for its prompt; make one sample of each answer to train what generate does"
+)
+NO_PROMPT = (
+    "no sample of this batch has a prompt: the labels start at the first token, so nothing is edited; "
+    "give prompt tokens the label -100, or use positions='all'"
+)
+NOTHING = (
+    "this forward in training edits nothing: the positions ({}) mean no token of any sample; give the model labels that leave "
+    "some of them to the prompt, and an attention_mask that shows them"
+)
+CACHED = (
+    "this forward in training edits nothing: its past_key_values hold tokens, so all of its input is taken for decoded ones; "
+    "train without a cache (and without prefix tuning), or with positions='all' or 'decode'"
+)
+HEADLESS = (
+    "input_ids holds several tokens after past_key_values that hold some, and the adapter is on a model without the head that "
+    "generates, so that a chunk of the prompt cannot be told from decoded tokens: make the adapter on the whole model"
+)
+
+
+class Silence:
+    """What one model has been told; each warning comes once."""
+
+    def __init__(self) -> None:
+        self.warned: set[str] = set()
+        self.waiting: tuple[Tensor, Any, str] | None = None  # what a GPU has not said yet
+
+    def before(
+        self,
+        module: nn.Module,
+        specs: set[Positions],
+        answers: Tensor | None,
+        unanswered: bool,
+        tokens: Callable[[int, int, torch.device], Tokens],
+    ) -> None:
+        """Warn of a forward over a batch whose prompt is not what its user may think. ``unanswered``: no labels, where they count."""
+        self._heard()
+        specs = {spec for spec in specs if not spec.everywhere}
+        if not specs:
+            return
+        trains = module.training and torch.is_grad_enabled()
+        if unanswered:
+            if trains:
+                self._warn(NO_LABELS)
+            elif not module.training and any(spec.last or not spec.places for spec in specs):
+                self._warn(NO_LABELS_IN_EVALUATION)
+        elif answers is not None:
+            if trains and SEVERAL_ANSWERS not in self.warned and answers.is_cpu and _several(answers):
+                if tokens(*answers.shape, answers.device).starts is None:  # not those of several samples in a row
+                    self._warn(SEVERAL_ANSWERS)
+            if not trains and NO_PROMPT not in self.warned:  # one look, as it waits for a GPU
+                batch = tokens(answers.shape[0], answers.shape[1], answers.device)
+                found = [batch.written if spec.written else batch.prompt for spec in specs]
+                if not any(mask is not None and bool(mask.any()) for mask in found):
+                    warnings.warn(NO_PROMPT, stacklevel=2)
+                self.warned.add(NO_PROMPT)
+
+    def after(self, plan: Any) -> None:
+        """``ValueError`` where a forward in training edited no row of its batch; on a GPU, which is not waited for, a step later."""
+        asked = plan.asked()
+        found = [rows for some in asked.values() for rows in some]
+        if not any(plan.active.values()) or any(rows is None for rows in found):
+            return
+        prompt = None if plan.seen is None else plan.seen.prompt
+        why = NOTHING.format(", ".join(sorted({str(spec) for spec, _ in asked})))
+        if found and not found[0].is_cpu:
+            self._ask(torch.stack([(rows >= 0).any() for rows in found]).any(), why)
+        elif not any(bool((rows >= 0).any()) for rows in found):
+            raise ValueError(NO_PROMPT if plan.explicit is None and prompt is not None and not bool(prompt.any()) else why)
+
+    def _warn(self, what: str) -> None:
+        if what not in self.warned:
+            self.warned.add(what)
+            warnings.warn(what, stacklevel=2)
+
+    def _ask(self, edits: Tensor, why: str) -> None:
+        """Have a GPU say later whether it edits anything."""
+        if self.waiting is None and not torch.cuda.is_current_stream_capturing():
+            host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            host.copy_(edits, non_blocking=True)
+            said = torch.cuda.Event()
+            said.record()
+            self.waiting = host, said, why
+
+    def _heard(self) -> None:
+        """``ValueError`` where a GPU has said that an earlier forward edited nothing."""
+        if self.waiting is not None and self.waiting[1].query():
+            (host, _, why), self.waiting = self.waiting, None
+            if not bool(host):
+                raise ValueError(why)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"warned": self.warned, "waiting": None}
+
+
+def _several(labels: Tensor) -> bool:
+    """Has a sample labels, none, and labels again?"""
+    labelled = labels != -100
+    return bool(((labelled[:, 1:] & ~labelled[:, :-1]).sum(1) + labelled[:, 0] > 1).any())
