@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from . import inputs
@@ -27,7 +26,8 @@ OURS = ("reft_positions", "reft_labels", "reft_prompt_lengths")
 
 def taken(given: Given, kwargs: Given) -> Said:
     """What is ours, taken off a forward's keywords."""
-    return Said(*(kwargs.pop(name, None) for name in OURS), given.get("labels"))
+    explicit, answers, lengths = (kwargs.pop(name, None) for name in OURS)
+    return Said(explicit, answers, lengths, given.get("labels"))
 
 
 class Outer(NamedTuple):
@@ -96,7 +96,11 @@ class Asked(NamedTuple):
             return of_generate if explicit is None else explicit, None, None
         labels = self.first("answers")
         labels = self.first("labels") if labels is None else labels
-        return self.said.explicit, None if labels is None else nn.functional.pad(labels[:, :-1], (1, 0), value=-100), self.run
+        return (
+            self.said.explicit,
+            None if labels is None else nn.functional.pad(labels[:, :-1], (1, 0), value=-100),
+            self.run,
+        )
 
     def mask(self, shape: tuple[int, int] | None) -> Tensor | None:
         """The attention mask, (B, S) where somebody has it so: a model may hand another form of it to the one within it."""

@@ -1,8 +1,8 @@
 """Which modules of a model, on the way to the edited blocks, make a plan, which hand down what they are given, which generate.
 
-The innermost of Transformers' models above a block makes its plan, from its own inputs, at each of its calls: whatever is round it
-may split a batch, rename arguments or call it twice. What that model is not given, its labels first of all, comes from those round
-it. Where there is none of Transformers' models, the whole is taken for one.
+The innermost of Transformers' models above a block makes its plan, from its own inputs, at each of its calls: whatever is
+round it may split a batch, rename arguments or call it twice. What that model is not given, its labels first of all, comes
+from those round it. Where there is none of Transformers' models, the whole is taken for one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def entrances(model: nn.Module, block_names: list[str]) -> tuple[list[Entrance],
         above = [(name, model.get_submodule(name)) for name in _prefixes(parts)]
         kinds = [kind_of(module) for _, module in above]
         in_stacks = any(
-            kind is not OTHER and _is_encoder_decoder(module)
-            for (_, module), kind in zip(above, kinds, strict=True)
+            kind is not OTHER and _is_encoder_decoder(module) for (_, module), kind in zip(above, kinds, strict=True)
         )
         path = [Entrance(name, kind, in_stacks) for (name, _), kind in zip(above, kinds, strict=True)]
         innermost = max((i for i, entrance in enumerate(path) if entrance.kind is not OTHER), default=0)

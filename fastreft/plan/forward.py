@@ -17,14 +17,16 @@ from . import entrances, inputs, positions, silence
 from .asked import Asked, Outer, taken
 from .entrances import LM, Entrance
 from .generation import NO_BATCHES, Generate, Run
-from .hooks import PerThread, carry_over, checkpointers
+from .hooks import PerThread
 from .inputs import Given
 from .past import Past, address
 from .positions import Tokens
 from .silence import Silence
 from .spec import Positions, Tied
 
-NO_LENGTHS = "reft_prompt_lengths is given to an encoder-decoder, whose prompt is all of the encoder's input: leave it out"
+NO_LENGTHS = (
+    "reft_prompt_lengths is given to an encoder-decoder, whose prompt is all of the encoder's input: leave it out"
+)
 
 
 class Plan:
@@ -101,7 +103,6 @@ class Shared:
         self.layers: list[Any] = []  # the ReftLayers that share this
         self.decodes = False  # does any adapter edit decode steps?
         self.silence = Silence()
-        self.checkpointers = checkpointers(model)
         self.handles: list[Any] = []
         self.entered: set[str] = set()
         self.enter(model, block_names)
@@ -202,8 +203,6 @@ class Shared:
         if again is not None:
             again.began = torch.autograd._get_sequence_nr()
             return again
-        if trains:
-            carry_over(self.checkpointers, self.local)
         plan = self._plan(asked)
         if trains and plan.idle and not self._all_disabled():
             raise ValueError(silence.CACHED)

@@ -130,38 +130,3 @@ def _with_first(output: Any, hidden: Tensor) -> Any:
         return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: hidden})  # type: ignore[type-var]
     entries = (hidden, *output[1:])
     return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
-
-
-# ---- checkpointed blocks -------------------------------------------------------------------------------------------
-
-
-class Checkpoint:
-    """A checkpoint function that carries the plan over to the recomputation, which comes after the forward's end."""
-
-    def __init__(self, function: Callable[..., Any], local: PerThread):
-        self.function, self.local = function, local
-
-    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        plan = self.local.here.plan
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            outer, self.local.here.plan = self.local.here.plan, plan
-            try:
-                return block(*args, **kwargs)
-            finally:
-                self.local.here.plan = outer
-
-        return self.function(run, *args, **kwargs)
-
-
-def checkpointers(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that may checkpoint their blocks' activations."""
-    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-
-
-def carry_over(modules: list[nn.Module], local: PerThread) -> None:
-    """Where they do so now, have each block recomputed under the plan of its own forward."""
-    for module in modules:
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and not (isinstance(function, Checkpoint) and function.local is local):
-            module.__dict__["_gradient_checkpointing_func"] = Checkpoint(function, local)

@@ -1,8 +1,8 @@
 """Forwards that are over and that a backward may still recompute: whoever does so, the blocks find the plan of their own.
 
-A recomputed block runs within a backward, on behalf of a node of autograd's graph, and nodes are numbered in the order in which
-they were made. So a forward is known by the numbers that it began and ended with, whether its blocks are recomputed by Transformers,
-torch's wrappers, FSDP or somebody's own function, and however deep. Imports torch alone.
+A recomputed block runs within a backward, on behalf of a node of autograd's graph, and nodes are numbered in the order in
+which they were made. So a forward is known by the numbers that it began and ended with, whether its blocks are recomputed by
+Transformers, torch's wrappers, FSDP or somebody's own function, and however deep. Imports torch alone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Past:
         end = torch.autograd._get_sequence_nr()
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:
-                tensor.grad_fn.metadata["fastreft"] = plan
+                kept: Any = tensor.grad_fn.metadata  # typed as a method, and a dict
+                kept["fastreft"] = plan
         self.latest.append(plan)
         self.forwards = [forward for forward in self.forwards if forward.plan() is not None]
         self.forwards.append(Forward(begin, end, weakref.ref(plan), given))

@@ -208,7 +208,9 @@ def check_lengths(lengths: Tensor, shape: tuple[int, int]) -> None:
     """``ValueError`` where ``lengths`` are not the tokens of the prompts of a (B, T) batch."""
     integers = isinstance(lengths, Tensor) and not (lengths.is_floating_point() or lengths.dtype == torch.bool)
     if not integers or tuple(lengths.shape) != shape[:1]:
-        came = f"shape {tuple(lengths.shape)} and dtype {lengths.dtype}" if isinstance(lengths, Tensor) else repr(lengths)
+        came = (
+            f"shape {tuple(lengths.shape)} and dtype {lengths.dtype}" if isinstance(lengths, Tensor) else repr(lengths)
+        )
         raise ValueError(f"reft_prompt_lengths has {came}; it must be integers, one a sample, here ({shape[0]},)")
 
 

@@ -22,8 +22,8 @@ NO_LABELS_IN_EVALUATION = (
     "the model labels, reft_labels or reft_prompt_lengths (the tokens of each sample's prompt) where there is one"
 )
 SEVERAL_ANSWERS = (
-    "a sample has several answers (labels, then -100, then labels again): the prompt ends where the first begins, while generate "
-    "takes all of a conversation for its prompt; make one sample of each answer to train what generate does"
+    "a sample has several answers (labels, then -100, then labels again): the prompt ends where the first begins, while "
+    "generate takes all of a conversation for its prompt; make one sample of each answer to train what generate does"
 )
 NO_PROMPT = (
     "no sample of this batch has a prompt: the labels start at the first token, so nothing is edited; "
@@ -58,7 +58,7 @@ class Silence:
         unanswered: bool,
         tokens: Callable[[int, int, torch.device], Tokens],
     ) -> None:
-        """Warn of a forward over a batch whose prompt is not what its user may think. ``unanswered``: no labels, where they count."""
+        """Warn of a batch whose prompt is not what its user may think; ``unanswered``: it has no labels, where they count."""
         self._heard()
         specs = {spec for spec in specs if not spec.everywhere}
         if not specs:
@@ -70,9 +70,11 @@ class Silence:
             elif not module.training and any(spec.last or not spec.places for spec in specs):
                 self._warn(NO_LABELS_IN_EVALUATION)
         elif answers is not None:
-            if trains and SEVERAL_ANSWERS not in self.warned and answers.is_cpu and _several(answers):
-                if tokens(*answers.shape, answers.device).starts is None:  # not those of several samples in a row
-                    self._warn(SEVERAL_ANSWERS)
+            looks = trains and SEVERAL_ANSWERS not in self.warned and answers.is_cpu
+            if (
+                looks and _several(answers) and tokens(len(answers), answers.shape[1], answers.device).starts is None
+            ):  # else of many samples
+                self._warn(SEVERAL_ANSWERS)
             if not trains and NO_PROMPT not in self.warned:  # one look, as it waits for a GPU
                 batch = tokens(answers.shape[0], answers.shape[1], answers.device)
                 found = [batch.written if spec.written else batch.prompt for spec in specs]
@@ -81,7 +83,7 @@ class Silence:
                 self.warned.add(NO_PROMPT)
 
     def after(self, plan: Any) -> None:
-        """``ValueError`` where a forward in training edited no row of its batch; on a GPU, which is not waited for, a step later."""
+        """``ValueError`` where a forward in training edited no row of its batch; on a GPU, which would wait, a step later."""
         asked = plan.asked()
         found = [rows for some in asked.values() for rows in some]
         if not any(plan.active.values()) or any(rows is None for rows in found):
@@ -91,7 +93,9 @@ class Silence:
         if found and not found[0].is_cpu:
             self._ask(torch.stack([(rows >= 0).any() for rows in found]).any(), why)
         elif not any(bool((rows >= 0).any()) for rows in found):
-            raise ValueError(NO_PROMPT if plan.explicit is None and prompt is not None and not bool(prompt.any()) else why)
+            raise ValueError(
+                NO_PROMPT if plan.explicit is None and prompt is not None and not bool(prompt.any()) else why
+            )
 
     def _warn(self, what: str) -> None:
         if what not in self.warned:

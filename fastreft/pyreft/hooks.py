@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..interventions import Intervention
 from ..ops.edit import NEW, WHERE_ALLOWED
-from ..plan.hooks import PerThread, carry_over, checkpointers, hang
+from ..plan.hooks import PerThread, hang
 from ..plan.past import Past
 from .components import Place, block_names
 from .locations import Locations
@@ -40,7 +40,6 @@ class Hooks:
         generators = [m for m in model.modules() if getattr(m, "can_generate", bool)()]
         for module in {id(m): m for m in (model, *generators)}.values():
             module.register_forward_pre_hook(self._begin, with_kwargs=True)
-        self._checkpointers = checkpointers(model)
 
     def run(self, where: Locations, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """``call(**arguments)``, with the model edited at ``where``."""
@@ -59,8 +58,6 @@ class Hooks:
         if where is None:
             return
         where.begin(decoding=getattr(kwargs.get("past_key_values"), "get_seq_length", int)() > 0)
-        if torch.is_grad_enabled() and module.training:
-            carry_over(self._checkpointers, self.local)
 
 
 class _Edits:

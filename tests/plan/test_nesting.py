@@ -1,6 +1,5 @@
 """Models within somebody's modules: each call of the innermost of Transformers' models is edited by its own inputs."""
 
-
 import pytest
 import torch
 from tiny import adapter_weights, batch, columns, hooked, make
@@ -109,7 +108,9 @@ def test_labels_that_a_module_keeps_for_its_own_loss(kind, side):
         wanted = plain(**inputs, labels=labels)
     found = model(**inputs, labels=labels)
     torch.testing.assert_close(found["loss"], wanted.loss)
-    torch.testing.assert_close(found["logits"][inputs["attention_mask"].bool()], wanted.logits[inputs["attention_mask"].bool()])
+    torch.testing.assert_close(
+        found["logits"][inputs["attention_mask"].bool()], wanted.logits[inputs["attention_mask"].bool()]
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"prefill_chunk_size": 3}, {"num_beams": 2}])
@@ -121,7 +122,9 @@ def test_generate_of_a_model_within(settings):
     wanted = reference.generate(**inputs, max_new_tokens=4, do_sample=False)
     if "num_beams" in settings:
         wanted = reference.generate(**inputs, max_new_tokens=4, do_sample=False, **settings)
-    assert torch.equal(model.base_model.model.lm.generate(**inputs, max_new_tokens=4, do_sample=False, **settings), wanted)
+    assert torch.equal(
+        model.base_model.model.lm.generate(**inputs, max_new_tokens=4, do_sample=False, **settings), wanted
+    )
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -236,5 +239,3 @@ def test_choices_are_samples(kind):
         model(**inputs)
     report = model.reft_report()
     assert {edit.rows for edit in report.edits} == {sum(min(5, n) for n in (7, 4, 9, 5, 9, 3))}
-
-
