@@ -98,7 +98,7 @@ class Shared:
     """What the blocks of one model have in common: the plan, and the hooks that make it."""
 
     def __init__(self, model: nn.Module, block_names: list[str]):
-        self.local = PerThread(Here, Past())
+        self.local = PerThread(Here, Past(silence.alone))
         self.specs: set[Positions] = set()
         self.layers: list[Any] = []  # the ReftLayers that share this
         self.decodes = False  # does any adapter edit decode steps?

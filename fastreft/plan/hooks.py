@@ -13,7 +13,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .past import Past
@@ -56,9 +55,7 @@ class HooksWithWork(OrderedDict[int, Any]):
         if number != 1 or ours not in self:
             return number > 0
         plan = local.here.plan
-        if plan is None:
-            return torch._C._current_autograd_node() is not None  # recomputed, perhaps
-        return not plan.idle
+        return local.past.asks if plan is None else not plan.idle
 
 
 def hang(module: nn.Module, local: PerThread, edit: Edit, *, at_input: bool, prepend: bool = False) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,15 +44,24 @@ class _Again(threading.local):
 
 
 class Past:
-    """The forwards of a model that a backward may recompute; its threads share it, as a backward may be in another."""
+    """The forwards of a model that a backward may recompute; its threads share it, as a backward may be in another.
 
-    def __init__(self) -> None:
+    ``alone`` is told of a block that is run by itself, within no forward and no backward, until it has said so.
+    """
+
+    def __init__(self, alone: Callable[[nn.Module], bool] | None = None) -> None:
+        self.alone = alone
         self.forwards: list[Forward] = []
         self.latest: deque[Any] = deque(maxlen=KEPT)
         self.again = _Again()
 
-    def __reduce__(self) -> tuple[type[Past], tuple[()]]:
-        return Past, ()  # the copy of a model has no past
+    def __reduce__(self) -> tuple[type[Past], tuple[Any]]:
+        return Past, (self.alone,)  # the copy of a model has no past
+
+    @property
+    def asks(self) -> bool:
+        """Is there something to do for a block that is run within no forward?"""
+        return self.alone is not None or torch._C._current_autograd_node() is not None
 
     def note(self, plan: Any, begin: int, output: Any, given: tuple[Any, ...] | None = None) -> None:
         """Keep the plan of a forward that is over, as long as its output's graph lives: the graph holds it."""
@@ -73,6 +82,8 @@ class Past:
         """
         node = torch._C._current_autograd_node()
         if node is None or not self.forwards:
+            if self.alone is not None and self.alone(block):
+                self.alone = None  # it was said
             return None
         number = node._sequence_nr()
         found = [plan for f in self.forwards if f.holds(number) and (plan := f.plan()) is not None]
@@ -95,7 +106,14 @@ class Past:
 
 def address(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What tells that tensors are the same: detached from their graph, as some who recompute do, they still are."""
-    return tuple(None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
+    return tuple(None if t is None else (_place(t), t.shape, t.stride(), t.dtype) for t in tensors)
+
+
+def _place(t: Tensor) -> int:
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # one that a transform or the compiler has wrapped
+        return id(t)
 
 
 def _tensors(output: Any, deep: int = 3) -> Iterator[Tensor]:

@@ -41,6 +41,7 @@ HEADLESS = (
     "input_ids holds several tokens after past_key_values that hold some, and the adapter is on a model without the head that "
     "generates, so that a chunk of the prompt cannot be told from decoded tokens: make the adapter on the whole model"
 )
+ALONE = "{} is run outside its model's forward, so it is not edited: call the model itself, not its forward method or a part of it"
 
 
 class Silence:
@@ -120,6 +121,15 @@ class Silence:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"warned": self.warned, "waiting": None}
+
+
+def alone(block: nn.Module) -> bool:
+    """Warn of a block that is run by itself, where it has an active adapter, and say whether it has."""
+    layer: Any = block._modules.get("reft")
+    if layer is None or not layer.active_adapters or layer._disable_adapters:
+        return False
+    warnings.warn(ALONE.format(layer.name), stacklevel=2)
+    return True
 
 
 def _several(labels: Tensor) -> bool:

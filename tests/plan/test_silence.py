@@ -173,3 +173,17 @@ def test_exported_for_any_batch():
     more, shown = torch.randn(5, 9, 32), batch("left", (7, 4, 9, 3, 8))["attention_mask"]
     with torch.no_grad():
         torch.testing.assert_close(exported(more, shown), model(more, shown))
+
+
+def test_a_block_by_itself_is_said_once():
+    inputs, model = batch("left"), made()
+    inner = model.get_base_model().model
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=r"model\.layers\.0 is run outside its model's forward"):
+            found = inner.forward(**inputs).last_hidden_state
+        assert torch.equal(found, make("llama").model(**inputs).last_hidden_state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            inner.forward(**inputs)
+            with (other := made()).disable_adapter():
+                other.get_base_model().model.forward(**inputs)

@@ -41,7 +41,7 @@ def test_they_are_false_in_a_step_that_edits_nothing(component, positions, edits
     model = made(component, positions=positions)
     seen = truths(model, component, lambda: model.generate(**batch(), **GREEDY))
     assert seen == [(True, 1), *[(edits_steps, 1)] * 3]
-    assert not hooks(blocks(model)[0], component)  # nor between forwards
+    assert hooks(blocks(model)[0], component)  # between forwards they say that a block by itself is not edited
 
 
 @SIDES
@@ -59,7 +59,7 @@ def test_others_run_at_each_step(component, cleared):
     model.generate(**batch(), **GREEDY)
     assert seen == [9, 1, 1, 1]
     handle.remove()
-    assert len(ours) == (0 if cleared else 1) and not ours
+    assert len(ours) == (0 if cleared else 1)
 
 
 def test_a_forward_edits_while_another_thread_decodes():
