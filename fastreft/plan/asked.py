@@ -74,19 +74,20 @@ class Asked(NamedTuple):
         return next((value for value in values if value is not None), None)
 
     def answers(self, shape: tuple[int, int] | None) -> Tensor | None:
-        """Labels (B, S) that continue the input: ``reft_labels``, else those of a language model, or of somebody's module
-        that computes its loss itself; elsewhere labels are something else, and all of the input is prompt."""
+        """Labels (B, S), one a token: ``reft_labels``, else those of a language model, or of somebody's module that computes
+        its loss itself. Elsewhere labels are something else, and all of the input is prompt."""
         given = self.first("answers")
-        if given is None:
-            own = [(self.entrance.kind, self.said), *((o.kind, o.said) for o in self.outer)]
-            kind, given = next(((k, s.labels) for k, s in own if s.labels is not None), (MODEL, None))
-            if kind is OTHER and (not isinstance(given, Tensor) or tuple(given.shape) != shape):
-                return None  # labels of classes, or of another call
-            if kind is MODEL:
-                return None
-        return given if self.continues else None
+        if given is not None:
+            return given if self.continues or self.entrance.in_stacks else None
+        own = [(self.entrance.kind, self.said), *((o.kind, o.said) for o in self.outer)]
+        kind, given = next(((kind, said.labels) for kind, said in own if said.labels is not None), (MODEL, None))
+        if kind is MODEL or (kind is OTHER and (not isinstance(given, Tensor) or tuple(given.shape) != shape)):
+            return None  # labels of classes, or of another call
+        return given if self.continues or self.entrance.in_stacks else None
 
-    def side(self, explicit: Tensor | None) -> tuple[Tensor | None, Tensor | None, Run | None]:
+    def side(
+        self, explicit: Tensor | None, answers: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Run | None]:
         """What a stack of an encoder-decoder takes of what the whole is given: positions, labels, the call of generate.
 
         Explicit positions are the encoder's. The decoder's input is the labels, one to the right, or what is generated.
@@ -94,13 +95,9 @@ class Asked(NamedTuple):
         if self.given.get("encoder_hidden_states") is None:
             of_generate = None if self.run is None else self.run.explicit
             return of_generate if explicit is None else explicit, None, None
-        labels = self.first("answers")
-        labels = self.first("labels") if labels is None else labels
-        return (
-            self.said.explicit,
-            None if labels is None else nn.functional.pad(labels[:, :-1], (1, 0), value=-100),
-            self.run,
-        )
+        if answers is not None:
+            answers = nn.functional.pad(answers[:, :-1], (1, 0), value=-100)
+        return self.said.explicit, answers, self.run
 
     def mask(self, shape: tuple[int, int] | None) -> Tensor | None:
         """The attention mask, (B, S) where somebody has it so: a model may hand another form of it to the one within it."""

@@ -222,7 +222,7 @@ class Shared:
         if in_stacks:
             if lengths is not None:
                 raise ValueError(NO_LENGTHS)
-            explicit, answers, run = asked.side(explicit)
+            explicit, answers, run = asked.side(explicit, answers)
         start = None if run is None or shape is None else run.advance(cache, shape[1])
         if run is not None and start is not None:
             if explicit is None and not in_stacks:

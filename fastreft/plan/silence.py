@@ -41,7 +41,7 @@ HEADLESS = (
     "input_ids holds several tokens after past_key_values that hold some, and the adapter is on a model without the head that "
     "generates, so that a chunk of the prompt cannot be told from decoded tokens: make the adapter on the whole model"
 )
-ALONE = "{} is run outside its model's forward, so it is not edited: call the model itself, not its forward method or a part of it"
+ALONE = "{} is run outside its model's forward, so it is not edited: call the model, not its forward method or a part of it"
 
 
 class Silence:
@@ -91,7 +91,9 @@ class Silence:
             return
         prompt = None if plan.seen is None else plan.seen.prompt
         why = NOTHING.format(", ".join(sorted({str(spec) for spec, _ in asked})))
-        if found and not found[0].is_cpu:
+        if found and found[0].is_meta:
+            return
+        if found and found[0].is_cuda:
             self._ask(torch.stack([(rows >= 0).any() for rows in found]).any(), why)
         elif not any(bool((rows >= 0).any()) for rows in found):
             raise ValueError(

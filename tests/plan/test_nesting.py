@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny import adapter_weights, batch, columns, hooked, make
 from torch import nn
 from torch.nn import functional as F
@@ -226,7 +227,6 @@ def test_only_the_model_without_its_head(recwarn):
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_choices_are_samples(kind):
-    import transformers
 
     if kind == "bert":
         base = transformers.BertForMultipleChoice(make("bert").config).eval()
@@ -239,3 +239,53 @@ def test_choices_are_samples(kind):
         model(**inputs)
     report = model.reft_report()
     assert {edit.rows for edit in report.edits} == {sum(min(5, n) for n in (7, 4, 9, 5, 9, 3))}
+
+
+def bart(head):
+    shape = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in SIZES.items()}
+    config = transformers.BartConfig(vocab_size=61, d_model=32, max_position_embeddings=40, num_labels=3, **shape)
+    config.pad_token_id, config.eos_token_id, config.bos_token_id, config.decoder_start_token_id = 0, 2, 1, 2
+    torch.manual_seed(0)
+    return getattr(transformers, f"BartFor{head}")(config)
+
+
+SIZES = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
+BOTH = r".*(encoder|decoder)\.layers\.\d+"
+
+
+class OwnDecoding(nn.Module):
+    """Shifts the labels and computes the loss itself."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, source, mask, labels=None):
+        begun = torch.cat([torch.full_like(labels[:, :1], 2), labels[:, :-1].clamp(min=0)], 1)
+        return self.inner(input_ids=source, attention_mask=mask, decoder_input_ids=begun).logits
+
+
+def test_the_decoders_labels_of_somebodys_module():
+    ids = torch.randint(3, 61, (3, 9))
+    labels = torch.randint(3, 61, (3, 6))
+    labels[:, :3] = -100
+    config = ReftConfig(r=2, positions="f1+l1", target_modules=BOTH)
+    model = get_reft_model(OwnDecoding(bart("ConditionalGeneration")), config).train()
+    model(ids, torch.ones_like(ids), labels=labels)
+    columns = {edit.layer.split(".")[-3]: edit.columns for edit in model.reft_report().edits}
+    assert columns == {
+        "encoder": [[0, 8]] * 3,
+        "decoder": [[0, 3]] * 3,
+    }  # the start token, and what is given of the answer
+
+
+def test_the_classes_of_an_encoder_decoder_are_no_answer():
+    ids = torch.full((3, 9), 5)
+    ids[:, -1] = 2
+    model = get_reft_model(
+        bart("SequenceClassification"), ReftConfig(r=2, positions="f1+l1", target_modules=BOTH)
+    ).train()
+    assert torch.isfinite(
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([0, 1, 2])).loss
+    )
+    assert all(edit.columns == [[0, 8]] * 3 for edit in model.reft_report().edits)

@@ -187,3 +187,17 @@ def test_a_block_by_itself_is_said_once():
             inner.forward(**inputs)
             with (other := made()).disable_adapter():
                 other.get_base_model().model.forward(**inputs)
+
+
+@pytest.mark.parametrize("edits", [True, False])
+def test_what_a_gpu_says_a_step_later(edits):
+    class Event:
+        def query(self):
+            return True
+
+    inputs, model = batch("right"), made().train()
+    model.base_model._shared.silence.waiting = torch.tensor(edits), Event(), "an earlier forward edited nothing"
+    if not edits:
+        with pytest.raises(ValueError, match="an earlier forward edited nothing"):
+            model(**inputs, labels=labelled(inputs, 2))
+    model(**inputs, labels=labelled(inputs, 2))
