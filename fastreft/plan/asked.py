@@ -85,9 +85,7 @@ class Asked(NamedTuple):
             return None  # labels of classes, or of another call
         return given if self.continues or self.entrance.in_stacks else None
 
-    def side(
-        self, explicit: Tensor | None, answers: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Run | None]:
+    def side(self, explicit: Tensor | None, answers: Tensor | None) -> tuple[Tensor | None, Tensor | None, Run | None]:
         """What a stack of an encoder-decoder takes of what the whole is given: positions, labels, the call of generate.
 
         Explicit positions are the encoder's. The decoder's input is the labels, one to the right, or what is generated.

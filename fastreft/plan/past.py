@@ -52,6 +52,7 @@ class Past:
     def __init__(self, alone: Callable[[nn.Module], bool] | None = None) -> None:
         self.alone = alone
         self.forwards: list[Forward] = []
+        self.lock = threading.Lock()
         self.latest: deque[Any] = deque(maxlen=KEPT)
         self.again = _Again()
 
@@ -71,8 +72,9 @@ class Past:
                 kept: Any = tensor.grad_fn.metadata  # typed as a method, and a dict
                 kept["fastreft"] = plan
         self.latest.append(plan)
-        self.forwards = [forward for forward in self.forwards if forward.plan() is not None]
-        self.forwards.append(Forward(begin, end, weakref.ref(plan), given))
+        with self.lock:  # replicas end their forwards side by side
+            alive = [forward for forward in self.forwards if forward.plan() is not None]
+            self.forwards = [*alive, Forward(begin, end, weakref.ref(plan), given)]
 
     @torch.compiler.disable  # within a compiled block: torch's compiler knows nothing of backwards
     def find(self, block: nn.Module) -> Any:

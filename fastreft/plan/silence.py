@@ -41,7 +41,9 @@ HEADLESS = (
     "input_ids holds several tokens after past_key_values that hold some, and the adapter is on a model without the head that "
     "generates, so that a chunk of the prompt cannot be told from decoded tokens: make the adapter on the whole model"
 )
-ALONE = "{} is run outside its model's forward, so it is not edited: call the model, not its forward method or a part of it"
+ALONE = (
+    "{} is run outside its model's forward, so it is not edited: call the model, not its forward method or a part of it"
+)
 
 
 class Silence:

@@ -62,14 +62,20 @@ def _row(where: str, kind: str, r: int, d: int, parameters: Any, error: float) -
 
 def run(arguments: InspectArguments) -> int:
     """Print what is there."""
-    if (Path(arguments.path).expanduser() / ADAPTER_CONFIG).is_file():
-        settings, rows = adapter_rows(arguments.path)
+    path: Any = arguments.adapter if arguments.path is None else arguments.path
+    if arguments.prompt is not None:
+        from .edited import lines  # with the model's libraries, which the folder alone does not need
+
+        print("\n".join(lines(path, arguments.model, arguments.prompt)))
+        return 0
+    if (Path(path).expanduser() / ADAPTER_CONFIG).is_file():
+        settings, rows = adapter_rows(path)
         print("a fastreft adapter: " + ", ".join(settings))
     else:
-        rows = pyreft_rows(arguments.path, arguments.intervention_type)
+        rows = pyreft_rows(path, arguments.intervention_type)
         print("a pyreft checkpoint; its files do not say dtype, dropout, act_fn or positions")
-    lines = [("where", "kind", "rank", "width", "numbers", "|R Rt - I|"), *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
+    table = [("where", "kind", "rank", "width", "numbers", "|R Rt - I|"), *rows]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for line in table:
         print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
     return 0

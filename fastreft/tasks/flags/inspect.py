@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..errors import UserError
 from .parser import Parser
 
 
@@ -12,7 +13,14 @@ from .parser import Parser
 class InspectArguments:
     """What to look at."""
 
-    path: str = field(metadata={"help": "a folder: a pyreft checkpoint or an adapter of ours"})
+    path: str | None = field(default=None, metadata={"help": "a folder: a pyreft checkpoint or an adapter of ours"})
+    adapter: str | None = field(default=None, metadata={"help": "the same, by name"})
+    model: str | None = field(
+        default=None, metadata={"help": "the base model of --prompt; the one that the adapter names if not given"}
+    )
+    prompt: list[str] | None = field(
+        default=None, metadata={"help": "a text, or several: show which of its tokens the adapter edits, in brackets"}
+    )
     intervention_type: str | None = field(
         default=None, metadata={"help": "the kind, for a trainer's checkpoint without config.json that does not tell"}
     )
@@ -26,4 +34,10 @@ def parse(argv: Sequence[str]) -> InspectArguments:
         description="Say what a pyreft checkpoint or an adapter of ours holds.",
     )
     (arguments,) = parser.parse(argv)
+    if (arguments.path is None) is (arguments.adapter is None):
+        raise UserError("give one folder, with --path or with --adapter")
+    if arguments.prompt is None and arguments.model is not None:
+        raise UserError("--model is for --prompt: a folder is read without its base model")
+    if arguments.prompt is not None and not all(arguments.prompt):
+        raise UserError("--prompt is empty; give a text")
     return arguments

@@ -1,0 +1,46 @@
+"""``fastreft inspect --prompt``: which tokens of a text an adapter edits, by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .data import prompt_ids
+from .errors import UserError
+from .models import adapter_config, load_adapter, load_base, load_tokenizer
+
+
+def marked(tokens: Sequence[str], columns: Sequence[int]) -> str:
+    """The text with the edited tokens in brackets."""
+    edited = set(columns)
+    return "".join(f"[{token}]" if i in edited else token for i, token in enumerate(tokens))
+
+
+def lines(adapter: str, model: str | None, prompts: Sequence[str]) -> Iterator[str]:
+    """For each prompt: its length, and the text as it is edited, once for all layers that edit the same tokens of it."""
+    config: Any = adapter_config(adapter)
+    name = model or config.base_model_name_or_path
+    if not name:
+        raise UserError(f"the adapter in '{adapter}' names no base model; give --model")
+    tokenizer = load_tokenizer(name, adapter)
+    edited = load_adapter(load_base(name), adapter)
+    for prompt in prompts:
+        ids = prompt_ids(tokenizer, prompt)
+        if not ids:
+            raise UserError(f"the prompt {prompt!r} has no token")
+        # As generate runs it: all of it is prompt.
+        with torch.inference_mode():
+            edited.generate(
+                input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=1, do_sample=False
+            )
+        tokens = [tokenizer.decode([i]) for i in ids]
+        yield f"a prompt of {len(ids)} tokens"
+        places: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
+        for edit in edited.reft_report().edits:
+            places.setdefault((edit.adapter, edit.positions, tuple(edit.columns[0])), []).append(edit.layer)
+        for (which, positions, columns), layers in places.items():
+            where = layers[0] if len(layers) == 1 else f"{len(layers)} modules, {layers[0]} to {layers[-1]}"
+            yield f"  {where}: {which} at {positions} edits {len(columns)} tokens"
+            yield f"    {marked(tokens, columns)}"
