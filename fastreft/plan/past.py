@@ -88,8 +88,8 @@ class Past:
                 self.alone = None  # it was said
             return None
         number = node._sequence_nr()
-        found = [plan for f in self.forwards if f.holds(number) and (plan := f.plan()) is not None]
-        # Threads count for themselves: of replicas that ran side by side, the one that ran this block.
+        # Threads count for themselves: the newest goes before, and of replicas that ran side by side the one with this block.
+        found = [plan for f in reversed(self.forwards) if f.holds(number) and (plan := f.plan()) is not None]
         plan = next((plan for plan in found if block in getattr(plan, "active", (block,))), found[0] if found else None)
         if plan is None:  # its node was made by a recomputation
             plan = next((ref() for at, ref in self.again.done if at >= number), None)
