@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         NodireftIntervention,
         NoreftIntervention,
     )
-    from .optim import ReftAdamW, attach_retraction, param_groups
+    from .optim import ReftAdamW, attach_retraction, param_groups, retract_model_
     from .tuner.config import ReftConfig
     from .tuner.model import get_reft_model
 
@@ -38,6 +38,7 @@ __all__ = [
     "get_reft_model",
     "param_groups",
     "reference",
+    "retract_model_",
 ]
 
 _ROOMS = {  # name -> the module that has it; interventions for all others
@@ -46,6 +47,7 @@ _ROOMS = {  # name -> the module that has it; interventions for all others
     "attach_retraction": "optim",
     "get_reft_model": "tuner.model",
     "param_groups": "optim",
+    "retract_model_": "optim",
 }
 _MODULES = ("functional", "interventions", "optim", "pyreft", "reference")
 

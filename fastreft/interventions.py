@@ -135,8 +135,10 @@ class Intervention(nn.Module):
         """The edited base, shape and dtype of ``base``; with ``rows`` (integers, -1 = skip) in place.
 
         ``inplace=False`` leaves ``base`` alone, which ``torch.compile`` wants; ``unique`` promises that no row is listed
-        twice. ``source`` is ignored (the edit has none); ``subspaces`` other than None is a ``ValueError``.
+        twice. ``source`` and ``subspaces`` other than None are a ``ValueError``.
         """
+        if source is not None:
+            raise ValueError("source is not supported: the edit reads the hidden state that it edits, and no other")
         if subspaces is not None:
             raise ValueError("subspaces is not supported: an intervention edits all of its r dimensions")
         return self.edit(base, rows, IN_PLACE if inplace else NEW, unique)
@@ -172,7 +174,7 @@ class LoreftIntervention(Intervention):
         self.W, self.b = self._matrix(dtype), self._vector(dtype)
 
     def weights(self):
-        p = self._parameters
+        p = self._parameters or self.__dict__  # the second for a replica of DataParallel
         return p["R"], p["W"], p["R"], p["b"], None
 
 
@@ -180,7 +182,7 @@ class DireftIntervention(LoreftIntervention):
     """pyreft's DiReFT: h + R^T act(W h + b), R R^T = I."""
 
     def weights(self):
-        p = self._parameters
+        p = self._parameters or self.__dict__  # the second for a replica of DataParallel
         return p["R"], p["W"], None, p["b"], None
 
 
@@ -195,7 +197,7 @@ class NoreftIntervention(Intervention):
             self.c = self._vector(dtype)
 
     def weights(self):
-        p = self._parameters
+        p = self._parameters or self.__dict__  # the second for a replica of DataParallel
         return p["P"], p["W"], p["P"], p["b"], p.get("c")
 
 
@@ -203,7 +205,7 @@ class NodireftIntervention(NoreftIntervention):
     """The paper's DiReFT: h + P^T act(W h + b). With ``add_bias`` c is held, as pyreft does, and unused."""
 
     def weights(self):
-        p = self._parameters
+        p = self._parameters or self.__dict__  # the second for a replica of DataParallel
         return p["P"], p["W"], None, p["b"], None
 
 
@@ -222,7 +224,7 @@ class ConsreftIntervention(Intervention):
         nn.init.uniform_(self.b, 0, 1)  # type: ignore[arg-type]
 
     def weights(self):
-        p = self._parameters
+        p = self._parameters or self.__dict__  # the second for a replica of DataParallel
         return p["R"], None, p["R"], p["b"], None
 
 
@@ -235,7 +237,7 @@ class LobireftIntervention(ConsreftIntervention):
         self.dropout = dropout  # unlike ConsReFT, pyreft drops here
 
     def weights(self):
-        p = self._parameters
+        p = self._parameters or self.__dict__  # the second for a replica of DataParallel
         return p["R"], None, None, p["b"], None
 
 

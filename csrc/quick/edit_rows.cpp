@@ -29,23 +29,33 @@ using torch::autograd::variable_list;
 
 // Gradients that cannot be differentiated again, and say so.
 struct Once : torch::autograd::Function<Once> {
-  static variable_list forward(torch::autograd::AutogradContext*, at::TensorList grads, const Tensor&) {
+  static variable_list forward(torch::autograd::AutogradContext*, at::TensorList grads, at::TensorList) {
     return grads.vec();
   }
   static variable_list backward(torch::autograd::AutogradContext*, variable_list) {
-    TORCH_CHECK(false, "trying to differentiate twice a function that was marked with @once_differentiable");
+    TORCH_CHECK(
+        false,
+        "fastreft.functional.edit_rows_ has no second derivative: the rows that it edits are all it keeps of the "
+        "hidden state; differentiate functional.edit (positions='all') twice, or set FASTREFT_BACKEND=reference");
   }
 };
 
-void once(variable_list& grads) {
+// grads, which are functions of what `of` holds.
+void once(variable_list& grads, const variable_list& of) {
   const at::AutoGradMode on(true);
   variable_list defined;
   for (const Tensor& g : grads)
     if (g.defined()) defined.push_back(g);
-  defined = Once::apply(at::TensorList(defined), at::empty({0}).requires_grad_());
+  defined = Once::apply(at::TensorList(defined), at::TensorList(of));
   auto next = defined.begin();
   for (Tensor& g : grads)
     if (g.defined()) g = *next++;
+}
+
+// Does a gradient stand for many, as vmap makes them?
+bool batched(const Tensor& g) {
+  const c10::DispatchKeySet keys = g.unsafeGetTensorImpl()->key_set();
+  return keys.has(c10::DispatchKey::Batched) || keys.has(c10::DispatchKey::FuncTorchBatched);
 }
 
 // rows, the rows before the edit, z, U, V, P, b, c.
@@ -83,11 +93,20 @@ struct EditRows : torch::autograd::Node {
     for (size_t i = 0; i < saved.size(); ++i) tensors[i] = saved[i].unpack();
     const Tensor g = std::move(grads[0]);
     if (!g.defined()) return variable_list(num_outputs());
+    TORCH_CHECK(
+        !batched(g),
+        "fastreft.functional.edit_rows_ takes one gradient at a time, and many are given (is_grads_batched, vmap over "
+        "a backward): set FASTREFT_QUICK=0 or FASTREFT_BACKEND=reference for that");
     const bool create_graph = at::GradMode::is_enabled();
     const bool mine = !create_graph && g.use_count() == 1 && g.storage().use_count() == 1;
     const at::NoGradGuard off;
     variable_list made = gradients_of(g, tensors, act, tied, task_should_compute_output(0), mine);
-    if (create_graph) once(made);
+    if (create_graph) {
+      variable_list of = {g};
+      for (size_t i = 3; i < tensors.size(); ++i)
+        if (tensors[i].defined()) of.push_back(tensors[i]);
+      once(made, of);
+    }
     return made;
   }
 

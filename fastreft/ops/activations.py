@@ -80,6 +80,11 @@ def find(act_fn: ActFn) -> Activation:
     return found
 
 
+def numbered(number: int) -> Activation:
+    """The :class:`Activation` that the kernels know by a number."""
+    return Activation(number, _FUNCTIONS[number] if number else None)
+
+
 def is_fused(act_fn: str | None) -> bool:
     """Do the kernels have the activation of this name?"""
     return act_fn in _KNOWN

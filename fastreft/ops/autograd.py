@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from . import native
+from . import activations, derivatives, native
 from .activations import Activation
 from .checks import Weights, explained, listed
 from .fakes import FAKES
@@ -123,8 +122,8 @@ class _EditRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled():  # create_graph: a copy, and an error when it is differentiated again
-            return _edit_rows_once(ctx, g)
+        if torch.is_grad_enabled() or derivatives.batched(g):
+            return (*_edit_rows_backward(ctx, g, name="edit_rows_")[:-1],)
         rows, saved, z, U, V, P, b, c = ctx.saved_tensors
         need_dh = ctx.needs_input_grad[0]
         # The gradient of the whole state is passed on as it is, save the edited rows. Where nobody else holds it,
@@ -136,12 +135,6 @@ class _EditRows(torch.autograd.Function):
             *(g if need_dh else None, None, dU, None if V is None else dV, None if P is None else dP),
             *(None if b is None else db, None if c is None else dc, None, None),
         )
-
-
-@once_differentiable
-def _edit_rows_once(ctx, g):
-    rows, saved, z, U, V, P, b, c = ctx.saved_tensors
-    return _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied)[:-1]
 
 
 # Function.apply looks at every argument for functorch's wrappers first; what it then calls is this.
@@ -159,6 +152,9 @@ def _edit_backward(ctx, g, _z):
     if g is None:
         return (None,) * 9
     h, z, U, V, P, b, c = ctx.saved_tensors
+    if torch.is_grad_enabled() or derivatives.batched(g):  # to be differentiated again, or one of many under vmap
+        made = derivatives.gradients(g, h, (U, V, P, b, c), activations.numbered(ctx.act), ctx.tied)
+        return (*made, None, None, None)
     need_dh = ctx.needs_input_grad[0]
     dh, dU, dV, dP, db, dc = torch.ops.fastreft.edit_backward.default(
         g, h, z, U, V, P, b, c, ctx.act, ctx.tied, need_dh
@@ -177,11 +173,19 @@ def _save_edit_rows(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _edit_rows_backward(ctx, g, _saved, _z):
+def _edit_rows_backward(ctx, g, _saved=None, _z=None, name="edit_rows"):
     if g is None:
         return (None,) * 10
     rows, saved, z, U, V, P, b, c = ctx.saved_tensors
-    return _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied)
+    if derivatives.batched(g):
+        w, act = (U, V, P, b, c), activations.numbered(ctx.act)
+        dh, *made = derivatives.gradients_of_rows(g, rows, saved, w, act, ctx.tied)
+        return (dh, None, *made, None, None, None)
+    if not torch.is_grad_enabled():
+        return _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied)
+    with torch.no_grad():
+        made = _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, ctx.act, ctx.tied)
+    return derivatives.once(name, made, (g, U, V, P, b, c))
 
 
 def _edit_rows_gradients(g, rows, saved, z, U, V, P, b, c, act, tied):

@@ -56,7 +56,7 @@ def explained(error: RuntimeError, h: Tensor, w: Weights, rows: Tensor | None = 
 
 def sentence(error: RuntimeError) -> str:
     """The message of a native check, without the function, file and line before it."""
-    return re.sub(r"^.*?\.cpp:\d+, ", "", str(error).partition("\n")[0])
+    return re.sub(r"^.*?\.(cpp|h|inl):\d+, ", "", str(error).partition("\n")[0])
 
 
 def as_index(rows: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """The one place that decides how an edit is computed. :mod:`fastreft.functional`, the modules and the hooks all come here.
 
-Four ways, asked in this order:
+Five ways, asked in this order:
+
+    transformed  the oracle, without a look at a value: within torch.func's transforms and forward-mode derivatives, which know
+             torch's own ops alone
 
     quick    csrc/quick/: rows in place, autograd included, past torch's dispatcher; for the torch that built it. It decides
              for itself, in C++, as a question in Python costs what it saves
@@ -17,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from . import activations, autograd, checks, gemms, native
@@ -45,6 +49,8 @@ def edit(
     the looking.
     """
     act = LINEAR if act_fn is None else activations.find(act_fn)  # a call more would be a twentieth of a small edit
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _transformed(h, w, act, rows, where)
     if rows is None:
         return way_of(h, w, act).dense(h, w, act)
     if where is not NEW:
@@ -59,6 +65,18 @@ def edit(
         where = settled(where, h)
     way = way_of(h, w, act)
     return (way.rows if where is NEW else way.rows_)(h, rows, w, act, unique)
+
+
+def _transformed(h: Tensor, w: Weights, act: Activation, rows: Tensor | None, where: str) -> Tensor:
+    """The edit of every row, of which the listed ones are taken: rows may be one of many under vmap, so none is looked at."""
+    checks.check(h, w, rows)
+    edited = reference.edit(h, *w, act.function)
+    if rows is None:
+        return edited
+    flat = h.reshape(-1, h.shape[-1])
+    chosen = (torch.arange(flat.shape[0], device=h.device) == rows.reshape(-1, 1)).any(0)
+    edited = torch.where(chosen[:, None], edited.reshape(flat.shape), flat).reshape(h.shape)
+    return h.copy_(edited) if where is IN_PLACE else edited
 
 
 def way_of(h: Tensor, w: Weights, act: Activation) -> Way:

@@ -18,7 +18,8 @@ def _readable(t: Tensor | None) -> bool:
 
 def finds_rows(mask: Tensor | None, labels: Tensor | None, device: torch.device) -> bool:
     """Does the native op find the rows of such a batch? On a CPU, and outside a graph, where the compiler fuses torch's."""
-    here = native.CPU and device == _HOST and not torch.compiler.is_compiling()  # device.type costs more than a row
+    here = native.CPU and device == _HOST  # device.type costs more than a row
+    here = here and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     return here and _readable(mask) and _readable(labels)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -82,6 +83,24 @@ def step_(
     except RuntimeError as error:
         if "not finite" not in str(error):
             raise
-        raise FloatingPointError(sentence(error)) from None
+        raise FloatingPointError(_refusal(sentence(error), params, grads)) from None
     increment_version(params)
     return status[: 4 * len(params)].view(torch.int32) if status.numel() else None
+
+
+def _refusal(said: str, params: list[Tensor], grads: list[Tensor]) -> str:
+    """Why a step of a parameter was refused: its gradient, its own values, or rows that no retraction makes orthonormal."""
+    named = re.search(r"params\[(\d+)\]", said)
+    if named is None:
+        return said
+    i = int(named[1])
+    name = f"params[{i}] {tuple(params[i].shape)}"
+    if not bool(grads[i].isfinite().all()):
+        return f"the gradient of {name} is not finite"
+    if not bool(params[i].isfinite().all()):
+        return f"{name} holds a value that is not finite"
+    if params[i].dim() == 2 and float((params[i] @ params[i].mT).det().abs()) < 1e-6:
+        return (
+            f"{name} has rows that are zero or dependent, which no step keeps orthonormal; functional.retract_ mends it"
+        )
+    return f"{name} would get a value that is not finite: the learning rate or the gradient is too large"

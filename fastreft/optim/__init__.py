@@ -4,6 +4,6 @@ May know the interventions and the native step; knows no model and nothing of PE
 """
 
 from .adamw import ReftAdamW, param_groups
-from .guard import attach_retraction, guard_optimizers
+from .guard import attach_retraction, guard_optimizers, retract_model_
 
-__all__ = ["ReftAdamW", "attach_retraction", "guard_optimizers", "param_groups"]
+__all__ = ["ReftAdamW", "attach_retraction", "guard_optimizers", "param_groups", "retract_model_"]

@@ -11,6 +11,7 @@ Source: Riemannian optimisation on the Stiefel manifold with a Cholesky-QR retra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,12 +27,41 @@ from . import shards
 R_LR_SCALE = 2.0  # R's learning rate as a multiple of W's: the pace of pyreft's parametrization
 
 
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": (lambda x: x >= 0, "a finite number of at least 0"),
+    "betas": (lambda x: 0 <= x < 1, "two numbers of at least 0 and below 1"),
+    "eps": (lambda x: x > 0, "a finite number above 0"),
+    "weight_decay": (lambda x: x >= 0, "a finite number of at least 0"),
+    "r_lr_scale": (lambda x: x > 0, "a finite number above 0"),
+}
+
+
+def check_settings(group: dict[str, Any]) -> None:
+    """``ValueError`` naming the first hyperparameter of a group that is out of its range, not finite or no number."""
+    for name, (ok, wanted) in _RANGES.items():
+        if name not in group:
+            continue
+        value = group[name]
+        try:
+            numbers = [float(x) for x in value] if name == "betas" else [float(value)]
+            good = (
+                len(numbers) == (2 if name == "betas" else 1)
+                and all(map(math.isfinite, numbers))
+                and all(map(ok, numbers))
+            )
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            good = False
+        if not good or isinstance(value, (bool, str)):
+            raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+
+
 def param_groups(model: nn.Module, *, lr: float | Tensor, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """The trainable parameters of a model for :class:`ReftAdamW`: all but the Rs, then the Rs.
 
     Both groups have the same lr (R's is scaled in the step) and W, b take ``weight_decay``. ``ValueError`` where nothing
-    requires a gradient.
+    requires a gradient, and for a number out of range.
     """
+    check_settings({"lr": lr, "weight_decay": weight_decay})
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model has no parameter that requires a gradient")
@@ -69,17 +99,14 @@ class ReftAdamW(torch.optim.Optimizer):
         r_lr_scale: float = R_LR_SCALE,
         capturable: bool = False,
     ):
-        for name, value, ok in (
-            ("lr", lr, lr >= 0),
-            ("betas", betas, all(0 <= beta < 1 for beta in betas)),
-            ("eps", eps, eps > 0),
-            ("weight_decay", weight_decay, weight_decay >= 0),
-            ("r_lr_scale", r_lr_scale, r_lr_scale > 0),
-        ):
-            if not ok:
-                raise ValueError(f"{name} is {value}; it is out of range")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "r_lr_scale": r_lr_scale}
+        check_settings(defaults)
         super().__init__(params, {**defaults, "capturable": capturable})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; ``ValueError`` for a hyperparameter of the group that is out of range."""
+        check_settings({**self.defaults, **param_group} if isinstance(param_group, dict) else self.defaults)
+        super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -88,6 +115,8 @@ class ReftAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but moments stay fp32 beside 16-bit parameters, where torch casts them to the parameters' dtype."""
+        for group in state_dict["param_groups"]:
+            check_settings(group)
         super().load_state_dict(state_dict)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -116,7 +145,7 @@ class ReftAdamW(torch.optim.Optimizer):
                 if not state:
                     self._begin(p, state)
                 if not group["capturable"]:
-                    state["step"] = age = int(state["step"]) + 1
+                    age = int(state["step"]) + 1
                 else:
                     age = 0  # which the device knows
                     if not isinstance(state["step"], Tensor):
@@ -130,6 +159,9 @@ class ReftAdamW(torch.optim.Optimizer):
                     self._update(items, orthonormal, age, group)
                 else:
                     self._update_shards(items, orthonormal, age, group)
+                if not group["capturable"]:  # a step that was refused is none
+                    for p, *_ in items:
+                        self.state[p]["step"] = age
         return loss
 
     def skipped(self) -> int:
@@ -175,9 +207,29 @@ class ReftAdamW(torch.optim.Optimizer):
                 )
         if group["capturable"]:
             torch._foreach_add_(ages, 1)
+        try:
+            self._run(params, grads, m, v, ages, live_lr, float(lr), age, orthonormal, group)
+        except FloatingPointError:
+            if group["capturable"]:
+                torch._foreach_sub_(ages, 1)
+            raise
+
+    def _run(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        m: list[Tensor],
+        v: list[Tensor],
+        ages: list[Any],
+        live_lr: Tensor | None,
+        lr: float,
+        age: int,
+        orthonormal: bool,
+        group: dict[str, Any],
+    ) -> None:
         beta1, beta2 = group["betas"]
         settings = {
-            "lr": float(lr) * (group["r_lr_scale"] if orthonormal else 1.0),
+            "lr": lr * (group["r_lr_scale"] if orthonormal else 1.0),
             "beta1": beta1,
             "beta2": beta2,
             "eps": group["eps"],
@@ -197,7 +249,8 @@ class ReftAdamW(torch.optim.Optimizer):
         if live_lr is not None:
             settings["lr"] *= float(live_lr)
         for p, g, m_, v_, step in zip(params, grads, m, v, ages, strict=True):
-            corrections = {"correction1": 1 - beta1 ** int(step), "correction2": 1 - beta2 ** int(step)}
+            steps = int(step) if group["capturable"] else age
+            corrections = {"correction1": 1 - beta1**steps, "correction2": 1 - beta2**steps}
             reference.step_(p, g, m_, v_, orthonormal=orthonormal, **settings, **corrections)
 
 

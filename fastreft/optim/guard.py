@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .. import functional, reference
 from ..interventions import Intervention, orthonormal_parameters
 from . import shards
-from .adamw import R_LR_SCALE, ReftAdamW
+from .adamw import R_LR_SCALE, ReftAdamW, check_settings
 
 # Optimizers that keep their Rs orthonormal already.
 _attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -32,6 +32,7 @@ def attach_retraction(
     that was forgotten is caught by :func:`guard_optimizers`). accelerate's wrapper is looked through.
     ``ValueError`` where the optimizer holds no R of the model.
     """
+    check_settings({"r_lr_scale": r_lr_scale})
     while not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
         inner = getattr(optimizer, "optimizer", None)
         if inner is None:
@@ -96,6 +97,17 @@ def _held(optimizer: torch.optim.Optimizer, wanted: set[int] | None) -> list[nn.
         for p in group["params"]
         if id(p) in Rs and (wanted is None or id(p) in wanted)
     ]
+
+
+@torch.no_grad()
+def retract_model_(model: nn.Module) -> int:
+    """Give every R of a model's interventions orthonormal rows, in place; how many there were.
+
+    For averages of weights, which are off by as much as 0.3: ``AveragedModel`` (SWA, EMA) and the like.
+    """
+    Rs = [m.R for m in model.modules() if isinstance(m, Intervention) and m.orthonormal]
+    functional.retract_(Rs)  # type: ignore[arg-type]
+    return len(Rs)
 
 
 _guarded = False

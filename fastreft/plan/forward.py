@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from . import entrances, inputs, positions, silence
 from .asked import Asked, Outer, taken
 from .entrances import LM, Entrance
 from .generation import NO_BATCHES, Generate, Run
-from .hooks import PerThread
+from .hooks import PerThread, traced
 from .inputs import Given
 from .past import Past, address
 from .positions import Tokens
@@ -166,7 +165,7 @@ class Shared:
         if run is not None and (any(o.foreign for o in outer) or (entrance.kind is LM and not run.owns(given))):
             run = None
         asked = Asked(module, entrance, given, said, outer, run, causal)
-        if is_compiling():
+        if traced():
             here.plan = self._plan(asked)
         else:
             here.plan = self._noted(asked)
@@ -184,7 +183,7 @@ class Shared:
         if plan is None or plan.owner is not module:
             return
         here.plan = plan.outer
-        if is_compiling() or plan.began is None or output is None:
+        if traced() or plan.began is None or output is None:
             return
         plan.over = True
         self.local.past.note(plan, plan.began, output, plan.key)
@@ -251,14 +250,14 @@ class Shared:
             labels = answers if lengths is None else positions.labels_of(lengths, shown, (b, s), device)
             return positions.tokens_of((b, s), shown, labels, *inputs.packing(shown, marks, (b, s)))
 
-        if explicit is None and run is None and not is_compiling():
+        if explicit is None and run is None and not traced():
             unanswered = answers is None and lengths is None and asked.continues
             self.silence.before(module, self.specs, answers, unanswered, tokens)
         return Plan(module, tokens, explicit)
 
     def _check_mask(self, mask: Tensor | None) -> None:
         """Refuse a sample without a token before any block runs; a base whose adapters are disabled takes what it takes."""
-        if not is_compiling() and not self._all_disabled():
+        if not traced() and not self._all_disabled():
             positions.check_mask(mask)
 
     def _all_disabled(self) -> bool:

@@ -13,12 +13,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .past import Past
 
 Edit = Callable[[nn.Module, Any, Tensor], Tensor]
 """(module, plan, hidden) -> the hidden state as it is to be: ``hidden`` itself where it was edited in place, or not at all."""
+
+
+def traced() -> bool:
+    """Is this a compiler's look at the program, or a transform's (vmap and its like), where no tensor has a value?"""
+    return is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 class PerThread(threading.local):

@@ -117,8 +117,8 @@ def test_it_stands_back_where_somebody_looks_at_the_calls(monkeypatch):
         assert torch.equal(F.loreft_rows_(h.clone(), ROWS, *ws), exact)
     assert torch.equal(F.loreft_rows_(h.clone().as_subclass(Subclass), ROWS, *ws), exact)
     assert torch.equal(F.loreft_rows_(h.clone(), ROWS.int(), *ws), exact)
-    each = torch.func.vmap(lambda h: F.loreft(h, *ws))(h)  # no rows: vmap has no rule for what mutates
-    assert torch.equal(each, F.loreft(h, *ws))
+    each = torch.func.vmap(lambda h: F.loreft(h, *ws))(h)  # transforms know torch's own ops alone
+    torch.testing.assert_close(each, F.loreft(h, *ws))
     traced = torch.jit.trace(lambda h: F.loreft_rows_(h * 1, ROWS, *ws), (h,), check_trace=False)
     assert torch.equal(traced(h), exact)
     assert names == []
