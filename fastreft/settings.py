@@ -9,12 +9,15 @@ import importlib
 import re
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .models.components import COMPONENTS
 from .ops.names import FUSED_ACTIVATIONS, METHODS, unknown_activation
 from .plan.spec import parse
 from .sources import assigned, tree_of
 
+EMBEDDED = "embedded"  # the name of the package's own small model
+EMBEDDED_PATH = Path(__file__).parent / "embedded"
 EDITABLE = ("block_output", "block_input", *COMPONENTS)
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(:-?[1-9]\d*|:)?")
 

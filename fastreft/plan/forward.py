@@ -123,6 +123,13 @@ class Shared:
             self.handles.append(module.register_forward_pre_hook(partial(before, entrance), with_kwargs=True))
             self.handles.append(module.register_forward_hook(after, always_call=True))
 
+    def take_off(self) -> None:
+        """Take the hooks off, once no block is left."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.entered.clear()
+
     def add(self, spec: Positions) -> None:
         """Note the positions of an adapter."""
         self.specs.add(spec)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..settings import EMBEDDED, EMBEDDED_PATH
 from .errors import UserError
 
-EMBEDDED = "embedded"  # the name of the package's own small model
-EMBEDDED_PATH = Path(__file__).parent.parent / "embedded"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -17,7 +16,7 @@ def find_model(model: str) -> tuple[str, dict[str, Any]]:
 
     A folder that exists is never looked up on a hub; a name that can only be a path must exist.
     """
-    if model == EMBEDDED:
+    if model in (EMBEDDED, str(EMBEDDED_PATH)):
         return str(EMBEDDED_PATH), {"local_files_only": True}
     path = Path(model).expanduser()
     if path.is_dir():

@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftType
 
-from ..settings import ReftSettings
+from ..settings import EMBEDDED, EMBEDDED_PATH, ReftSettings
 
 
 def _add_peft_type(name: str) -> None:
@@ -39,3 +39,12 @@ class ReftConfig(ReftSettings, PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.REFT  # type: ignore[attr-defined]
         self.check()
+        if self.base_model_name_or_path == EMBEDDED:  # where it is on this machine, so that whoever loads it finds it
+            self.base_model_name_or_path = str(EMBEDDED_PATH)
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's; the embedded model by the name that it has on every machine."""
+        found = super().to_dict()
+        if found.get("base_model_name_or_path") == str(EMBEDDED_PATH):
+            found["base_model_name_or_path"] = EMBEDDED
+        return found

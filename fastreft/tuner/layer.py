@@ -105,8 +105,20 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             return [edit, suffix]
         return [*edit] if isinstance(edit, nn.ModuleList) else [edit]
 
+    def forget(self, adapter_name: str) -> None:
+        """Drop an adapter."""
+        self.specs.pop(adapter_name, None)
+        for group in _GROUPS:
+            container = getattr(self, group)
+            if adapter_name in container:
+                del container[adapter_name]
+        if isinstance(self._active_adapter, list) and adapter_name in self._active_adapter:
+            self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
+
     def detach(self) -> None:
         """Take the hooks and this layer off the module."""
+        if self in self._shared.layers:
+            self._shared.layers.remove(self)
         block = self._block[0]
         for at_input, handle in self._hooks.items():
             hooks.take_down(block, handle, at_input=at_input)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .. import optim
@@ -23,11 +24,9 @@ from ..models import blocks, layouts
 from ..models.components import COMPONENTS
 from ..plan.forward import Shared
 from ..plan.report import ReftReport, report
+from . import loading, weights
 from .config import ReftConfig
 from .layer import NO_MERGE, ReftLayer
-
-# PEFT tells the tensors of a file apart by looking for adapters' names in theirs, so these are not free.
-_TAKEN = ("R", "W", "P", "b", "c", "act", "weight", "reft")
 
 
 class ReftModel(BaseTuner):
@@ -44,6 +43,9 @@ class ReftModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
         _check_name(model, adapter_name)
+        for config in getattr(model, "peft_config", {}).values() if isinstance(model, PeftModel) else ():
+            if config.is_prompt_learning:
+                raise ValueError(loading.PROMPTS.format(config.peft_type.value))
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         optim.guard_optimizers()
 
@@ -60,8 +62,7 @@ class ReftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's; ``ValueError`` for a name that would make saving other adapters lose tensors."""
-        if adapter_name in _TAKEN:
-            raise ValueError(f"adapter_name is {adapter_name!r}; it must be none of {', '.join(_TAKEN)}")
+        loading.check_name(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -98,6 +99,13 @@ class ReftModel(BaseTuner):
                 f"target_modules is {config.target_modules!r} and exclude_modules {config.exclude_modules!r}; "
                 f"that leaves no module of this {type(self.model).__name__} to edit"
             )
+        parts = {part for name in (*self._targets, *(config.modules_to_save or ())) for part in name.split(".")}
+        for held in self.peft_config:
+            if held in parts:
+                raise ValueError(
+                    f"adapter_name is {held!r}, a part of the name of a module that is edited or saved, by which PEFT could no "
+                    "longer tell the adapters' tensors apart; give another"
+                )
         for name in sorted(self._targets):
             self._check_width(config, name)
         return peft_config
@@ -105,6 +113,10 @@ class ReftModel(BaseTuner):
     def _check_width(self, config: ReftConfig, name: str) -> None:
         """``ValueError`` where a module's width is known and does not fit; else its first forward tells."""
         width, module = blocks.hidden_size(self.model, name), self.model.get_submodule(name)
+        if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            raise ValueError(
+                f"target_modules means {name}, a {type(module).__name__}, which runs whatever is in it; name its last module"
+            )
         if config.r > width:
             raise ValueError(f"r is {config.r}; it must be at most the model's hidden size, {width}")
         given = getattr(module, "out_features", width)
@@ -167,13 +179,41 @@ class ReftModel(BaseTuner):
         raise ValueError(NO_MERGE)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """PEFT's, but what is another method's stays; modules that were trained whole take their places in the model."""
         if merge:
             self._check_merge_allowed()
-        for module in [module for module in self.model.modules() if isinstance(module, ReftLayer)]:
-            module.detach()
-        for handle in self._shared.handles:
-            handle.remove()
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+        trained = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and module._adapters & set(self.peft_config):
+                new = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+                trained.append((*name.rpartition(".")[::2], new))
+        for layer in loading.layers_of(self.model):
+            layer.detach()
+        self._shared.take_off()
+        for parent, attribute, new in trained:
+            setattr(self.model.get_submodule(parent), attribute, new)
+        others = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
+        if "peft_config" in self.model.__dict__ and not others:
+            del self.model.__dict__["peft_config"]
+        elif others:
+            self.model.peft_config = {  # type: ignore[assignment]
+                name: config for name, config in self.peft_config.items() if config.peft_type != "REFT"
+            }
+        return self.model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """PEFT's; ``ValueError`` before anything is written for weights that are not finite."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        ours = {key: value for key, value in found.items() if ".reft.reft_" in key}
+        return found | weights.checked(ours, "saving")
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -197,7 +237,11 @@ class ReftModel(BaseTuner):
             key = next(key for key in wanted if wanted[key] != given[key])
             problem = f"its {key.rsplit('.', 1)[-1]} has shape {given[key]}, the model wants {wanted[key]}"
         if problem is None:
-            return state_dict
+            bare = _bare(model)
+            names = {module: name for name, module in bare.named_modules()}
+            tables = (getattr(bare, f"get_{side}_embeddings", lambda: None) for side in ("input", "output"))
+            weights.refuse_strangers(state_dict, set(model.state_dict()), tuple(names.get(t, "") for t in tables))  # type: ignore[operator, arg-type]
+            return state_dict | weights.checked({k: v for k, v in state_dict.items() if k in given}, "loading")
         for module in model.modules():
             if isinstance(module, ReftLayer):
                 module.set_adapter([name for name in module.active_adapters if name != adapter_name])
@@ -241,9 +285,11 @@ def _matches(config: ReftConfig, targets: list[str] | str, name: str) -> Any:
 
 def get_reft_model(model: nn.Module, config: ReftConfig, adapter_name: str = "default", **kwargs: Any) -> PeftModel:
     """``peft.get_peft_model`` for a :class:`ReftConfig`; the model's weights are frozen and its blocks get hooks."""
+    loading.check_name(adapter_name)
     return get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[ReftConfig().peft_type] = ReftConfig  # type: ignore[index]
 PEFT_TYPE_TO_TUNER_MAPPING[ReftConfig().peft_type] = ReftModel  # type: ignore[index]
 PEFT_TYPE_TO_PREFIX_MAPPING[ReftConfig().peft_type] = ReftModel.prefix  # type: ignore[index]
+loading.wrap()

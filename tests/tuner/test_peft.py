@@ -304,7 +304,7 @@ def make_with_layers(n):
 
 def test_an_adapter_must_not_be_named_as_a_parameter():
     model = get_reft_model(make("llama"), ReftConfig())
-    with pytest.raises(ValueError, match="adapter_name is 'b'; it must be none of R, W"):
+    with pytest.raises(ValueError, match="adapter_name is 'b'; it must be none of P, R, W"):
         model.add_adapter("b", ReftConfig())
     assert list(model.peft_config) == ["default"]
 

@@ -1,0 +1,233 @@
+"""What PEFT does round a ReFT adapter, made all or nothing: loading it, and what is refused before it begins.
+
+PEFT injects an adapter, active and random, before it reads its file, and asks no tuner in between; so a load that fails would
+leave that on the caller's model. Here its methods are wrapped, once, when the tuner is imported, which PEFT's own import does.
+What has no ReFT adapter in it goes through as it came.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..settings import ReftSettings
+from . import weights
+from .layer import ReftLayer
+
+PROMPTS = (
+    "a prompt-learning adapter ({}) puts tokens before the prompt, so that ReFT's positions would mean others in training than "
+    "in generate: use one of the two on a model"
+)
+# The fields of a configuration that make another edit of the same tensors.
+_EDIT = (
+    *("intervention_type", "r", "positions", "tied", "component", "act_fn", "add_bias", "pyreft_compat"),
+    *("layers_to_transform", "target_modules", "exclude_modules", "modules_to_save"),
+)
+_within = threading.local()  # is this thread in PeftModel.from_pretrained, which loads over the name it has just made?
+
+
+# PEFT tells the tensors of a file apart by looking for adapters' names in theirs, so these are not free.
+_TAKEN = {"R", "W", "P", "b", "c", "act", "weight", "reft", "reft_edit", "reft_suffix", "base_model", "model"}
+
+
+def check_name(adapter_name: Any) -> None:
+    """``ValueError`` for a name that would make saving other adapters lose tensors, or is none."""
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name is {adapter_name!r}; it must be a name without dots")
+    if adapter_name in _TAKEN:
+        raise ValueError(f"adapter_name is {adapter_name!r}; it must be none of {', '.join(sorted(_TAKEN))}")
+
+
+def layers_of(model: nn.Module) -> list[ReftLayer]:
+    """The ReftLayers of a model."""
+    return [module for module in model.modules() if isinstance(module, ReftLayer)]
+
+
+@contextmanager
+def unharmed(model: nn.Module) -> Iterator[None]:
+    """Within it a ReFT adapter is attached and loaded: whatever goes wrong, the model is afterwards as it was."""
+    names = {layer: set(layer.specs) for layer in layers_of(model)}
+    active = {layer: (layer._active_adapter, layer._disable_adapters) for layer in names}
+    wrapped = {id(module) for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    attributes = {*model.__dict__}
+    mark = model.__dict__.get("_hf_peft_config_loaded")  # Transformers' own
+    configs = getattr(model, "peft_config", None)
+    held = None if configs is None else dict(configs)
+    try:
+        yield
+    except BaseException:
+        made = [layer for layer in layers_of(model) if set(layer.specs) != names.get(layer, set())]
+        if made:
+            for layer in made:
+                for name in set(layer.specs) - names.get(layer, set()):
+                    layer.forget(name)
+                if layer not in names:
+                    layer.detach()
+            for shared in {id(layer._shared): layer._shared for layer in made}.values():
+                if not shared.layers:
+                    shared.take_off()
+            for layer, (was_active, disabled) in active.items():
+                layer._active_adapter, layer._disable_adapters = was_active, disabled  # type: ignore[assignment]
+            restore_wrapped(model, lambda module: id(module) not in wrapped)
+            for p, flag in flags:
+                p.requires_grad_(flag)
+        if held is not None and configs is not None:
+            configs.clear()
+            configs.update(held)
+        for name in {*model.__dict__} - attributes:
+            del model.__dict__[name]
+        if mark is not None:
+            model.__dict__["_hf_peft_config_loaded"] = mark
+        raise
+
+
+def restore_wrapped(model: nn.Module, chosen: Callable[[Any], bool]) -> None:
+    """Put the modules that PEFT copied for training (``modules_to_save``) back where they were."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper) and chosen(m)]
+    for name, module in found:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module.original_module)
+
+
+def _base_of(model: Any) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def _said(model_id: Any) -> Iterator[None]:
+    """``ValueError`` in words for weights that a file lacks, of which PEFT gives the key alone."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(
+            f"the adapter in '{model_id}' lacks the weights {error.args[0] if error.args else error}"
+        ) from error
+
+
+def _from_pretrained(inner: Any) -> Any:
+    @wraps(inner)
+    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        outer, _within.load = getattr(_within, "load", False), True
+        try:
+            with _said(model_id), unharmed(_base_of(model)):
+                return inner(cls, model, model_id, *args, **kwargs)
+        finally:
+            _within.load = outer
+
+    return from_pretrained
+
+
+def _load_adapter(inner: Any) -> Any:
+    @wraps(inner)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+        held = self.peft_config.get(adapter_name)
+        if held is not None and held.peft_type == "REFT" and not getattr(_within, "load", False):
+            _check_same(self, held, model_id, adapter_name, kwargs)
+        with _said(model_id), unharmed(_base_of(self)):
+            loaded = inner(self, model_id, adapter_name, *args, **kwargs)
+        if held is not None and held.peft_type != "REFT":
+            _load_beside(self, model_id, adapter_name)
+        return loaded
+
+    return load_adapter
+
+
+def _check_same(model: Any, held: Any, model_id: Any, adapter_name: str, kwargs: dict[str, Any]) -> None:
+    """``ValueError`` where a file's configuration makes another edit than the adapter has whose place it takes."""
+    hub, _ = model._split_kwargs(dict(kwargs))
+    given: Any = PeftConfig.from_pretrained(model_id, **hub)
+    for name in _EDIT if isinstance(given, ReftSettings) else ("peft_type",):
+        ours, theirs = getattr(held, name), getattr(given, name)
+        if _plain(ours) != _plain(theirs):
+            raise ValueError(
+                f"adapter_name is {adapter_name!r}, an adapter with {name} {ours!r}, and the one in '{model_id}' has "
+                f"{theirs!r}; load it under another name, or delete that one first"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, (list, tuple, set)) else value
+
+
+def _load_beside(model: Any, folder: Any, adapter_name: str) -> None:
+    """The ReFT adapters that were injected beside another method's and saved with it are loaded with it, as Trainer does for
+    the best of several checkpoints: one without the other would be a model that nobody evaluated."""
+    for name, config in model.peft_config.items():
+        path = os.path.join(str(folder), name)
+        if (
+            name != adapter_name
+            and config.peft_type == "REFT"
+            and os.path.isfile(os.path.join(path, "adapter_config.json"))
+        ):
+            set_peft_model_state_dict(model, load_peft_weights(path, device="cpu"), adapter_name=name)
+
+
+def _add_adapter(inner: Any) -> Any:
+    @wraps(inner)
+    def add_adapter(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(peft_config, "is_prompt_learning", False) and layers_of(self):
+            raise ValueError(PROMPTS.format(peft_config.peft_type.value))
+        if getattr(peft_config, "peft_type", None) != "REFT":
+            return inner(self, adapter_name, peft_config, *args, **kwargs)
+        check_name(adapter_name)
+        with unharmed(_base_of(self)):
+            return inner(self, adapter_name, peft_config, *args, **kwargs)
+
+    return add_adapter
+
+
+def _set_adapter(inner: Any) -> Any:
+    @wraps(inner)
+    def set_adapter(self: Any, adapter_name: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(adapter_name, (list, tuple)):
+            return inner(self, adapter_name, *args, **kwargs)
+        unknown = [name for name in adapter_name if name not in self.peft_config]
+        if unknown or not adapter_name or self.active_peft_config.peft_type != "REFT":
+            raise ValueError(
+                f"adapter_name is {adapter_name!r}; it must be one of {', '.join(self.peft_config)}, or, for ReFT, several"
+            )
+        inner(self, adapter_name[0], *args, **kwargs)
+        return self.base_model.set_adapter(list(adapter_name), *args, **kwargs)
+
+    return set_adapter
+
+
+def wrap() -> None:
+    """Wrap PEFT's methods, and Transformers' ``load_adapter``; once."""
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    if hasattr(PeftModel.load_adapter, "__wrapped__") and getattr(PeftModel, "_fastreft", False):
+        return
+    PeftModel._fastreft = True  # type: ignore[attr-defined]
+    PeftModel.from_pretrained = classmethod(_from_pretrained(PeftModel.from_pretrained.__func__))  # type: ignore[assignment, attr-defined]
+    PeftModel.load_adapter = _load_adapter(PeftModel.load_adapter)  # type: ignore[method-assign]
+    PeftModel.add_adapter = _add_adapter(PeftModel.add_adapter)  # type: ignore[method-assign]
+    PeftModel.set_adapter = _set_adapter(PeftModel.set_adapter)  # type: ignore[method-assign]
+    theirs = PeftAdapterMixin.load_adapter
+
+    @wraps(theirs)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with unharmed(self):
+            known = {layer: set(layer.specs) for layer in layers_of(self)}
+            loaded = theirs(self, *args, **kwargs)
+            for layer in layers_of(self):  # which has its own way to put a file's tensors into a model
+                for name in set(layer.specs) - known.get(layer, set()):
+                    held = layer.interventions(name)
+                    tensors = {
+                        f"{layer.name}.{i}.{k}": t for i, m in enumerate(held) for k, t in m.state_dict().items()
+                    }
+                    for key, mended in weights.checked(tensors, "loading").items():
+                        tensors[key].copy_(mended)
+            return loaded
+
+    PeftAdapterMixin.load_adapter = load_adapter  # type: ignore[method-assign]
