@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import numbers
+import operator
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .models.components import COMPONENTS
 from .ops.names import FUSED_ACTIVATIONS, METHODS, unknown_activation
@@ -19,6 +22,7 @@ from .sources import assigned, tree_of
 EMBEDDED = "embedded"  # the name of the package's own small model
 EMBEDDED_PATH = Path(__file__).parent / "embedded"
 EDITABLE = ("block_output", "block_input", *COMPONENTS)
+MOST_UNTIED = 4096  # interventions of one layer
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(:-?[1-9]\d*|:)?")
 
 
@@ -78,18 +82,28 @@ class ReftSettings:
     )
 
     def check(self) -> None:
-        """``ValueError`` naming the argument, what came and what is wanted."""
-        if self.intervention_type not in METHODS:
-            raise ValueError(f"intervention_type is {self.intervention_type!r}; it must be one of {', '.join(METHODS)}")
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r is {self.r!r}; it must be an integer of at least 1")
+        """``ValueError`` naming the argument, what came and what is wanted. Numbers of numpy's, ranges and the like become the
+        plain ones that a file can hold."""
+        if not isinstance(self.intervention_type, str) or self.intervention_type not in METHODS:
+            raise ValueError(
+                f"intervention_type is {_short(self.intervention_type)}; it must be one of {', '.join(METHODS)}"
+            )
+        self.r = _integer(self.r)
+        if type(self.r) is not int or not 1 <= self.r < 2**31:
+            raise ValueError(f"r is {_short(self.r)}; it must be an integer of at least 1")
         self._check_tied()
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
-        if self.act_fn is not None and self.act_fn not in activation_names():
-            raise unknown_activation(self.act_fn)
-        if self.component not in EDITABLE:
-            raise ValueError(f"component is {self.component!r}; it must be one of {', '.join(EDITABLE)}")
+        if not isinstance(self.dropout, numbers.Real) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {_short(self.dropout)}; it must be at least 0 and below 1")
+        self.dropout = float(self.dropout)
+        if self.act_fn is not None and (not isinstance(self.act_fn, str) or self.act_fn not in activation_names()):
+            raise unknown_activation(self.act_fn if isinstance(self.act_fn, str) else _short(self.act_fn))
+        if not isinstance(self.component, str) or self.component not in EDITABLE:
+            raise ValueError(f"component is {_short(self.component)}; it must be one of {', '.join(EDITABLE)}")
+        for name in ("add_bias", "pyreft_compat"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {_short(getattr(self, name))}; it must be True or False")
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            setattr(self, name, _names(name, getattr(self, name)))
         if self.target_modules is not None and self.component != "block_output":
             raise ValueError(
                 f"component is {self.component!r} and target_modules {self.target_modules!r}; give one of them, as "
@@ -100,8 +114,13 @@ class ReftSettings:
     def _check_tied(self) -> None:
         """``ValueError`` for positions that are none, and for another way to share interventions than there are."""
         spec = parse(self.positions)
-        if self.tied not in (True, False, "position"):
-            raise ValueError(f"tied is {self.tied!r}; it must be True, False or 'position'")
+        if not isinstance(self.tied, bool) and not (isinstance(self.tied, str) and self.tied == "position"):
+            raise ValueError(f"tied is {_short(self.tied)}; it must be True, False or 'position'")
+        if self.tied == "position" and spec.places > MOST_UNTIED:
+            raise ValueError(
+                f"tied is 'position' and positions {self.positions!r}: each of {spec.places} positions would have an "
+                f"intervention of its own; there may be {MOST_UNTIED} at most"
+            )
         if self.tied == "position" and not spec.places:
             raise ValueError(
                 f"tied is 'position' and positions {self.positions!r}, which is no fixed number of positions that could "
@@ -111,12 +130,19 @@ class ReftSettings:
     def _check_layers(self) -> None:
         """``ValueError`` for layers that no model has."""
         layers = self.layers_to_transform
-        given = [layers] if isinstance(layers, int) else layers
+        if not isinstance(layers, (str, bool, type(None))):
+            try:
+                layers = [_integer(i) for i in layers]  # type: ignore[union-attr]
+            except TypeError:
+                layers = _integer(layers)
+            self.layers_to_transform = layers
+        given: Any = [layers] if type(layers) is int else layers
         if given is None or (isinstance(given, str) and (given == "all" or _SLICE.fullmatch(given))):
             return
-        if not given or any(type(i) is not int or i < 0 for i in given) or len(set(given)) < len(given):
+        whole = isinstance(given, list) and all(type(i) is int and 0 <= i < 2**31 for i in given)
+        if not given or not whole or len(set(given)) < len(given):
             raise ValueError(
-                f"layers_to_transform is {layers!r}; it must be a layer or a list of different layers, counted from 0, "
+                f"layers_to_transform is {_short(layers)}; it must be a layer or a list of different layers, counted from 0, "
                 "a slice such as '4:12' or '::2', or 'all'"
             )
 
@@ -135,6 +161,39 @@ class ReftSettings:
                 f"layers_to_transform is {wanted!r}; the model's layers to choose from are {min(layers)} to {max(layers)}"
             )
         return chosen
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a {type(value).__name__} that is too large to write"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _integer(value: Any) -> Any:
+    """A whole number of whatever kind as Python's own; all else as it is."""
+    if isinstance(value, (bool, int, str)) or not hasattr(value, "__index__"):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def _names(name: str, value: Any) -> Any:
+    """Module names as a list of text, or a regular expression that compiles; ``ValueError`` else."""
+    if value is None:
+        return None
+    if isinstance(value, str) and name != "modules_to_save":
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{name} is {_short(value)}, which is no regular expression: {error}") from None
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)) and value and all(isinstance(v, str) and v for v in value):
+        return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    raise ValueError(f"{name} is {_short(value)}; it must be a list of module names")
 
 
 def activation_names() -> set[str]:

@@ -24,7 +24,7 @@ from ..models import blocks, layouts
 from ..models.components import COMPONENTS
 from ..plan.forward import Shared
 from ..plan.report import ReftReport, report
-from . import loading, weights
+from . import columns, loading, weights
 from .config import ReftConfig
 from .layer import NO_MERGE, ReftLayer
 
@@ -48,6 +48,7 @@ class ReftModel(BaseTuner):
                 raise ValueError(loading.PROMPTS.format(config.peft_type.value))
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         optim.guard_optimizers()
+        columns.accept(self.model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through its hooks (``model.forward`` would pass them by)."""

@@ -1,0 +1,27 @@
+"""Our arguments of a forward as columns of a data set: Trainer drops what a model's forward does not name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from ..plan.asked import OURS
+
+
+def accept(model: nn.Module) -> None:
+    """Have the signature of the forward of a model's class name :data:`OURS`, which hooks take off before it is called.
+
+    It is said at the class, once, as a function that a model has for itself would be shared by its copies and replicas.
+    """
+    forward: Any = getattr(type(model), "forward", None)
+    if type(forward).__name__ != "function":
+        return
+    signature = inspect.signature(forward)
+    kinds = inspect.Parameter
+    rest = [p for p in signature.parameters.values() if p.kind is kinds.VAR_KEYWORD]
+    named = [p for p in signature.parameters.values() if p.kind is not kinds.VAR_KEYWORD]
+    new = [kinds(name, kinds.KEYWORD_ONLY, default=None) for name in OURS if name not in signature.parameters]
+    if new:
+        forward.__signature__ = signature.replace(parameters=[*named, *new, *rest])
