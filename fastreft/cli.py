@@ -2,7 +2,8 @@
 
 A command is two modules: that of :mod:`fastreft.tasks.flags` reads what it is told, and that of :mod:`fastreft.tasks`
 does it. Each is imported when its turn comes, as the second imports torch and more: help and what is wrong with flags come
-before that. Exit codes: 0 done, 1 a check failed, 2 bad input (one sentence on stderr and nothing written).
+before that. Exit codes: 0 done, 1 a check failed, 2 bad input (one sentence on stderr and nothing written), 130 interrupted.
+What is foreseen is checked where it belongs; of all else there is one sentence, too, and ``--traceback`` shows where it was.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .tasks.errors import UserError
+from .tasks.errors import UserError, in_words
 
 COMMANDS = {
     "demo": "memorise a passage, learn a behaviour beside LoRA, save, reload (under two minutes on a CPU)",
@@ -31,14 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastreft",
         description="Representation fine-tuning (ReFT) of language models.",
-        epilog=f"commands:\n{listing}\n\n'fastreft COMMAND --help' lists a command's options.",
+        epilog=f"commands:\n{listing}\n\n'fastreft COMMAND --help' lists a command's options; --traceback, with any of them, "
+        "shows where an error came from.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own options")
     chosen = parser.parse_args(argv)
+    given = [argument for argument in chosen.arguments if argument != "--traceback"]
     try:
-        flags = importlib.import_module(f".tasks.flags.{chosen.command}", __package__).parse(chosen.arguments)
+        flags = importlib.import_module(f".tasks.flags.{chosen.command}", __package__).parse(given)
         return importlib.import_module(f".tasks.{chosen.command}", __package__).run(flags)
     except UserError as error:
         print(f"fastreft {chosen.command}: {error}", file=sys.stderr)
@@ -46,3 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"fastreft {chosen.command}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if given != chosen.arguments:
+            raise
+        print(f"fastreft {chosen.command}: {in_words(error)} (--traceback shows where)", file=sys.stderr)
+        return 2

@@ -15,15 +15,16 @@ from fastreft import pyreft
 
 from .errors import UserError, user_errors
 from .flags.convert import ConvertArguments
-from .models import adapter_config, save_adapter
+from .models import BROKEN, adapter_config, own_code, save_adapter
 from .places import ADAPTER_CONFIG, find_model
 
 
 def skeleton(model: str) -> Any:
     """The base model without its weights, of the class that its config.json names."""
     source, keywords = find_model(model)
-    with user_errors(OSError, ValueError, prefix=f"cannot read the configuration of '{model}': "):
-        config = AutoConfig.from_pretrained(source, **keywords)
+    named_code, code = own_code(model, False)  # of which the class that config.json names needs none
+    with user_errors(*BROKEN, prefix=f"cannot read the configuration of '{model}': "), named_code:
+        config = AutoConfig.from_pretrained(source, **keywords, **code)
         named = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
             made = named(config) if named is not None else AutoModelForCausalLM.from_config(config)
@@ -43,7 +44,7 @@ def from_pyreft(arguments: ConvertArguments) -> str:
     if arguments.model is None:
         raise UserError("give the base model with --model: a pyreft checkpoint does not name it")
     dtype, base = _dtype(arguments.dtype), skeleton(arguments.model)
-    with user_errors(ValueError, TypeError), warnings.catch_warnings(record=True) as said:
+    with user_errors(*BROKEN), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         model = pyreft.load(
             arguments.source,
@@ -73,9 +74,7 @@ def to_pyreft(arguments: ConvertArguments) -> str:
     if name is None:
         raise UserError("give the base model with --model: the adapter does not name it")
     base = skeleton(name)
-    with user_errors(
-        ValueError, RuntimeError, TypeError, prefix=f"the adapter in '{arguments.source}' does not fit '{name}': "
-    ):
+    with user_errors(*BROKEN, prefix=f"the adapter in '{arguments.source}' does not fit '{name}': "):
         model = PeftModel.from_pretrained(base, str(Path(arguments.source).expanduser()), torch_device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the line below says the same of act_fn

@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .errors import UserError, nearest
+from .errors import UserError, nearest, user_errors
 from .flags.train import DataArguments
 
 IGNORED = -100  # the label that no loss is taken on
@@ -32,8 +32,10 @@ def read_records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"the data file '{path}' is not UTF-8 text (byte {error.start})") from error
     if file.suffix in (".csv", ".tsv"):
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",")
-        for record in reader:
-            yield f"line {reader.line_num} of '{path}'", record
+        csv.field_size_limit(max(len(text), csv.field_size_limit()))
+        with user_errors(csv.Error, prefix=f"'{path}' is not a table (line {reader.line_num}): "):
+            for record in reader:
+                yield f"line {reader.line_num} of '{path}'", record
     elif text.lstrip().startswith("["):
         records = _parse_json(text, path, first_line=1)
         for i, record in enumerate(records, 1):
@@ -50,6 +52,8 @@ def _parse_json(text: str, path: str, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"bad JSON in line {line} of '{path}': {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists without end
+        raise UserError(f"bad JSON in line {first_line} of '{path}': {error}") from error
 
 
 def _as_record(value: Any, where: str) -> dict[str, Any]:
@@ -65,6 +69,10 @@ def _text_of(record: dict[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str) or not value:
         kind = "is empty" if value in ("", None) else f"is {type(value).__name__}, not text"
         raise UserError(f"the field '{name}' in {where} {kind}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the field '{name}' in {where} holds half a character, {value[error.start]!r}") from error
     return value
 
 

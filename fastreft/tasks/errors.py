@@ -19,7 +19,15 @@ def user_errors(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
     except UserError:
         raise
     except kinds as error:
-        raise UserError(f"{prefix}{' '.join(str(error).split())}") from error
+        raise UserError(f"{prefix}{in_words(error)}") from error
+
+
+def in_words(error: BaseException) -> str:
+    """What an exception says, on one line and of bounded length."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (KeyError, AttributeError, IndexError, RecursionError)):
+        said = f"{type(error).__name__}: {said}"
+    return said if len(said) <= 600 else f"{said[:597]}..."
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -52,7 +52,10 @@ def _encoded(tokenizer: Any, prompts: Sequence[str], chat: bool) -> list[list[in
     if not tokenizer.chat_template:
         raise UserError("--chat needs a chat template, and the model's tokenizer has none")
     turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
-    texts = (tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns)
+    try:
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    except Exception as error:  # a template raises whatever its author chose
+        raise UserError(f"the chat template refuses a user's message: {' '.join(str(error).split())}") from error
     return [prompt_ids(tokenizer, text, templated=True) for text in texts]
 
 
@@ -71,9 +74,9 @@ def run(arguments: GenerateArguments) -> int:
     name = arguments.model or named
     if not name:
         raise UserError(f"the adapter in '{arguments.adapter}' names no base model; give --model")
-    tokenizer = load_tokenizer(name, arguments.adapter)
+    tokenizer = load_tokenizer(name, arguments.adapter, arguments.trust_remote_code)
     encoded = _encoded(tokenizer, prompts, arguments.chat)
-    model = load_adapter(load_base(name, arguments.dtype), arguments.adapter)
+    model = load_adapter(load_base(name, arguments.dtype, arguments.trust_remote_code), arguments.adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.do_sample}
     if arguments.do_sample:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,45 @@ from fastreft.files import staged
 from .errors import UserError, user_errors
 from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDED, find_adapter, find_model
 
+# What Transformers raises for files that are not what they should be.
+BROKEN = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    SafetensorError,
+    RecursionError,
+)
 
-def load_tokenizer(model: str, adapter: str | None = None) -> Any:
+
+def own_code(model: str, trust_remote_code: bool) -> Any:
+    """Python out of a model's folder is run where it was asked for, and never out of an adapter's."""
+
+    @contextmanager
+    def named() -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise UserError(f"'{model}' brings Python code of its own, which --trust_remote_code runs") from error
+
+    return named(), {"trust_remote_code": trust_remote_code}
+
+
+def load_tokenizer(model: str, adapter: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer saved with the adapter, else the model's; pads on the right, with </s> if it has no <pad>."""
     if adapter and (Path(adapter).expanduser() / "tokenizer_config.json").is_file():
         source, keywords = str(Path(adapter).expanduser()), {"local_files_only": True}
+        named, code = own_code(adapter, False)
     else:
         source, keywords = find_model(model)
-    with user_errors(OSError, ValueError, prefix=f"cannot load the tokenizer of '{model}': "):
-        tokenizer = AutoTokenizer.from_pretrained(source, **keywords)
+        named, code = own_code(model, trust_remote_code)
+    with user_errors(*BROKEN, prefix=f"cannot load the tokenizer of '{model}': "), named:
+        tokenizer = AutoTokenizer.from_pretrained(source, **keywords, **code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of '{model}' has no end-of-sequence token, which ends every completion")
     if tokenizer.pad_token_id is None:
@@ -32,7 +64,7 @@ def load_tokenizer(model: str, adapter: str | None = None) -> Any:
     return tokenizer
 
 
-def load_base(model: str, dtype: str = "auto") -> Any:
+def load_base(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
     """The causal language model, on the CPU; ``dtype`` is a name of torch's, or "auto" for the checkpoint's own.
 
     The embedded model is kept in bf16 to be small, and "auto" runs it in fp32, which a CPU does faster.
@@ -42,14 +74,15 @@ def load_base(model: str, dtype: str = "auto") -> Any:
         dtype = "float32"
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"'{dtype}' is not a dtype; give 'auto', 'float32', 'bfloat16' or 'float16'")
-    with user_errors(OSError, ValueError, SafetensorError, prefix=f"cannot load the model '{model}': "):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords)
+    named, code = own_code(model, trust_remote_code)
+    with user_errors(*BROKEN, prefix=f"cannot load the model '{model}': "), named:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords, **code)
 
 
 def adapter_config(adapter: str) -> PeftConfig:
     """The configuration in an adapter's folder."""
     path = find_adapter(adapter)
-    with user_errors(ValueError, TypeError, KeyError, prefix=f"'{adapter}/{ADAPTER_CONFIG}' is not an adapter's: "):
+    with user_errors(*BROKEN, prefix=f"'{adapter}/{ADAPTER_CONFIG}' is not an adapter's: "):
         return PeftConfig.from_pretrained(str(path))
 
 
@@ -63,7 +96,7 @@ def load_adapter(base: Any, adapter: str) -> PeftModel:
         safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file,
     ):
         saved = set(file.keys())
-    with user_errors(ValueError, RuntimeError, prefix=misfit):
+    with user_errors(*BROKEN, prefix=misfit):
         model = PeftModel.from_pretrained(base, str(path))
     # PEFT only warns of weights that the model lacks or the file lacks; the text would be silently wrong.
     differing = saved ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 import fastreft
 
+from ..files import check_writable
+from .checkpoints import lacks, newest_whole
 from .data import load_dataset
 from .errors import UserError, user_errors
 from .flags.train import DataArguments, ModelArguments, parser_of, settings_of
@@ -43,13 +44,23 @@ def find_checkpoint(training: TrainingArguments, output_dir: str) -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() == "true":
-        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-        if last is None:
-            raise UserError(f"there is no checkpoint in '{output_dir}' to resume from")
-        return last
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise UserError(f"'{wanted}' is not a checkpoint to resume from (no trainer_state.json)")
+        return newest_whole(output_dir)
+    missing = lacks(Path(wanted).expanduser())
+    if missing is not None:
+        raise UserError(f"'{wanted}' is not a checkpoint to resume from ({missing})")
     return str(wanted)
+
+
+def _save(model: Any, tokenizer: Any, base: str, output_dir: str) -> None:
+    """The adapter into ``output_dir``, and where that has become impossible, somewhere: a training is not lost for it."""
+    try:
+        save_adapter(model, tokenizer, base, output_dir)
+    except OSError as error:
+        elsewhere = tempfile.mkdtemp(prefix="fastreft-")
+        save_adapter(model, tokenizer, base, elsewhere)
+        raise UserError(
+            f"cannot write into '{output_dir}' ({error}); the trained adapter is in '{elsewhere}'"
+        ) from error
 
 
 def run(flags: Sequence[str]) -> int:
@@ -57,9 +68,12 @@ def run(flags: Sequence[str]) -> int:
     model_arguments, data_arguments, config, training = settings(flags)
     output_dir = str(training.output_dir)
     checkpoint = find_checkpoint(training, output_dir)
-    tokenizer = load_tokenizer(model_arguments.model)
+    with user_errors(OSError, prefix=f"cannot write into output_dir '{output_dir}': "):
+        check_writable(output_dir)
+    trusts = model_arguments.trust_remote_code
+    tokenizer = load_tokenizer(model_arguments.model, trust_remote_code=trusts)
     set_seed(training.seed)  # before the adapter's weights are drawn
-    base = load_base(model_arguments.model, model_arguments.dtype)
+    base = load_base(model_arguments.model, model_arguments.dtype, trust_remote_code=trusts)
     max_length = longest(data_arguments.max_length, base)
     train_data, cut = load_dataset(data_arguments.train_file, tokenizer, data_arguments, max_length)
     eval_data, eval_cut = None, 0
@@ -67,12 +81,12 @@ def run(flags: Sequence[str]) -> int:
         eval_data, eval_cut = load_dataset(data_arguments.eval_file, tokenizer, data_arguments, max_length)
     with user_errors(ValueError, TypeError):
         model = fastreft.get_reft_model(base, config)
-    optimizer = fastreft.ReftAdamW(
-        fastreft.param_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay),
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_epsilon,
-    )
-    with user_errors(ValueError):
+    with user_errors(ValueError, RuntimeError, ImportError):
+        optimizer = fastreft.ReftAdamW(
+            fastreft.param_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay),
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_epsilon,
+        )
         trainer = Trainer(
             model=model,
             args=training,
@@ -84,10 +98,11 @@ def run(flags: Sequence[str]) -> int:
         )
     if cut or eval_cut:
         print(f"note: {cut + eval_cut} completions were cut at max_length = {max_length} tokens")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with user_errors(FloatingPointError, prefix="the training diverged; try a lower learning_rate: "):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     eval_loss = trainer.evaluate()["eval_loss"] if eval_data is not None else None
     if trainer.is_world_process_zero():
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, model_arguments.model, output_dir)
+        _save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, model_arguments.model, output_dir)
         trained, total = model.get_nb_trainable_parameters()
         print(f"trained {trained:,} parameters ({trained / total:.3%}) for {result.global_step} steps on "
               f"{len(train_data):,} records")  # fmt: skip

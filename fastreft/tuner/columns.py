@@ -10,6 +10,13 @@ from torch import nn
 from ..plan.asked import OURS
 
 
+class _Column(str):
+    """A name that is no label's: Trainer takes each parameter with "label" in its name for one that every batch must have."""
+
+    def __contains__(self, part: str) -> bool:
+        return part != "label" and str.__contains__(self, part)
+
+
 def accept(model: nn.Module) -> None:
     """Have the signature of the forward of a model's class name :data:`OURS`, which hooks take off before it is called.
 
@@ -22,6 +29,6 @@ def accept(model: nn.Module) -> None:
     kinds = inspect.Parameter
     rest = [p for p in signature.parameters.values() if p.kind is kinds.VAR_KEYWORD]
     named = [p for p in signature.parameters.values() if p.kind is not kinds.VAR_KEYWORD]
-    new = [kinds(name, kinds.KEYWORD_ONLY, default=None) for name in OURS if name not in signature.parameters]
+    new = [kinds(_Column(name), kinds.KEYWORD_ONLY, default=None) for name in OURS if name not in signature.parameters]
     if new:
         forward.__signature__ = signature.replace(parameters=[*named, *new, *rest])

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from tiny import batch, make
 from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.utils.generic import find_labels
 
 from fastreft import ReftConfig, get_reft_model
 from fastreft.plan.asked import OURS
@@ -37,6 +38,11 @@ def test_a_column_arrives(kind, column, tmp_path):
     model(input_ids=ids, labels=labels, **{column: values})
     assert found == sorted(map(tuple, model.reft_report().edits[0].columns))
     assert found[0] != tuple(range(9)) and len(found) == ROWS
+
+
+def test_they_are_no_labels_to_trainer():
+    model = get_reft_model(make("llama"), ReftConfig(r=2))
+    assert find_labels(type(model.get_base_model())) == ["labels"]
 
 
 def test_the_signature_names_them_once_and_generate_is_unharmed():

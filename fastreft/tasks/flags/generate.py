@@ -17,6 +17,7 @@ class GenerateArguments:
     adapter: str = field(metadata={"help": "the adapter's folder"})
     model: str | None = field(default=None, metadata={"help": "the base model; the one the adapter names if not given"})
     dtype: str = field(default="auto", metadata={"help": "the base model's dtype, or 'auto' for its checkpoint's"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code of the model's own folder"})
     prompt: list[str] | None = field(default=None, metadata={"help": "one prompt or more"})
     prompt_file: str | None = field(default=None, metadata={"help": "a text file, one prompt a line; '-' is stdin"})
     chat: bool = field(
@@ -45,6 +46,8 @@ def parse(argv: Sequence[str]) -> GenerateArguments:
         find_model(arguments.model)
     if arguments.max_new_tokens < 1 or arguments.batch_size < 1:
         raise UserError("--max_new_tokens and --batch_size must be at least 1")
-    if arguments.do_sample and not (arguments.temperature > 0 and 0 < arguments.top_p <= 1):
-        raise UserError("--temperature must be above 0, and --top_p above 0 and at most 1")
+    if arguments.do_sample and not (0 < arguments.temperature < float("inf") and 0 < arguments.top_p <= 1):
+        raise UserError("--temperature must be above 0 and finite, and --top_p above 0 and at most 1")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed is {arguments.seed}; it must be from 0 to {2**32 - 1}")
     return arguments

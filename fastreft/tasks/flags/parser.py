@@ -48,13 +48,18 @@ class Parser(HfArgumentParser):
         found, flags = finder.parse_known_args(list(argv))
         return self._flags_from_yaml(found.config) + flags if found.config else flags
 
+    def _choices_of(self, name: str) -> list[Any] | None:
+        """The values that a flag may have, where they are listed."""
+        choices = next((action.choices for action in self._actions if action.dest == name), None)
+        return None if choices is None else [getattr(choice, "value", choice) for choice in choices]
+
     def _flags_from_yaml(self, path: str) -> list[str]:
         """The file's keys as flags, so that both are typed and checked in one place; null leaves a default alone."""
         try:
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot read the config file '{path}': {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
             raise UserError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(settings, dict):
             raise UserError(f"'{path}' holds no settings; expected lines of the form 'name: value'")
@@ -63,6 +68,8 @@ class Parser(HfArgumentParser):
         for name, value in settings.items():
             if name not in valid:
                 raise UserError(f"'{path}' has an unknown setting '{name}'{nearest(str(name), valid)}")
+            if value is False and "no" in (self._choices_of(name) or ()):
+                value = "no"  # as YAML reads it
             if isinstance(value, list):
                 flags += [f"--{name}", *map(str, value)]
             elif isinstance(value, dict):

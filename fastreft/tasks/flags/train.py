@@ -21,6 +21,7 @@ class ModelArguments:
 
     model: str = field(metadata={"help": "the base model: a folder, a hub id, or 'embedded' for the package's own"})
     dtype: str = field(default="auto", metadata={"help": "the base model's dtype, or 'auto' for its checkpoint's"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code of the model's own folder"})
     config: str | None = field(default=None, metadata={"help": "a YAML file of these settings; flags override it"})
 
 
@@ -72,9 +73,39 @@ def parse(argv: Sequence[str]) -> list[str]:
     for file in filter(None, (data.train_file, data.eval_file)):
         if not Path(file).expanduser().exists():
             raise UserError(f"cannot read the data file '{file}': No such file or directory")
+    _check_ranges(training)
+    if not training.output_dir:
+        raise UserError("output_dir is empty; give a folder")
     if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
         raise UserError(f"output_dir '{training.output_dir}' is a file; give a folder")
     return flags
+
+
+# Of Transformers' settings, those that it takes as they come.
+_AT_LEAST: dict[str, float] = {
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed"), 0
+    ),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+}
+_BELOW_ONE = ("adam_beta1", "adam_beta2")
+_ABOVE_ZERO = ("adam_epsilon", "num_train_epochs", "save_steps", "logging_steps", "eval_steps")
+
+
+def _check_ranges(training: Any) -> None:
+    """:class:`UserError` for a number that is out of its range, or is none."""
+    for name, value in vars(training).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        wanted = None
+        if name in _AT_LEAST and not _AT_LEAST[name] <= value < 2**32:
+            wanted = f"at least {_AT_LEAST[name]}, and finite"
+        elif name in _BELOW_ONE and not 0 <= value < 1:
+            wanted = "at least 0 and below 1"
+        elif name in _ABOVE_ZERO and not 0 < value < float("inf"):
+            wanted = "above 0, and finite"
+        if wanted is not None:
+            raise UserError(f"{name} is {value}; it must be {wanted}")
 
 
 def settings_of(adapter: Any) -> dict[str, Any]:
