@@ -13,7 +13,7 @@ from ..plan.asked import OURS
 class _Column(str):
     """A name that is no label's: Trainer takes each parameter with "label" in its name for one that every batch must have."""
 
-    def __contains__(self, part: str) -> bool:
+    def __contains__(self, part: Any) -> bool:
         return part != "label" and str.__contains__(self, part)
 
 

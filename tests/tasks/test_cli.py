@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -128,16 +129,22 @@ def test_resume_ends_where_an_unbroken_run_ends(settings, tmp_path):
     assert all((whole[name] == resumed[name]).all() for name in whole)
 
 
-def test_an_adapter_in_output_dir_stays_until_the_new_one_is_whole(settings, tmp_path, monkeypatch):
+def test_an_adapter_in_output_dir_stays_until_the_new_one_is_whole(settings, tmp_path, monkeypatch, capsys):
     assert train(settings, tmp_path) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("adapter*")}
 
-    def full_disk(*args, **kwargs):
-        raise OSError("no space left")
+    real = os.replace
 
-    monkeypatch.setattr("peft.PeftModel.save_pretrained", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        train(settings | {"save_strategy": "no", "seed": 7}, tmp_path)
+    def full_disk(source, target):
+        if str(target).startswith(str(tmp_path / "out")):
+            raise OSError("no space left")
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", full_disk)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = train(settings | {"save_strategy": False, "seed": 7}, tmp_path)  # "no", as YAML reads it
+    fails(code, capsys, "cannot write into", "no space left", "the trained adapter is in")
+    assert len(list(tmp_path.glob("fastreft-*/adapter_model.safetensors"))) == 1
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("adapter*")}
 
 
@@ -159,6 +166,14 @@ def test_an_adapter_in_output_dir_stays_until_the_new_one_is_whole(settings, tmp
         ({"max_length": 100000}, ["max_length is 100000", "context"]),
         ({"dtype": "float33"}, ["'float33' is not a dtype"]),
         ({"resume_from_checkpoint": "nowhere"}, ["'nowhere' is not a checkpoint"]),
+        ({"learning_rate": -0.01}, ["learning_rate is -0.01; it must be at least 0"]),
+        ({"learning_rate": float("nan")}, ["learning_rate is nan"]),
+        ({"adam_beta1": 1.0}, ["adam_beta1 is 1.0"]),
+        ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size is 0"]),
+        ({"seed": -1}, ["seed is -1"]),
+        ({"target_modules": "("}, ["target_modules", "no regular expression"]),
+        ({"report_to": "tensorboard_of_nobody"}, ["tensorboard_of_nobody"]),
+        ({"output_dir": ""}, ["output_dir"]),
         ({"resume_from_checkpoint": True}, ["no checkpoint in"]),
         ({"eval_strategy": "sometimes"}, ["sometimes"]),
     ],
