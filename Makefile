@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 CPP    := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 NATIVE := $(CPP) setup.py
 
-.PHONY: demo test suite test-pyreft check format clean
+.PHONY: demo test suite attack test-pyreft check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastreft demo
@@ -20,6 +20,11 @@ test: check suite
 
 suite: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(TESTERS) --dist worksteal
+
+# The long form of tests/attack: thousands of odd files, configurations and flags, and what became of them.
+ATTACK ?= 2000
+attack: $(VENV)/.installed
+	FASTREFT_ATTACK=$(ATTACK) $(BIN)/python -m pytest -s tests/attack
 
 # Against the real pyreft and pyvene, which pin a Transformers they no longer need: installed without their dependencies.
 test-pyreft: .venv-pyreft/.installed

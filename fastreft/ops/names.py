@@ -28,4 +28,5 @@ FUSED_ACTIVATIONS = tuple(name for names in ACTIVATIONS for name in names)
 
 def unknown_activation(act_fn: object) -> ValueError:
     """What to raise for an ``act_fn`` that is no activation's name."""
-    return ValueError(f"act_fn {act_fn!r} is neither one of {', '.join(FUSED_ACTIVATIONS)} nor in transformers' ACT2FN")
+    given = repr(act_fn) if len(str(act_fn)) <= 60 else f"{str(act_fn)[:57]!r}..."
+    return ValueError(f"act_fn {given} is neither one of {', '.join(FUSED_ACTIVATIONS)} nor in transformers' ACT2FN")
