@@ -51,6 +51,7 @@ class Silence:
 
     def __init__(self) -> None:
         self.warned: set[str] = set()
+        self.looked = 0  # batches with labels in training
         self.waiting: tuple[Tensor, Any, str] | None = None  # what a GPU has not said yet
 
     def before(
@@ -73,11 +74,18 @@ class Silence:
             elif not module.training and any(spec.last or not spec.places for spec in specs):
                 self._warn(NO_LABELS_IN_EVALUATION)
         elif answers is not None:
-            looks = trains and SEVERAL_ANSWERS not in self.warned and answers.is_cpu
-            if (
-                looks and _several(answers) and tokens(len(answers), answers.shape[1], answers.device).starts is None
-            ):  # else of many samples
-                self._warn(SEVERAL_ANSWERS)
+            self.looked += trains
+            # A look costs a small model's step some percent: at the first batches, and then ever more seldom.
+            looks = (
+                trains
+                and answers.is_cpu
+                and self.looked & (self.looked - 1) == 0
+                and SEVERAL_ANSWERS not in self.warned
+            )
+            if looks and _several(answers):
+                packed = tokens(len(answers), answers.shape[1], answers.device).starts is not None
+                if not packed:  # else they are those of several samples
+                    self._warn(SEVERAL_ANSWERS)
             if not trains and NO_PROMPT not in self.warned:  # one look, as it waits for a GPU
                 batch = tokens(answers.shape[0], answers.shape[1], answers.device)
                 found = [batch.written if spec.written else batch.prompt for spec in specs]
@@ -87,20 +95,14 @@ class Silence:
 
     def after(self, plan: Any) -> None:
         """``ValueError`` where a forward in training edited no row of its batch; on a GPU, which would wait, a step later."""
-        asked = plan.asked()
-        found = [rows for some in asked.values() for rows in some]
-        if not any(plan.active.values()) or any(rows is None for rows in found):
-            return
-        prompt = None if plan.seen is None else plan.seen.prompt
-        why = NOTHING.format(", ".join(sorted({str(spec) for spec, _ in asked})))
-        if found and found[0].is_meta:
+        found = [rows for some in plan.asked().values() for rows in some]
+        if any(rows is None or rows.is_meta for rows in found) or not any(plan.active.values()):
             return
         if found and found[0].is_cuda:
-            self._ask(torch.stack([(rows >= 0).any() for rows in found]).any(), why)
+            self._ask(torch.stack([(rows >= 0).any() for rows in found]).any(), _why(plan))
         elif not any(bool((rows >= 0).any()) for rows in found):
-            raise ValueError(
-                NO_PROMPT if plan.explicit is None and prompt is not None and not bool(prompt.any()) else why
-            )
+            prompt = None if plan.seen is None or plan.explicit is not None else plan.seen.prompt
+            raise ValueError(_why(plan) if prompt is None or bool(prompt.any()) else NO_PROMPT)
 
     def _warn(self, what: str) -> None:
         if what not in self.warned:
@@ -124,7 +126,11 @@ class Silence:
                 raise ValueError(why)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"warned": self.warned, "waiting": None}
+        return {"warned": self.warned, "looked": self.looked, "waiting": None}
+
+
+def _why(plan: Any) -> str:
+    return NOTHING.format(", ".join(sorted({str(spec) for spec, _ in plan.asked()})))
 
 
 def alone(block: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from common import assert_as_good
 from tiny import VOCAB, batch, logits, make
 from torch._dynamo.backends.debugging import aot_eager
 
+import fastreft
 from fastreft import ReftAdamW, ReftConfig, get_reft_model, param_groups
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
@@ -58,6 +59,21 @@ def test_lora_and_reft_train_generate_save_and_load(tmp_path):
     peft.PeftModel.from_pretrained(again.get_base_model(), tmp_path / "edit", adapter_name="edit")
     assert torch.equal(logits(again, inputs), wanted)
     assert torch.equal(again.generate(**inputs, **GREEDY), written)
+
+
+def test_the_reft_saved_with_a_lora_is_loaded_with_it(tmp_path):
+    """As Trainer does at its end for the best of several checkpoints."""
+    inputs, outer = batch("left"), lora_and_reft()
+    for p in outer.parameters():
+        p.data.add_(0.02 * p.requires_grad)
+    fastreft.retract_model_(outer)
+    best = logits(outer, inputs)
+    outer.save_pretrained(tmp_path)
+    for p in outer.parameters():
+        p.data.add_(0.5 * p.requires_grad)
+    assert not torch.equal(logits(outer, inputs), best)
+    outer.load_adapter(tmp_path, outer.active_adapter)
+    assert torch.equal(logits(outer, inputs), best)
 
 
 def test_the_name_of_a_lora_adapter_is_refused():
