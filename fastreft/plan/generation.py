@@ -45,6 +45,7 @@ class Run:
         self.over = False  # has the prompt been run? Then all that comes with this cache is decoded
         self.step: Any = None  # the plan of those forwards, made once
         self.prepared: dict[str, Any] | None = None  # what its next forward is given, see Prepared
+        self.model: Any = None  # whose generate it is
 
     def owns(self, given: dict[str, Any]) -> bool:
         """Is a forward one of this call's, and not of a callback, a streamer or a processor that asks the model for itself?"""
@@ -111,7 +112,10 @@ class Generate:
     def __call__(self, *args: Any, reft_positions: Tensor | None = None, **kwargs: Any) -> Any:
         given = dict(zip(("inputs", "generation_config"), args, strict=False), **kwargs)
         here = self.local.here
+        if reft_positions is None and here.run is not None and here.run.model is not self.model:
+            reft_positions = here.run.explicit  # a model that has the one within it generate
         run = _run_of(self.model, given, reft_positions)
+        run.model = self.model
         # What a module round it was given, labels for one, says nothing of what is written.
         (outer_run, here.run), (outer, here.outer) = (here.run, run), (here.outer, None)
         try:

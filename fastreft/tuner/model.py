@@ -32,8 +32,9 @@ from .layer import NO_MERGE, ReftLayer
 class ReftModel(BaseTuner):
     """PEFT's tuner for ReFT; made by :func:`get_reft_model` or ``peft.get_peft_model``.
 
-    Its model takes one more keyword, ``reft_positions`` (B, n): the tokens to edit, as columns of the padded input,
-    instead of the configuration's; (k, B, n) where a layer has k interventions that are not ``tied``.
+    Its model takes three more keywords. ``reft_positions`` (B, n): the tokens to edit, as columns of the padded input,
+    instead of the configuration's; (k, B, n) where a layer has k interventions that are not ``tied``. ``reft_labels`` (B, S):
+    labels that say where the prompt ends, of which no loss is taken. ``reft_prompt_lengths`` (B,): its tokens, padding aside.
     Raises ``ValueError`` where the configuration does not fit, or another method's adapter on the model has the name.
     """
 

@@ -207,6 +207,30 @@ def test_a_callback_that_asks_the_model_itself(cached):
     torch.testing.assert_close(seen[1], start)
 
 
+class Chat(nn.Module):
+    """Has the model within it generate, as models of images and text do."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, inner):
+        super().__init__()
+        self.language_model, self.config, self.generation_config = inner, inner.config, inner.generation_config
+
+    def can_generate(self):
+        return True
+
+    def generate(self, **inputs):
+        return self.language_model.generate(**inputs)
+
+
+def test_explicit_positions_reach_the_model_that_generates():
+    inputs, columns = batch("left"), torch.tensor([[5, 8]])
+    whole = adapted(make("llama"))
+    settings = {"max_new_tokens": 3, "do_sample": False, "reft_positions": columns.expand(3, 2)}
+    model = adapted(Chat(make("llama")))
+    assert torch.equal(model.base_model.model.generate(**inputs, **settings), whole.generate(**inputs, **settings))
+
+
 def test_only_the_model_without_its_head(recwarn):
     inputs = batch("left")
     labels = labels_of(inputs)
