@@ -8,6 +8,7 @@ cache with content comes in (a decode step) only ``positions="all"`` edits.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -239,10 +240,7 @@ class ReftModel(BaseTuner):
             key = next(key for key in wanted if wanted[key] != given[key])
             problem = f"its {key.rsplit('.', 1)[-1]} has shape {given[key]}, the model wants {wanted[key]}"
         if problem is None:
-            bare = _bare(model)
-            names = {module: name for name, module in bare.named_modules()}
-            tables = (getattr(bare, f"get_{side}_embeddings", lambda: None) for side in ("input", "output"))
-            weights.refuse_strangers(state_dict, set(model.state_dict()), tuple(names.get(t, "") for t in tables))  # type: ignore[operator, arg-type]
+            weights.refuse_strangers(state_dict, set(model.state_dict()), _embeddings_of(_bare(model)))
             return state_dict | weights.checked({k: v for k, v in state_dict.items() if k in given}, "loading")
         for module in model.modules():
             if isinstance(module, ReftLayer):
@@ -252,6 +250,14 @@ class ReftModel(BaseTuner):
 
 def _bare(model: Any) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _embeddings_of(model: Any) -> list[str]:
+    """The names of the embeddings that PEFT may save with an adapter, as where the vocabulary has grown."""
+    if not hasattr(model, "get_output_embeddings"):
+        return []
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if any(module is table for table in tables)]
 
 
 def _listing(keys: Any) -> str:
@@ -288,7 +294,9 @@ def _matches(config: ReftConfig, targets: list[str] | str, name: str) -> Any:
 def get_reft_model(model: nn.Module, config: ReftConfig, adapter_name: str = "default", **kwargs: Any) -> PeftModel:
     """``peft.get_peft_model`` for a :class:`ReftConfig`; the model's weights are frozen and its blocks get hooks."""
     loading.check_name(adapter_name)
-    return get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+    with warnings.catch_warnings():  # PEFT asks by a name that Transformers is giving up
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[ReftConfig().peft_type] = ReftConfig  # type: ignore[index]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -63,9 +63,9 @@ def checked(tensors: dict[str, Tensor], doing: str) -> dict[str, Tensor]:
     return mended
 
 
-def refuse_strangers(keys: Any, own: set[str], embeddings: tuple[str, ...]) -> None:
+def refuse_strangers(keys: Iterable[str], own: set[str], embeddings: list[str]) -> None:
     """``ValueError`` for keys of a file that are neither an adapter's, nor of modules saved with it, nor the embeddings'."""
     for key in keys:
         ours = ".reft.reft_" in key or ".modules_to_save." in key or ".trainable_tokens_" in key
-        if not ours and key in own and not any(f"{name}." in key for name in embeddings if name):
+        if not ours and key in own and not any(f"{name}." in key for name in embeddings):
             raise ValueError(f"loading the adapter: it holds {key}, which is the base model's own and no adapter's")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny import batch, blocks, make
 from torch import nn
 
@@ -78,3 +79,14 @@ def test_a_mask_that_hides_a_whole_sample(how):
         call(**inputs)
     with model.disable_adapter(), pytest.raises(Ran):  # the base takes it as ever
         call(**inputs)
+
+
+def test_a_container_as_a_target():
+    class Stack(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = transformers.PretrainedConfig(hidden_size=8)
+            self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(2))
+
+    with pytest.raises(ValueError, match=r"target_modules means blocks\.0, a Sequential, which runs whatever is in it"):
+        get_reft_model(Stack(), ReftConfig(r=2, target_modules=r"blocks\.\d+"))
