@@ -61,34 +61,40 @@ def unharmed(model: nn.Module) -> Iterator[None]:
     flags = [(p, p.requires_grad) for p in model.parameters()]
     attributes = {*model.__dict__}
     mark = model.__dict__.get("_hf_peft_config_loaded")  # Transformers' own
-    configs = getattr(model, "peft_config", None)
-    held = None if configs is None else dict(configs)
+    held = dict(_configs_of(model))
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         made = [layer for layer in layers_of(model) if set(layer.specs) != names.get(layer, set())]
-        if made:
-            for layer in made:
-                for name in set(layer.specs) - names.get(layer, set()):
-                    layer.forget(name)
-                if layer not in names:
-                    layer.detach()
-            for shared in {id(layer._shared): layer._shared for layer in made}.values():
-                if not shared.layers:
-                    shared.take_off()
-            for layer, (was_active, disabled) in active.items():
-                layer._active_adapter, layer._disable_adapters = was_active, disabled  # type: ignore[assignment]
-            restore_wrapped(model, lambda module: id(module) not in wrapped)
-            for p, flag in flags:
-                p.requires_grad_(flag)
-        if held is not None and configs is not None:
-            configs.clear()
-            configs.update(held)
+        added = [name for name, config in _configs_of(model).items() if name not in held and config.peft_type == "REFT"]
+        if not made and not added:
+            raise
+        for layer in made:
+            for name in set(layer.specs) - names.get(layer, set()):
+                layer.forget(name)
+            if layer not in names:
+                layer.detach()
+        for shared in {id(layer._shared): layer._shared for layer in made}.values():
+            if not shared.layers:
+                shared.take_off()
+        for layer, (was_active, disabled) in active.items():
+            layer._active_adapter, layer._disable_adapters = was_active, disabled  # type: ignore[assignment]
+        restore_wrapped(model, lambda module: id(module) not in wrapped)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for name in added:
+            _configs_of(model).pop(name, None)
         for name in {*model.__dict__} - attributes:
             del model.__dict__[name]
         if mark is not None:
             model.__dict__["_hf_peft_config_loaded"] = mark
+        if isinstance(error, KeyError):  # PEFT's, for a tensor that the file lacks
+            raise ValueError(f"the adapter lacks the weights {error.args[0] if error.args else error}") from error
         raise
+
+
+def _configs_of(model: nn.Module) -> dict[str, Any]:
+    return getattr(model, "peft_config", None) or {}
 
 
 def restore_wrapped(model: nn.Module, chosen: Callable[[Any], bool]) -> None:
@@ -103,23 +109,12 @@ def _base_of(model: Any) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-@contextmanager
-def _said(model_id: Any) -> Iterator[None]:
-    """``ValueError`` in words for weights that a file lacks, of which PEFT gives the key alone."""
-    try:
-        yield
-    except KeyError as error:
-        raise ValueError(
-            f"the adapter in '{model_id}' lacks the weights {error.args[0] if error.args else error}"
-        ) from error
-
-
 def _from_pretrained(inner: Any) -> Any:
     @wraps(inner)
     def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         outer, _within.load = getattr(_within, "load", False), True
         try:
-            with _said(model_id), unharmed(_base_of(model)):
+            with unharmed(_base_of(model)):
                 return inner(cls, model, model_id, *args, **kwargs)
         finally:
             _within.load = outer
@@ -133,7 +128,7 @@ def _load_adapter(inner: Any) -> Any:
         held = self.peft_config.get(adapter_name)
         if held is not None and held.peft_type == "REFT" and not getattr(_within, "load", False):
             _check_same(self, held, model_id, adapter_name, kwargs)
-        with _said(model_id), unharmed(_base_of(self)):
+        with unharmed(_base_of(self)):
             loaded = inner(self, model_id, adapter_name, *args, **kwargs)
         if held is not None and held.peft_type != "REFT":
             _load_beside(self, model_id, adapter_name)
@@ -189,13 +184,11 @@ def _add_adapter(inner: Any) -> Any:
 def _set_adapter(inner: Any) -> Any:
     @wraps(inner)
     def set_adapter(self: Any, adapter_name: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(adapter_name, (list, tuple)):
+        if not isinstance(adapter_name, (list, tuple)) or self.active_peft_config.peft_type != "REFT":
             return inner(self, adapter_name, *args, **kwargs)
         unknown = [name for name in adapter_name if name not in self.peft_config]
-        if unknown or not adapter_name or self.active_peft_config.peft_type != "REFT":
-            raise ValueError(
-                f"adapter_name is {adapter_name!r}; it must be one of {', '.join(self.peft_config)}, or, for ReFT, several"
-            )
+        if unknown or not adapter_name:
+            raise ValueError(f"adapter_name is {adapter_name!r}; it must be some of {', '.join(self.peft_config)}")
         inner(self, adapter_name[0], *args, **kwargs)
         return self.base_model.set_adapter(list(adapter_name), *args, **kwargs)
 
