@@ -37,27 +37,31 @@ class Forward(NamedTuple):
 
 
 class _Again(threading.local):
-    """What a thread recomputed: (number, plan) of each time, for what is recomputed within it."""
+    """What a thread recomputed, for what is recomputed within it: the numbers that its nodes are between, and the plan."""
 
     def __init__(self) -> None:
-        self.done: deque[tuple[int, weakref.ref[Any]]] = deque(maxlen=256)
+        self.done: deque[tuple[int, int, weakref.ref[Any]]] = deque(maxlen=256)
 
 
 class Past:
     """The forwards of a model that a backward may recompute; its threads share it, as a backward may be in another.
 
-    ``alone`` is told of a block that is run by itself, within no forward and no backward, until it has said so.
+    ``alone`` is told of a block that is run by itself, within no forward and no backward, until it has said so. Where it is
+    None, forwards that edit nothing are not noted, and a recomputation that belongs to no other belongs to one of those.
     """
 
     def __init__(self, alone: Callable[[nn.Module], bool] | None = None) -> None:
-        self.alone = alone
+        self.alone, self.notes_all = alone, alone is not None
         self.forwards: list[Forward] = []
         self.lock = threading.Lock()
         self.latest: deque[Any] = deque(maxlen=KEPT)
         self.again = _Again()
 
-    def __reduce__(self) -> tuple[type[Past], tuple[Any]]:
-        return Past, (self.alone,)  # the copy of a model has no past
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Past, (self.alone,), {"notes_all": self.notes_all}  # the copy of a model has no past
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     @property
     def asks(self) -> bool:
@@ -80,7 +84,7 @@ class Past:
     def find(self, block: nn.Module) -> Any:
         """The plan of the forward that ``block`` is recomputed for; None where no backward is under way.
 
-        ``RuntimeError`` where it is none of those there are: without its plan the block would not be edited.
+        ``RuntimeError`` where it is none of those there are, and all are noted: the block would not be edited.
         """
         node = torch._C._current_autograd_node()
         if node is None or not self.forwards:
@@ -91,11 +95,14 @@ class Past:
         # Threads count for themselves: the newest goes before, and of replicas that ran side by side the one with this block.
         found = [plan for f in reversed(self.forwards) if f.holds(number) and (plan := f.plan()) is not None]
         plan = next((plan for plan in found if block in getattr(plan, "active", (block,))), found[0] if found else None)
-        if plan is None:  # its node was made by a recomputation
-            plan = next((ref() for at, ref in self.again.done if at >= number), None)
+        if plan is None:  # its node was made by a recomputation, after the forwards there are
+            plan = next((ref() for after, at, ref in self.again.done if after <= number <= at), None)
+        if plan is None and not self.notes_all:
+            return None
         if plan is None:
             raise RuntimeError(UNKNOWN.format(f"a {type(block).__name__}"))
-        self.again.done.append((torch.autograd._get_sequence_nr(), weakref.ref(plan)))
+        after = max(forward.end for forward in self.forwards)
+        self.again.done.append((after, torch.autograd._get_sequence_nr(), weakref.ref(plan)))
         return plan
 
     def same(self, owner: nn.Module, given: tuple[Any, ...]) -> Any:

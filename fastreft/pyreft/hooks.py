@@ -23,6 +23,12 @@ class _Here:
         self.plan: Locations | None = None
 
 
+class _Plain:
+    """The plan of a forward of the untouched model, so that a recomputation of its blocks is known for one."""
+
+    idle = True
+
+
 class Hooks:
     """Every place of the model with its interventions, counted as the representations are."""
 
@@ -41,8 +47,8 @@ class Hooks:
         for module in {id(m): m for m in (model, *generators)}.values():
             module.register_forward_pre_hook(self._begin, with_kwargs=True)
 
-    def run(self, where: Locations, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """``call(**arguments)``, with the model edited at ``where``."""
+    def run(self, where: Locations | None, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """``call(**arguments)``, with the model edited at ``where``; None for nowhere."""
         outer, self.local.here.plan = self.local.here.plan, where
         began = torch.autograd._get_sequence_nr()
         try:
@@ -50,7 +56,7 @@ class Hooks:
         finally:
             self.local.here.plan = outer
         if torch.is_grad_enabled():
-            self.local.past.note(where, began, output)
+            self.local.past.note(_Plain() if where is None else where, began, output)
         return output
 
     def _begin(self, module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:

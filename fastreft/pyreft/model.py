@@ -79,7 +79,7 @@ class ReftModel(nn.Module):
         model runs too with ``output_original_output``. ``return_dict`` is taken and makes no difference.
         """
         where = self._located(base, unit_locations, None, (sources, source_representations, subspaces))
-        original = self.model(**base) if output_original_output else None
+        original = self._hooks.run(None, self.model, base) if output_original_output else None
         more = {name: value for name, value in (("labels", labels), ("use_cache", use_cache)) if value is not None}
         return original, self._hooks.run(where, self.model, {**base, **more})
 

@@ -230,7 +230,8 @@ def test_lora_beside_it_is_recomputed_too():
 
 
 @REENTRANT
-def test_the_drop_in(reentrant):
+@pytest.mark.parametrize("original", [False, True])
+def test_the_drop_in(reentrant, original):
     def run(wrapped):
         torch.manual_seed(2)
         model = model_of()
@@ -239,10 +240,15 @@ def test_the_drop_in(reentrant):
         if wrapped:
             wrap_blocks(model.model, reentrant)
         ids = batch("right")["input_ids"]
-        return gradients(
-            model.interventions,
-            lambda: model({"input_ids": ids}, unit_locations=at([0, 2, 3]), labels=ids, use_cache=False)[1].loss,
-        )
+
+        def loss():
+            where = {"unit_locations": at([0, 2, 3]), "labels": ids, "use_cache": False}
+            plain, edited = model({"input_ids": ids}, **where, output_original_output=original)
+            return edited.loss + (
+                plain.logits.square().mean() if original else 0
+            )  # which is recomputed, and not edited
+
+        return gradients(model.interventions, loss)
 
     wanted = run(False)
     found = run(True)
