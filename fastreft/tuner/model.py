@@ -254,9 +254,10 @@ def _bare(model: Any) -> nn.Module:
 
 def _embeddings_of(model: Any) -> list[str]:
     """The names of the embeddings that PEFT may save with an adapter, as where the vocabulary has grown."""
-    if not hasattr(model, "get_output_embeddings"):
+    try:
+        tables = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # it has none, or does not say which
         return []
-    tables = model.get_input_embeddings(), model.get_output_embeddings()
     return [name for name, module in model.named_modules() if any(module is table for table in tables)]
 
 
