@@ -254,9 +254,11 @@ def _bare(model: Any) -> nn.Module:
 
 def _embeddings_of(model: Any) -> list[str]:
     """The names of the embeddings that PEFT may save with an adapter, as where the vocabulary has grown."""
+    if not hasattr(model, "get_output_embeddings"):
+        return []
     try:
         tables = model.get_input_embeddings(), model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):  # it has none, or does not say which
+    except NotImplementedError:  # CANINE's: Transformers cannot name them, so a file that holds them is refused
         return []
     return [name for name, module in model.named_modules() if any(module is table for table in tables)]
 
