@@ -3,7 +3,6 @@
 ``make attack`` runs thousands and prints what became of them; FASTREFT_ATTACK=N and FASTREFT_SEED=K choose how many and which.
 """
 
-import collections
 import json
 import os
 import random
@@ -14,61 +13,17 @@ import time
 
 import pytest
 import torch
+from mutations import CASES, ODD, SEED, cut, flipped, grown, spoil, state_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import batch, hooks_on, logits, make
+from tiny import batch, logits, make
 
 from fastreft import ReftConfig, get_reft_model
 from fastreft.cli import main
 from fastreft.files import staged
 from fastreft.tuner.loading import layers_of
 
-CASES = int(os.environ.get("FASTREFT_ATTACK", "40"))
-SEED = int(os.environ.get("FASTREFT_SEED", "0"))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ODD = [
-    *(
-        None,
-        True,
-        False,
-        0,
-        -1,
-        1,
-        3,
-        10**30,
-        1.5,
-        float("nan"),
-        float("inf"),
-        "",
-        "x",
-        "(",
-        "f1",
-        "f2+l3",
-        "f0",
-        "all",
-        "0:2",
-    ),
-    *(
-        [],
-        [0],
-        [0, 0],
-        [-1],
-        ["a"],
-        [[1]],
-        {},
-        {"a": 1},
-        (),
-        (0, 1),
-        range(2),
-        {1},
-        b"x",
-        object(),
-        "\ud800",
-        "9" * 5000,
-    ),
-    *("gelu", "nobody", "loreft", "direft", "position", "block_output", "mlp_output", ["model.layers.0"], r".*\.1"),
-]
-
 FIELDS = (
     *(
         "intervention_type",
@@ -85,35 +40,11 @@ FIELDS = (
 
 
 @pytest.fixture(scope="module")
-def counts():
-    """What became of the cases, printed at the end."""
-    found = collections.Counter()
-    yield found
-    print("\n" + "\n".join(f"{kind}: {number}" for kind, number in sorted(found.items())))
-
-
-@pytest.fixture(scope="module")
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     torch.manual_seed(0)
     get_reft_model(make("llama"), ReftConfig(r=3, positions="f2+l3")).save_pretrained(folder)
     return folder
-
-
-def flipped(data, dice):
-    data = bytearray(data)
-    for _ in range(dice.choice((1, 1, 8, 64))):
-        data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
-    return bytes(data)
-
-
-def cut(data, dice):
-    return data[: dice.randrange(len(data))]
-
-
-def grown(data, dice):
-    at = dice.randrange(len(data))
-    return data[:at] + dice.randbytes(dice.choice((1, 8, 4096))) + data[at:]
 
 
 def another_header(data, dice):
@@ -133,35 +64,8 @@ def another_header(data, dice):
 
 def another_tensor(folder, dice):
     tensors = {key: value.clone() for key, value in load_file(folder / WEIGHTS).items()}
-    key = dice.choice(list(tensors))
-    value = tensors[key]
-    tensors[key] = dice.choice(
-        (
-            lambda: value * float("nan"),
-            lambda: value.index_fill(0, torch.tensor([0]), float("inf")),
-            lambda: value.zero_(),
-            lambda: value * 1.5,
-            lambda: torch.randn_like(value),
-            lambda: value.int(),
-            lambda: value.to(torch.complex64),
-            lambda: value.to(torch.float8_e5m2),
-            lambda: value.bfloat16(),
-            lambda: value.flatten(),
-            lambda: value[..., :1].contiguous(),
-            lambda: -value,
-        )
-    )()
+    spoil(tensors, dice)
     save_file(tensors, folder / WEIGHTS)
-
-
-def state_of(base):
-    return (
-        {name: value.clone() for name, value in base.state_dict().items()},
-        [name for name, _ in base.named_modules()],
-        [p.requires_grad for p in base.parameters()],
-        hooks_on(base),
-        "peft_config" in base.__dict__,
-    )
 
 
 @pytest.mark.filterwarnings("ignore")
