@@ -51,6 +51,11 @@ __device__ __forceinline__ float to_float(f16 x) { return simt::from_f16(x.bits)
 __device__ __forceinline__ void store_as(float x, bf16& y) { y.bits = simt::to_bf16(x); }
 __device__ __forceinline__ void store_as(float x, f16& y) { y.bits = simt::to_f16(x); }
 #endif
+#ifndef FASTREFT_SIMT
+__device__ __forceinline__ uint32_t as_bits(float x) { return __float_as_uint(x); }
+#else
+inline uint32_t as_bits(float x) { return simt::as_bits(x); }
+#endif
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ double to_float(double x) { return x; }
 __device__ __forceinline__ void store_as(float x, float& y) { y = x; }
@@ -138,7 +143,31 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Clusters. Below cc 9.0 a cluster is one CTA.
+// 16 x 16 elements in fragments of load_matrices' layout, back to shared memory.
+template <typename T>
+__device__ __forceinline__ void store_block(T* block, int64_t pitch, const uint32_t (&r)[4]) {
+  const int lane = threadIdx.x % 32;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
+                   shared_address(block + lane % 16 * pitch + lane / 16 * 8)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int q = 0; q < 4; ++q)
+    *reinterpret_cast<uint32_t*>(block + (lane / 4 + q % 2 * 8) * pitch + q / 2 * 8 + lane % 4 * 2) = r[q];
+#endif
+}
+
+// Clusters, and what their CTAs send each other. A send is a store of 16 bytes to the same place in the shared memory
+// of a rank, whose Arrivals count its bytes; the rank says how many it expects, once a phase, and waits for them. That
+// takes no fence: a cluster barrier is one of the whole GPU (MEMBAR.ALL.GPU, and L1 is thrown away).
+//
+// The wait acquires at the scope of the CTA, as CUTLASS waits for such stores (ClusterTransactionBarrier::wait after
+// store_shared_remote): what it orders lies in shared memory, and at the scope of the cluster it would empty L1, too.
+//
+// Below cc 9.0 a cluster is one CTA, a send a store, and a wait a barrier that all of the CTA's threads meet at.
+using Arrivals = uint64_t;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
@@ -155,6 +184,33 @@ __device__ __forceinline__ T* of_rank(T* p, int rank) {
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
   return reinterpret_cast<T*>(there);
 }
+// By one thread, before a cluster_sync after which others may send.
+__device__ __forceinline__ void arrivals_init(Arrivals* a) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(a))
+               : "memory");
+}
+// By one thread, when the phase before is over; what has arrived already counts.
+__device__ __forceinline__ void arrivals_expect(Arrivals* a, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(a)), "r"(bytes)
+               : "memory");
+}
+// Until the phase of this parity is over.
+__device__ __forceinline__ void arrivals_wait(Arrivals* a, int parity) {
+  asm volatile(
+      "{\n.reg .pred over;\nAGAIN:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n@!over bra AGAIN;\n}" ::"r"(shared_address(a)),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void send(void* to, const uint4& x, Arrivals* a, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there, counted;\nmapa.shared::cluster.u32 there, %0, %2;\n"
+      "mapa.shared::cluster.u32 counted, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%3,%4,%5,%6}, [counted];\n}" ::"r"(
+          shared_address(to)),
+      "r"(shared_address(a)), "r"(rank), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+      : "memory");
+}
 #else
 __device__ __forceinline__ int cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_arrive_and_wait() { __syncthreads(); }
@@ -162,6 +218,10 @@ template <typename T>
 __device__ __forceinline__ T* of_rank(T* p, int) {
   return p;
 }
+__device__ __forceinline__ void arrivals_init(Arrivals*) {}
+__device__ __forceinline__ void arrivals_expect(Arrivals*, int) {}
+__device__ __forceinline__ void arrivals_wait(Arrivals*, int) { __syncthreads(); }
+__device__ __forceinline__ void send(void* to, const uint4& x, Arrivals*, int) { *static_cast<uint4*>(to) = x; }
 #endif
 
 #endif  // FASTREFT_SIMT

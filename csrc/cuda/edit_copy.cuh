@@ -11,7 +11,7 @@ namespace fastreft {
 
 template <typename T, int V, int Threads>
 __device__ __forceinline__ void copy_unlisted(const Pass& p, int64_t block) {
-  constexpr int Batch = 8;  // loads a thread has on their way
+  constexpr int Batch = 8;  // loads a thread has on their way at a time
   const int64_t begin = block * p.copy_rows, left = p.total - begin;
   if (left <= 0) return;
   const int count = static_cast<int>(left < p.copy_rows ? left : p.copy_rows), thread = threadIdx.x;
@@ -24,21 +24,23 @@ __device__ __forceinline__ void copy_unlisted(const Pass& p, int64_t block) {
   }
   __syncthreads();
 
-  const int packs = p.d / V, all = count * packs;
-  for (int e0 = thread; e0 < all; e0 += Batch * Threads) {
-    Pack<T, V> x[Batch];
+  const int lane = thread % 32;
+  for (int m = thread / 32; m < count; m += Threads / 32) {  // a warp a row
+    if (listed[m]) continue;
+    const T* from = static_cast<const T*>(p.in.p) + row_offset(p.in, begin + m);
+    T* to = static_cast<T*>(p.out.p) + row_offset(p.out, begin + m);
+    for (int j0 = lane * V; j0 < p.d; j0 += Batch * 32 * V) {
+      Pack<T, V> x[Batch];
 #pragma unroll
-    for (int q = 0; q < Batch; ++q) {
-      const int e = e0 + q * Threads, m = e / packs;
-      if (e < all && !listed[m])
-        x[q] = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(p.in.p) + row_offset(p.in, begin + m) +
-                                                    e % packs * V);
-    }
+      for (int q = 0; q < Batch; ++q) {
+        const int j = j0 + q * 32 * V;
+        if (j < p.d) x[q] = *reinterpret_cast<const Pack<T, V>*>(from + j);
+      }
 #pragma unroll
-    for (int q = 0; q < Batch; ++q) {
-      const int e = e0 + q * Threads, m = e / packs;
-      if (e < all && !listed[m])
-        store_streaming(static_cast<T*>(p.out.p) + row_offset(p.out, begin + m) + e % packs * V, x[q]);
+      for (int q = 0; q < Batch; ++q) {
+        const int j = j0 + q * 32 * V;
+        if (j < p.d) store_streaming(to + j, x[q]);
+      }
     }
   }
 }

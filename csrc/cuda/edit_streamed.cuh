@@ -7,7 +7,7 @@
 //     there
 // The matrices' pieces come from L2 each time. Tiles of 64 rows make that a fraction of the tile's own bytes. The
 // pieces are copied asynchronously, `stages` ahead, over the ends of tiles; a warp copies its own columns alone. See
-// the marks (A) to (E) for what guards the rest.
+// the marks (A) to (D) for what guards the rest.
 #pragma once
 #include "edit_cta.cuh"
 
@@ -31,44 +31,53 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank))
   };
   const auto fetch = [&](int64_t step) {
     if (step < steps)
-      cta.load(cta.tile(step % s.stages), p.in, tile_of(step) * s.rows, false,
+      cta.load(cta.tile(static_cast<int>(step % s.stages)), p.in, tile_of(step) * s.rows, false,
                cta.column(static_cast<int64_t>(piece_of(step)) * s.width));
     copy_commit();
   };
   for (int64_t step = 0; step < s.stages; ++step) fetch(step);
-  cta.clear_coordinates();
+  cta.begin(s.expands);
+  const bool wants_z = Backward && p.packed != nullptr;
+  const bool has_b = !Backward && p.b.p != nullptr && cta.k < p.r, has_c = !Backward && p.c.p != nullptr && cta.k < p.r;
+  const float b = has_b ? load_weight<float>(p.b, cta.k) : 0.f, c = has_c ? load_weight<float>(p.c, cta.k) : 0.f;
 
+  int parity = 0;
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t first = tile_of(step) * s.rows;
-    const int turn = static_cast<int>(step % turns);
+    const int turn = static_cast<int>(step % turns), stage = static_cast<int>(step % s.stages);
     const int64_t slice = static_cast<int64_t>(piece_of(step)) * s.width, column = cta.column(slice);
-    T* mine = cta.tile(step % s.stages);
+    T* mine = cta.tile(stage);
     wait_for_oldest(s.stages);
     __syncwarp();
 
     if (turn <= last) {
-      cta.load_shrink(slice);
-      __syncthreads();  // (A) the slice is there; nobody reads `partial` any more
-      cta.shrink_tile(mine);
-      if (!Backward && p.saved != nullptr) {
-        const Rows saved{p.saved, 1, p.d, 0};
-        store_tile(p.saved, mine, tile_rows(p, saved, first, s.rows, true), s.rows, cta.at.pitch, cta.columns, column,
-                   p.d);
-      }
-      __syncthreads();  // (B) `partial` is whole; nobody reads the slice any more
-      for (int e = threadIdx.x; e < s.rows * cta.sums; e += kFusedThreads)
-        cta.received[e] = cta.add_warps(e, turn > 0 ? cta.received[e] : 0.f);  // this very thread's
+      cta.load_slices(true, false, slice);
+      __syncthreads();  // (A) the slice and all columns of the piece are there; nobody reads `received` any more
+      cta.shrink_tile(cta.whole(stage), [&](int row, int coordinate, int part, const float (&four)[4]) {
+        float* sums = cta.received + ((part << cta.shift) + row) * cta.sums + coordinate;  // this very lane's
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[i] = turn > 0 ? sums[i] + four[i] : four[i];
+      });
+      if (!Backward && p.saved != nullptr) cta.store(mine, Rows{p.saved, 1, p.d, 0}, first, true, column);
+      __syncthreads();  // (B) nobody reads the slice or the piece any more; with the last, `received` is whole
       if (turn == last) {
-        __syncthreads();  // (C) `received` is whole
-        cta.template work_out_coordinates<Backward>(first);
+        const Known next = cta.template known<Backward>(first, cta.warp, wants_z);
+        if constexpr (Backward) {
+          cta.template backward_coordinates<false>(first, next);
+        } else {
+          cta.forward_coordinates(first, next, b, c);
+        }
+        cta.wait_for_coordinates(parity, s.expands);
+        parity ^= 1;
       }
     }
     if (writes && turn >= last) {
-      cta.load_expand(slice);
-      __syncthreads();  // (D) the slice and the coordinates are there
+      cta.load_slices(false, true, slice);
+      __syncthreads();  // (C) the slice is there
       cta.template expand_tile<Backward>(mine);
-      cta.store(mine, first, column);
-      __syncthreads();  // (E) nobody reads the slice or the coordinates any more
+      __syncwarp();
+      cta.store(mine, p.out, first, false, column);
+      __syncthreads();  // (D) nobody reads the slice or the coordinates any more
     }
     __syncwarp();
     fetch(step + s.stages);

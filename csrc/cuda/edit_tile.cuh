@@ -1,5 +1,5 @@
 // What the tensor-core kernels are made of: slices of the matrices and tiles of rows between global and shared memory,
-// and the two products of a tile. A tile's columns are split among 8 warps; each warp moves and multiplies its own.
+// and the two products of a tile. A tile's columns are split among 8 warps, each of which moves and expands its own.
 #pragma once
 #include "edit_copy.cuh"
 
@@ -16,180 +16,205 @@ __device__ __forceinline__ void wait_for_oldest(int stages) {
   }
 }
 
-// Four neighbouring elements of matrix row `row` of a slice, zeros past r and d: matrix m's row k is row m * rank + k.
-struct Quad {
-  float x[4];
-};
-template <bool Fp32>
-__device__ __forceinline__ Quad load_quad(const Matrix2* matrices, int count, int rank, int row, int64_t j, int r,
-                                          int64_t d) {
-  const int m = row / rank, k = row % rank;
-  Quad quad = {};
-  if (m >= count || k >= r || j >= d) return quad;
-  if constexpr (Fp32) {
-    load_pack<float, 4>(matrices[m].w.p, k * d + j, quad.x);
-    if (matrices[m].minus.p != nullptr) {
-      float y[4];
-      load_pack<float, 4>(matrices[m].minus.p, k * d + j, y);
+// Batch x 4 neighbouring elements of row k of a matrix, 128 apart, from column j on: all loads are on their way before
+// one is used. Past the row's end comes something else of it.
+template <bool Fp32, int Batch>
+__device__ __forceinline__ void load_quads(const Weight& w, int64_t row, int64_t j, int64_t d, float (&x)[Batch][4]) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) quad.x[i] -= y[i];
-    }
-  } else {
-    load_matrix<4>(matrices[m], k * d + j, quad.x);
-  }
-  return quad;
-}
-
-// Rows [0, depth) of a slice, in T. Eight loads are on their way at a time: with few rows to edit this is the longest
-// stretch of the kernel.
-template <typename T, bool Fp32>
-__device__ __forceinline__ void load_slice_as(T* to, const Matrix2* matrices, int count, int rank, int depth, int width,
-                                              int64_t pitch, int r, int64_t d, int64_t column) {
-  constexpr int Batch = 4, Threads = kFusedThreads;
-  const int quads = width / 4, all = depth * quads;
-  for (int e0 = threadIdx.x; e0 < all; e0 += Batch * Threads) {
-    Quad quad[Batch];
-#pragma unroll
-    for (int q = 0; q < Batch; ++q) {
-      const int e = e0 + q * Threads;
-      quad[q] = load_quad<Fp32>(matrices, e < all ? count : 0, rank, e / quads, column + e % quads * 4, r, d);
-    }
-#pragma unroll
-    for (int q = 0; q < Batch; ++q) {
-      const int e = e0 + q * Threads;
-      if (e >= all) continue;
-      uint32_t* words = reinterpret_cast<uint32_t*>(to + e / quads * pitch + e % quads * 4);
-      words[0] = pack<T>(quad[q].x[0], quad[q].x[1]);
-      words[1] = pack<T>(quad[q].x[2], quad[q].x[3]);
+  for (int q = 0; q < Batch; ++q) {
+    const int64_t at = row + (j + q * 128 < d ? j + q * 128 : 0);
+    if constexpr (Fp32) {
+      load_pack<float, 4>(w.p, at, x[q]);
+    } else {
+      load_weight<4>(w, at, x[q]);
     }
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void load_slice(T* to, const Matrix2* matrices, int count, int rank, int depth, int width,
-                                           int64_t pitch, int r, int64_t d, int64_t column) {
+// Rows [0, depth) of a slice, in T, zeros past r and d and where there is no matrix: row m * Rank + k is row k of the
+// m-th. A warp takes a row at a time: with few rows to edit this is the longest stretch of the kernel.
+template <typename T, int Rank, bool Fp32>
+__device__ __forceinline__ void load_slice_as(T* to, const Matrix2* matrices, int count, int depth, int width,
+                                              int pitch, int r, int64_t d, int64_t column) {
+  constexpr int Batch = Fp32 ? 4 : 1;
+  const int lane = threadIdx.x % 32;
+  for (int row = threadIdx.x / 32; row < depth; row += kFusedWarps) {
+    const int k = row % Rank;
+    const bool there = row / Rank < count && k < r && matrices[row / Rank].w.p != nullptr;
+    const Matrix2& matrix = matrices[there ? row / Rank : 0];
+    for (int j0 = lane * 4; j0 < width; j0 += Batch * 128) {
+      float x[Batch][4] = {}, y[Batch][4] = {};
+      if (there) load_quads<Fp32, Batch>(matrix.w, k * d, column + j0, d, x);
+      if (there && matrix.minus.p != nullptr) load_quads<Fp32, Batch>(matrix.minus, k * d, column + j0, d, y);
+#pragma unroll
+      for (int q = 0; q < Batch; ++q) {
+        const int j = j0 + q * 128;
+        if (j >= width) continue;
+        uint2 words = {};
+        if (column + j < d) {
+          words.x = pack<T>(x[q][0] - y[q][0], x[q][1] - y[q][1]);
+          words.y = pack<T>(x[q][2] - y[q][2], x[q][3] - y[q][3]);
+        }
+        *reinterpret_cast<uint2*>(to + row * pitch + j) = words;
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ bool all_fp32(const Matrix2* matrices, int count) {
   bool fp32 = true;
   for (int m = 0; m < count; ++m)
     fp32 = fp32 && matrices[m].w.type == DType::f32 &&
            (matrices[m].minus.p == nullptr || matrices[m].minus.type == DType::f32);
-  if (fp32) {
-    load_slice_as<T, true>(to, matrices, count, rank, depth, width, pitch, r, d, column);
-  } else {
-    load_slice_as<T, false>(to, matrices, count, rank, depth, width, pitch, r, d, column);
-  }
+  return fp32;
 }
 
-// Where the rows of a tile lie, as offsets from Rows::p, -1 where there is none. Without an index that is arithmetic;
-// with one, a lane looks up two rows (lane and lane + 32) and the lanes exchange them.
+// Where the rows of a tile lie, as offsets from Rows::p, -1 where there is none. Rows that follow one another are
+// counted; others a lane looks up two at a time (its own number and 32 more), and the lanes exchange them.
 struct TileRows {
-  Rows rows;
-  int64_t first, n;
-  bool listed;
+  int64_t first, stride;  // where they are counted: the first one's offset
+  int count;              // rows there are, where they are counted
+  bool looked_up;
   int64_t low, high;
-  // All lanes of a warp ask together.
-  __device__ __forceinline__ int64_t of(int m) const {
-    if (!listed) return first + m < n ? row_offset(rows, first + m) : -1;
-    const int64_t a = __shfl_sync(0xffffffffu, low, m % 32), b = __shfl_sync(0xffffffffu, high, m % 32);
-    return m < 32 ? a : b;
-  }
+  // Row m, which is below 32 for all lanes or for none; all lanes of a warp ask together.
+  __device__ __forceinline__ int64_t of(int m) const { return __shfl_sync(0xffffffffu, m < 32 ? low : high, m % 32); }
 };
 // `count` rows from the first-th listed one on. `direct`: the rows are numbered as listed, and only left out where the
 // index says so (the rows kept before an edit); else each is the state's row that the index names.
 __device__ __forceinline__ TileRows tile_rows(const Pass& p, const Rows& rows, int64_t first, int count, bool direct) {
-  TileRows tile{rows, first, p.n, p.index != nullptr, -1, -1};
-  if (!tile.listed) return tile;
+  TileRows tile{first * rows.outer_stride, rows.outer_stride, count, p.index != nullptr || rows.inner > 1, -1, -1};
+  if (!tile.looked_up) {
+    if (p.n - first < count) tile.count = static_cast<int>(p.n - first);
+    return tile;
+  }
   const auto offset = [&](int m) {
     const int64_t row = m < count ? listed_row(p.index, first + m, p.n, p.total) : -1;
     return row >= 0 ? row_offset(rows, direct ? first + m : row) : -1;
   };
   const int lane = threadIdx.x % 32;
   tile.low = offset(lane);
-  tile.high = offset(lane + 32);
+  if (count > 32) tile.high = offset(lane + 32);
   return tile;
+}
+
+// f(element of the tile, element of a row in global memory, whether there is such a row) for every 8 elements of a
+// warp's columns of a tile, which begin at `column` of `d`: 8 lanes a row, 4 rows at a time, so that what moves is
+// whole lines of 128 bytes.
+template <typename T, typename G, typename F>
+__device__ __forceinline__ void each_eight(T* tile, G* global, const TileRows& rows, int count, int pitch, int columns,
+                                           int64_t column, int64_t d, const F& f) {
+  const int lane = threadIdx.x % 32, own = lane / 8, step = 4 * pitch;
+  for (int j0 = 0; j0 < columns; j0 += 64) {
+    const int j = j0 + lane % 8 * 8;
+    const bool mine = j < columns, inside = column + j < d;
+    T* there = tile + own * pitch + j;
+    G* from = global + (column + j);
+    if (!rows.looked_up) {
+      if (!mine) continue;
+      const int left = inside ? rows.count - own : 0;
+      from += rows.first + own * rows.stride;
+#pragma unroll 1
+      for (int m = 0; m < count; m += 16) {
+#pragma unroll
+        for (int q = 0; q < 16; q += 4, there += step, from += 4 * rows.stride) f(there, from, m + q < left);
+      }
+    } else {
+#pragma unroll 1
+      for (int m = 0; m < count; m += 16) {
+#pragma unroll
+        for (int q = 0; q < 16; q += 4, there += step) {
+          const int64_t offset = rows.of(m + q + own);
+          if (mine) f(there, from + offset, inside && offset >= 0);
+        }
+      }
+    }
+  }
 }
 
 // The warp's columns of a tile, from global memory into `to`.
 template <typename T>
-__device__ __forceinline__ void load_tile(T* to, const void* from, const TileRows& rows, int count, int64_t pitch,
+__device__ __forceinline__ void load_tile(T* to, const void* from, const TileRows& rows, int count, int pitch,
                                           int columns, int64_t column, int64_t d) {
-  const int lane = threadIdx.x % 32, packs = columns / 8;  // count * packs is a multiple of 32: no lane stays behind
-  for (int e = lane; e < count * packs; e += 32) {
-    const int m = e / packs, j = e % packs * 8;
-    const int64_t offset = rows.of(m);
-    const bool valid = offset >= 0 && column + j < d;
-    copy_async(to + m * pitch + j, static_cast<const T*>(from) + (valid ? offset + column + j : 0), valid);
-  }
+  each_eight(to, static_cast<const T*>(from), rows, count, pitch, columns, column, d,
+             [](T* there, const T* here, bool valid) { copy_async(there, here, valid); });
 }
 
 // The warp's columns of a tile, from shared memory to global rows.
 template <typename T>
-__device__ __forceinline__ void store_tile(void* to, const T* from, const TileRows& rows, int count, int64_t pitch,
+__device__ __forceinline__ void store_tile(void* to, const T* from, const TileRows& rows, int count, int pitch,
                                            int columns, int64_t column, int64_t d) {
-  const int lane = threadIdx.x % 32, packs = columns / 8;
-  for (int e = lane; e < count * packs; e += 32) {
-    const int m = e / packs, j = e % packs * 8;
-    const int64_t offset = rows.of(m);
-    if (offset >= 0 && column + j < d)
-      store_streaming(static_cast<T*>(to) + offset + column + j,
-                      *reinterpret_cast<const Pack<T, 8>*>(from + m * pitch + j));
-  }
+  each_eight(from, static_cast<T*>(to), rows, count, pitch, columns, column, d,
+             [](const T* here, T* there, bool valid) {
+               if (valid) store_streaming(there, *reinterpret_cast<const Pack<T, 8>*>(here));
+             });
 }
 
-// sums (16 x Rank) = 16 rows of the tile times a matrix's slice, over the warp's columns; left in `partial`.
-template <typename T, int Rank>
-__device__ __forceinline__ void shrink_rows(const T* tile, const T* matrix, int64_t pitch, int columns, float* partial,
-                                            int partial_pitch) {
+// sums (16 Blocks x 8 Eights) = rows of a tile times a matrix's rows, over `columns` columns from where both begin.
+template <typename T, int Blocks, int Eights>
+__device__ __forceinline__ void shrink_rows(float (&sums)[Blocks][Eights][4], const T* tile, const T* matrix, int pitch,
+                                            int columns) {
   const int lane = threadIdx.x % 32;
-  float sum[Rank / 8][4] = {};
   const T* a_row = tile + lane % 16 * pitch + lane / 16 * 8;
   // Lanes 16-31 address the next 8 coordinates; with 8 in all they repeat the first.
-  const T* b_row = matrix + (lane % 8 + (Rank > 8 ? lane / 16 * 8 : 0)) * pitch + lane / 8 % 2 * 8;
+  const T* b_row = matrix + (lane % 8 + (Eights > 1 ? lane / 16 * 8 : 0)) * pitch + lane / 8 % 2 * 8;
+#pragma unroll 2
   for (int j = 0; j < columns; j += 16) {
-    uint32_t a[4];
-    load_matrices(a, a_row + j);
+    uint32_t b[4];
+    load_matrices(b, b_row + j);
 #pragma unroll
-    for (int k = 0; k < Rank; k += 16) {
-      uint32_t b[4];
-      load_matrices(b, b_row + k * pitch + j);
-      multiply(sum[k / 8], a, b[0], b[1], T{});
-      if constexpr (Rank > 8) multiply(sum[k / 8 + 1], a, b[2], b[3], T{});
+    for (int m = 0; m < Blocks; ++m) {
+      uint32_t a[4];
+      load_matrices(a, a_row + m * 16 * pitch + j);
+      multiply(sums[m][0], a, b[0], b[1], T{});
+      if constexpr (Eights > 1) multiply(sums[m][1], a, b[2], b[3], T{});
     }
-  }
-#pragma unroll
-  for (int k = 0; k < Rank / 8; ++k) {
-    float* to = partial + lane / 4 * partial_pitch + k * 8 + lane % 4 * 2;
-    *reinterpret_cast<float2*>(to) = make_float2(sum[k][0], sum[k][1]);
-    *reinterpret_cast<float2*>(to + 8 * partial_pitch) = make_float2(sum[k][2], sum[k][3]);
   }
 }
 
-// 16 rows of the tile += coordinates times the matrices' slices, over the warp's columns, in place.
-template <typename T, int Steps>
-__device__ __forceinline__ void expand_rows(T* tile, const T* coordinates, int64_t coordinate_pitch, const T* matrices,
-                                            int64_t pitch, int columns, int steps) {
+// 16 Blocks rows of the tile += coordinates times the matrices' slices, over the warp's columns, in place.
+template <typename T, int Steps, int Blocks>
+__device__ __forceinline__ void expand_rows(T* tile, const T* coordinates, int coordinate_pitch, const T* matrices,
+                                            int pitch, int columns, int steps) {
   const int lane = threadIdx.x % 32;
-  uint32_t a[Steps][4];
+  uint32_t a[Blocks][Steps][4];
 #pragma unroll
-  for (int s = 0; s < Steps; ++s) {
-    if (s < steps) load_matrices(a[s], coordinates + lane % 16 * coordinate_pitch + s * 16 + lane / 16 * 8);
+  for (int m = 0; m < Blocks; ++m) {
+#pragma unroll
+    for (int s = 0; s < Steps; ++s) {
+      if (s < steps)
+        load_matrices(a[m][s], coordinates + (m * 16 + lane % 16) * coordinate_pitch + s * 16 + lane / 16 * 8);
+    }
   }
   for (int j = 0; j < columns; j += 16) {
-    float sum[2][4] = {};
+    float sum[Blocks][2][4];  // begins as the tile itself: load_matrices' layout is the products'
+#pragma unroll
+    for (int m = 0; m < Blocks; ++m) {
+      uint32_t x[4];
+      load_matrices(x, tile + (m * 16 + lane % 16) * pitch + j + lane / 16 * 8);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const float2 two = unpack<T>(x[q]);
+        sum[m][q / 2][q % 2 * 2] = two.x;
+        sum[m][q / 2][q % 2 * 2 + 1] = two.y;
+      }
+    }
 #pragma unroll
     for (int s = 0; s < Steps; ++s) {
       if (s >= steps) continue;
       uint32_t b[4];
       load_matrices_transposed(b, matrices + (s * 16 + lane % 16) * pitch + j + lane / 16 * 8);
-      multiply(sum[0], a[s], b[0], b[1], T{});
-      multiply(sum[1], a[s], b[2], b[3], T{});
+#pragma unroll
+      for (int m = 0; m < Blocks; ++m) {
+        multiply(sum[m][0], a[m][s], b[0], b[1], T{});
+        multiply(sum[m][1], a[m][s], b[2], b[3], T{});
+      }
     }
 #pragma unroll
-    for (int half = 0; half < 4; ++half) {
-      uint32_t* place =
-          reinterpret_cast<uint32_t*>(tile + (lane / 4 + half % 2 * 8) * pitch + j + half / 2 * 8 + lane % 4 * 2);
-      const float2 x = unpack<T>(*place);
-      const float* s = sum[half / 2] + half % 2 * 2;
-      *place = pack<T>(x.x + s[0], x.y + s[1]);
+    for (int m = 0; m < Blocks; ++m) {
+      uint32_t x[4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) x[q] = pack<T>(sum[m][q / 2][q % 2 * 2], sum[m][q / 2][q % 2 * 2 + 1]);
+      store_block(tile + m * 16 * pitch + j, pitch, x);
     }
   }
 }
@@ -197,7 +222,7 @@ __device__ __forceinline__ void expand_rows(T* tile, const T* coordinates, int64
 // sums (Depth x 16 Pairs) += coordinates^T (Depth x 16 rows) times 16 rows of a tile, over the warp's columns.
 template <typename T, int Depth, int Pairs>
 __device__ __forceinline__ void add_products(float (&sums)[Depth / 16][2 * Pairs][4], const T* coordinates,
-                                             int64_t coordinate_pitch, const T* tile, int64_t pitch, int columns) {
+                                             int coordinate_pitch, const T* tile, int pitch, int columns) {
   const int lane = threadIdx.x % 32;
   uint32_t a[Depth / 16][4];
 #pragma unroll

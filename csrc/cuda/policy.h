@@ -33,8 +33,9 @@ constexpr int padded_rank(int64_t r) {
   return r <= 0 ? 0 : r <= 8 ? 8 : r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : 0;
 }
 
-// CTAs of a multiprocessor the kernel is compiled for: the sums of 64 coordinates need more than half the registers.
-constexpr int per_sm_of_rank(int rank) { return rank > 32 ? 1 : 2; }
+// CTAs of a multiprocessor the kernel is compiled for: with 32 coordinates the matrices leave no room for a second one
+// (cc 9.0 and later), and the fragments need more than half the registers.
+constexpr int per_sm_of_rank(int rank) { return rank > 16 ? 1 : 2; }
 
 // The parts of a CTA's shared memory, in bytes from its start.
 struct FusedLayout {
@@ -42,16 +43,16 @@ struct FusedLayout {
   int64_t shrink = 0;       // [shrinks * rank, pitch] T
   int64_t expand = 0;       // [max(16, expands * rank), pitch] T
   int64_t tiles = 0;        // [stages, inputs, rows, pitch] T
-  int64_t partial = 0;      // [warps, rows, shrinks * rank] fp32
-  int64_t received = 0;     // [cluster, own_rows, shrinks * rank] fp32
+  int64_t received = 0;     // [cluster, parts, own_rows, shrinks * rank] fp32
   int64_t coordinates = 0;  // [rows, coordinate_pitch] T
   int64_t coordinate_pitch = 0;
+  int64_t arrivals = 0;  // of `received` and of `coordinates`
   int64_t bytes = 0;
 };
 
 struct FusedShape {
   int rank = 0;                  // padded
-  int shrinks = 0, expands = 0;  // matrices, 0 to 2
+  int shrinks = 0, expands = 0;  // matrices, 1 or 2; where there is none, one of zeros, which keeps the ranks in step
   int extra = 0;                 // further coordinates a row, behind those of the expand (the one-pass backward's)
   int inputs = 1;                // tensors streamed
   int cluster = 1, rows = 16, stages = 2;
@@ -59,8 +60,26 @@ struct FusedShape {
   int pieces = 1;  // of that width; more than one where the matrices are streamed (edit_streamed.cuh)
 };
 
-// Rows of a tile whose coordinates one CTA of the cluster works out; the last CTA may have fewer.
-FASTREFT_HOST_DEVICE inline int own_rows(const FusedShape& s) { return (s.rows + s.cluster - 1) / s.cluster; }
+// log2 of the rows of a tile whose coordinates one CTA of the cluster works out: as few as a power of two allows, so
+// that the last CTAs may have none.
+FASTREFT_HOST_DEVICE inline int own_shift(const FusedShape& s) {
+  int shift = 0;
+  while ((s.cluster << shift) < s.rows) ++shift;
+  return shift;
+}
+
+// A shrink's work is cut into items of 16 or 32 rows and 8 or 16 coordinates over one, two or four parts of the
+// columns, so that all 8 warps have one where there are so few. What is added up to what in which order does not depend
+// on the number of parts: see Cta::shrink_tile.
+FASTREFT_HOST_DEVICE inline int shrink_item_rows(const FusedShape& s) { return s.rank > 16 && s.rows > 16 ? 32 : 16; }
+FASTREFT_HOST_DEVICE constexpr int shrink_item_coordinates(int rank) { return rank > 8 ? 16 : 8; }
+FASTREFT_HOST_DEVICE inline int shrink_items(const FusedShape& s) {
+  return s.rows / shrink_item_rows(s) * (s.shrinks * s.rank / shrink_item_coordinates(s.rank));
+}
+FASTREFT_HOST_DEVICE inline int shrink_parts(const FusedShape& s) {
+  const int items = shrink_items(s);
+  return items >= kFusedWarps ? 1 : items >= kFusedWarps / 2 ? 2 : 4;
+}
 
 FASTREFT_HOST_DEVICE inline FusedLayout fused_layout(const FusedShape& s) {
   FusedLayout at;
@@ -70,10 +89,11 @@ FASTREFT_HOST_DEVICE inline FusedLayout fused_layout(const FusedShape& s) {
   at.coordinate_pitch = depth + s.extra + 8;
   at.expand = at.shrink + s.shrinks * s.rank * row;
   at.tiles = at.expand + depth * row;
-  at.partial = at.tiles + s.stages * s.inputs * s.rows * row;
-  at.received = at.partial + static_cast<int64_t>(kFusedWarps) * s.rows * s.shrinks * s.rank * 4;
-  at.coordinates = at.received + static_cast<int64_t>(s.cluster) * own_rows(s) * s.shrinks * s.rank * 4;
-  at.bytes = at.coordinates + s.rows * at.coordinate_pitch * 2;
+  at.received = at.tiles + s.stages * s.inputs * s.rows * row;
+  at.coordinates =
+      at.received + (static_cast<int64_t>(s.cluster) * shrink_parts(s) << own_shift(s)) * s.shrinks * s.rank * 4;
+  at.arrivals = at.coordinates + s.rows * at.coordinate_pitch * 2;
+  at.bytes = at.arrivals + 2 * 8;
   return at;
 }
 
@@ -99,8 +119,8 @@ inline int64_t resident_clusters(const Device& device, int cluster, int per_sm) 
 inline FusedShape fused_shape(int64_t n, int64_t d, int64_t r, int shrinks, int expands) {
   FusedShape s;
   if (n > 0 && d > 0 && d % 8 == 0) s.rank = padded_rank(r);
-  s.shrinks = shrinks;
-  s.expands = expands;
+  s.shrinks = shrinks > 0 ? shrinks : 1;
+  s.expands = expands > 0 ? expands : 1;
   return s;
 }
 

@@ -59,7 +59,6 @@ TENSOR_CORES = [
     dict(dtype=BF16, d=512, r=20, n=50, frozen="U"),
     dict(dtype=BF16, d=512, r=20, n=50, frozen="VP", act="silu", method="direft"),
     dict(dtype=BF16, d=512, r=20, n=50, method="lobireft", want_dh=False),
-    dict(dtype=BF16, d=512, r=64, n=100, act="gelu", method="untied", device=(12, 0, 3, 101376, 8)),
 ]
 
 
@@ -75,8 +74,10 @@ def test_edit_on_tensor_cores(kwargs, runner, tmp_path):
 
 # Where the matrices do not stay in shared memory.
 STREAM = dict(dtype=BF16, d=896, r=8, n=150, device=(8, 6, 2, 101376, 1))  # 7 pieces, 5 tiles for 4 CTAs
+STREAM_12 = dict(dtype=BF16, d=512, r=64, n=100, act="gelu", method="untied", device=(12, 0, 3, 101376, 8))
 STREAMED = [
     STREAM,
+    STREAM_12,
     dict(dtype=BF16, d=2048, r=16, n=40, device=harness.A100),
     dict(dtype=F16, d=4096, r=50, n=20, device=harness.A100),
     dict(dtype=BF16, d=2048, r=8, rows=ROWS, total=20, device=harness.A100),
@@ -93,7 +94,8 @@ STREAMED = [
 @pytest.mark.parametrize("kwargs", STREAMED, ids=str)
 def test_edit_on_tensor_cores_with_streamed_matrices(kwargs, runner, tmp_path):
     edit = Edit(**kwargs)
-    shape = (edit.n, edit.d, edit.r, 1, 1, False, policy.Device(*edit.device))
+    matrices = 2 if edit.method == "untied" else 1
+    shape = (edit.n, edit.d, edit.r, matrices, matrices, False, policy.Device(*edit.device))
     assert not policy.fused(*shape)["fits"] and policy.fused(*shape, streamed=True)["pieces"] > 1
     got = check(edit, runner, tmp_path)
     if edit.rows is not None:
@@ -181,7 +183,9 @@ def noticed(kwargs: dict, runner, folder, plant: str = "") -> bool:
     return any(fails(Edit(**kwargs, order=order, plant=plant), runner, folder) for order in range(1, 6))
 
 
-@pytest.mark.parametrize("kwargs", [TILED, STREAM, SUMS, COPY, {}], ids="clusters streamed sums copy cores".split())
+@pytest.mark.parametrize(
+    "kwargs", [TILED, STREAM, STREAM_12, SUMS, COPY, {}], ids="clusters streamed streamed_12 sums copy cores".split()
+)
 def test_without_faults_all_is_well(kwargs, runner, tmp_path):
     assert not noticed(kwargs, runner, tmp_path)
 
@@ -189,24 +193,31 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
 @pytest.mark.parametrize(
     ("plant", "kwargs"),
     [
-        pytest.param("0 -1 -1 0", TILED, id="the first CTA barrier"),
-        pytest.param("-1 0 -1 0", TILED, id="the first cluster barrier"),
-        pytest.param("-1 1 -1 0", TILED, id="the second cluster barrier"),
-        pytest.param("-1 2 -1 0", TILED, id="the third cluster barrier"),
-        pytest.param("-1 -1 0 0", TILED, id="the first wait for a copy"),
-        pytest.param("-1 -1 1 0", TILED, id="the second wait for a copy"),
-        pytest.param("-1 1 -1 1", TILED, id="one pass: the second cluster barrier"),
-        pytest.param("-1 -1 0 1", TILED, id="one pass: the first wait for a copy"),
-        pytest.param("0 -1 -1 0", STREAM, id="streamed: the CTA barrier (A)"),
-        pytest.param("1 -1 -1 0", STREAM, id="streamed: the CTA barrier (B)"),
-        pytest.param("14 -1 -1 0", STREAM, id="streamed: the CTA barrier (C)"),
-        pytest.param("15 -1 -1 0", STREAM, id="streamed: the CTA barrier (D)"),
-        pytest.param("16 -1 -1 0", STREAM, id="streamed: the CTA barrier (E)"),
-        pytest.param("-1 -1 0 0", STREAM, id="streamed: the first wait for a copy"),
-        pytest.param("0 -1 -1 2", SUMS, id="sums: the CTA barrier after the wait"),
-        pytest.param("1 -1 -1 2", SUMS, id="sums: the CTA barrier before a stage is filled again"),
-        pytest.param("0 -1 -1 0", dict(), id="CUDA cores: the first CTA barrier"),
-        pytest.param("1 -1 -1 0", COPY, id="copy: the CTA barrier before the marks are read"),
+        pytest.param("0 -1 -1 -1 0", TILED, id="the first CTA barrier: the tile is there"),
+        pytest.param("1 -1 -1 -1 0", TILED, id="the second CTA barrier"),
+        pytest.param("-1 0 -1 -1 0", TILED, id="the cluster barrier"),
+        pytest.param("-1 -1 0 -1 0", TILED, id="the first wait for a copy"),
+        pytest.param("-1 -1 1 -1 0", TILED, id="the second wait for a copy"),
+        pytest.param("-1 -1 -1 0 0", TILED, id="the first wait for sums"),
+        pytest.param("-1 -1 -1 1 0", TILED, id="the first wait for coordinates"),
+        pytest.param("-1 -1 -1 2 0", TILED, id="the second wait for sums"),
+        pytest.param("-1 -1 -1 3 0", TILED, id="the second wait for coordinates"),
+        pytest.param("0 -1 -1 -1 1", TILED, id="one pass: the first CTA barrier"),
+        pytest.param("-1 0 -1 -1 1", TILED, id="one pass: the cluster barrier"),
+        pytest.param("-1 -1 0 -1 1", TILED, id="one pass: the first wait for a copy"),
+        pytest.param("-1 -1 -1 0 1", TILED, id="one pass: the first wait for sums"),
+        pytest.param("-1 -1 -1 3 1", TILED, id="one pass: the second wait for coordinates"),
+        pytest.param("0 -1 -1 -1 0", STREAM, id="streamed: the CTA barrier (A)"),
+        pytest.param("1 -1 -1 -1 0", STREAM, id="streamed: the CTA barrier (B)"),
+        pytest.param("13 -1 -1 -1 0", STREAM, id="streamed: the CTA barrier (B) of the last piece"),
+        pytest.param("-1 -1 -1 0 0", STREAM_12, id="streamed, cc 12: the wait for coordinates"),
+        pytest.param("15 -1 -1 -1 0", STREAM, id="streamed: the CTA barrier (C)"),
+        pytest.param("16 -1 -1 -1 0", STREAM, id="streamed: the CTA barrier (D)"),
+        pytest.param("-1 -1 0 -1 0", STREAM, id="streamed: the first wait for a copy"),
+        pytest.param("0 -1 -1 -1 2", SUMS, id="sums: the CTA barrier after the wait"),
+        pytest.param("1 -1 -1 -1 2", SUMS, id="sums: the CTA barrier before a stage is filled again"),
+        pytest.param("0 -1 -1 -1 0", dict(), id="CUDA cores: the first CTA barrier"),
+        pytest.param("1 -1 -1 -1 0", COPY, id="copy: the CTA barrier before the marks are read"),
     ],
 )
 def test_a_barrier_or_wait_left_out_is_noticed(plant, kwargs, runner, tmp_path):
@@ -216,10 +227,11 @@ def test_a_barrier_or_wait_left_out_is_noticed(plant, kwargs, runner, tmp_path):
 @pytest.mark.parametrize(
     "patches",
     [
-        {"edit_cta.cuh": ("const int m = e / sums, k = e % sums;", "const int m = e / sums, k = (e + 1) % sums;")},
-        {"edit_cta.cuh": ("e < s.rows * at.coordinate_pitch; e +=", "e <= s.rows * at.coordinate_pitch; e +=")},
+        {"edit_cta.cuh": ("+ lane % 4 / 2 * 4, part, four", "+ (lane + 2) % 4 / 2 * 4, part, four")},
+        {"edit_cta.cuh": ("<< shift) + own) * sums", "<< shift) + own + 1) * sums")},
+        {"edit_cta.cuh": ("(shared + at.coordinates)", "(shared + at.coordinates + 32)")},
     ],
-    ids=["a coordinate", "one past the end of shared memory"],
+    ids=["a coordinate", "a row of what is received", "past the end of shared memory"],
 )
 def test_an_index_shifted_by_one_is_noticed(patches, runner, tmp_path):
     faulty = harness.build(tmp_path / "build", patches=patches, reuse=runner.parent)

@@ -1,14 +1,11 @@
 // The scheduler behind cuda_host.h: fibers, meetings and asynchronous copies.
-#include "cuda_host.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <deque>
-#include <memory>
-#include <random>
+
+#include "machine.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -17,26 +14,21 @@
 #else
 #define SIMT_ASAN 0
 #endif
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 namespace simt {
-namespace {
 
-constexpr size_t kStack = 128 * 1024;
-
-[[noreturn]] void fail(const char* why, const char* detail = "") {
+void fail(const char* why, const char* detail) {
   fprintf(stderr, "simt: %s %s\n", why, detail);
   fflush(stderr);
   _Exit(3);
 }
 
+namespace {
+
+constexpr size_t kStack = 128 * 1024;
+
 // Switching between fibers. The x86-64 road saves the callee-saved registers by hand: swapcontext makes a system call.
 #if defined(__x86_64__)
-struct Context {
-  void* stack_pointer = nullptr;
-};
 asm(R"(
 .text
 .globl simt_switch
@@ -70,9 +62,6 @@ void make_context(Context& context, char* stack, void (*entry)()) {
   context.stack_pointer = p;
 }
 #else
-struct Context {
-  ucontext_t context;
-};
 void switch_context(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
 void make_context(Context& context, char* stack, void (*entry)()) {
   getcontext(&context.context);
@@ -82,67 +71,12 @@ void make_context(Context& context, char* stack, void (*entry)()) {
 }
 #endif
 
-// A place where `expected` threads meet; everybody goes on when the last has come.
-struct Meeting {
-  int expected = 0, arrived = 0;
-  uint64_t phase = 0;
-};
+}  // namespace
 
-struct Warp {
-  Meeting meeting;
-  const char* what = nullptr;
-  std::vector<char> deposits = std::vector<char>(2 * 32 * kDeposit);  // two, so that one meeting an exchange is enough
-};
-
-struct Block {
-  dim3 index;
-  int rank = 0;
-  char* shared = nullptr;
-  int running = 0;
-  Meeting meeting;
-  int any[2] = {0, 0};
-  std::vector<Warp> warps;
-};
-
-struct Copy {
-  char* to;
-  const char* from;
-  bool valid;
-  char early[16];  // the source as it was when issued: the hardware may read then or later
-  bool use_early;
-};
-
-struct Thread {
-  Context context;
-  char* stack = nullptr;
-  void* fake_stack = nullptr;
-  dim3 index;
-  Block* block = nullptr;
-  Meeting* waits = nullptr;
-  uint64_t waits_for = 0;
-  bool done = false;
-  int block_barriers = 0, cluster_barriers = 0, copy_waits = 0;  // met so far
-  std::vector<Copy> uncommitted;
-  std::deque<std::vector<Copy>> groups;
-};
-
-struct Machine {
-  Context scheduler;
-  void* fake_stack = nullptr;
-  const void* stack_bottom = nullptr;
-  size_t stack_size = 0;
-  dim3 grid, block;
-  int64_t shared = 0;
-  int launch = -1;  // launches so far, this one not counted
-  Meeting cluster;
-  std::vector<Block> blocks;
-  std::vector<std::unique_ptr<Thread>> threads;
-  std::vector<char*> stacks;
-  const std::function<void()>* kernel = nullptr;
-  std::mt19937_64 random{1};
-};
 Machine machine;
 Thread* current = nullptr;
+Device device;
+Plant plant;
 
 void to_scheduler(bool for_good) {
   Thread* self = current;
@@ -155,6 +89,8 @@ void to_scheduler(bool for_good) {
   __sanitizer_finish_switch_fiber(self->fake_stack, &machine.stack_bottom, &machine.stack_size);
 #endif
 }
+
+namespace {
 
 void fiber() {
 #if SIMT_ASAN
@@ -196,35 +132,33 @@ void end_block(Block& block) {
 #endif
 }
 
-void check_copies(const Thread& thread) {
-  bool open = !thread.uncommitted.empty();
-  for (const auto& group : thread.groups) open = open || !group.empty();
-  if (open) fail("a thread ended with asynchronous copies on their way");
-}
-
 // Every lane of a warp that can go on does so until its next meeting; whether any did.
-bool turn(std::vector<Thread*>& warp, size_t& alive) {
+bool turn(std::vector<Thread*>& warp, Cluster& cluster) {
   std::shuffle(warp.begin(), warp.end(), machine.random);
   bool moved = false;
   for (Thread* thread : warp) {
-    if (thread->done || (thread->waits != nullptr && thread->waits->phase == thread->waits_for)) continue;
+    if (thread->blocked()) continue;
     thread->waits = nullptr;
     moved = true;
     resume(thread);
     if (!thread->done) continue;
-    --alive;
-    check_copies(*thread);
-    if (--thread->block->running == 0) end_block(*thread->block);
+    --cluster.alive;
+    check_moves_of(*thread);
+    if (--thread->block->running == 0) {
+      check_moves_to(*thread->block);
+      end_block(*thread->block);
+    }
   }
   return moved;
 }
 
-void run_cluster(int64_t first_x, int y, int z, int threads, int cluster) {
-  machine.blocks.assign(static_cast<size_t>(cluster), Block{});
-  machine.threads.clear();
-  machine.cluster = {cluster * threads, 0, 0};
-  for (int rank = 0; rank < cluster; ++rank) {
-    Block& block = machine.blocks[static_cast<size_t>(rank)];
+std::unique_ptr<Cluster> start(int64_t first_x, int y, int z, int threads, int size) {
+  auto cluster = std::make_unique<Cluster>();
+  cluster->blocks.resize(static_cast<size_t>(size));
+  cluster->meeting = {size * threads, 0, 0};
+  for (int rank = 0; rank < size; ++rank) {
+    Block& block = cluster->blocks[static_cast<size_t>(rank)];
+    block.cluster = cluster.get();
     block.index = {static_cast<unsigned>(first_x + rank), static_cast<unsigned>(y), static_cast<unsigned>(z)};
     block.rank = rank;
     void* shared = nullptr;
@@ -238,52 +172,74 @@ void run_cluster(int64_t first_x, int y, int z, int threads, int cluster) {
     if (threads % 32 != 0) fail("a CTA is not a whole number of warps");
     for (int i = 0; i < threads; ++i) {
       auto thread = std::make_unique<Thread>();
-      const size_t slot = machine.threads.size();
-      if (slot == machine.stacks.size()) {
+      if (machine.free_stacks.empty()) {
         void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (stack == MAP_FAILED) fail("no memory for a stack");
-        machine.stacks.push_back(static_cast<char*>(stack));
+        machine.free_stacks.push_back(static_cast<char*>(stack));
       }
-      thread->stack = machine.stacks[slot];
+      thread->stack = machine.free_stacks.back();
+      machine.free_stacks.pop_back();
 #if SIMT_ASAN
       ASAN_UNPOISON_MEMORY_REGION(thread->stack, kStack);
 #endif
       thread->index = {static_cast<unsigned>(i), 0, 0};
       thread->block = &block;
       make_context(thread->context, thread->stack, fiber);
-      machine.threads.push_back(std::move(thread));
+      if (i % 32 == 0) cluster->warps.emplace_back();
+      cluster->warps.back().push_back(thread.get());
+      cluster->threads.push_back(std::move(thread));
     }
   }
-  // Warps take turns in a shuffled order. Half of the time a warp goes on for as long as it can before the next one's
-  // turn, which drives warps as far apart as the barriers let them; else it stops at its first meeting.
-  std::vector<std::vector<Thread*>> warps(machine.threads.size() / 32);
-  for (size_t i = 0; i < machine.threads.size(); ++i) warps[i / 32].push_back(machine.threads[i].get());
-  const bool greedy = machine.random() % 2 == 0;
-  size_t alive = machine.threads.size();
-  while (alive > 0) {
-    std::shuffle(warps.begin(), warps.end(), machine.random);
-    const size_t before = alive;
-    bool moved = false;
-    for (auto& warp : warps) {
-      while (turn(warp, alive)) {
-        moved = true;
-        if (!greedy) break;
-      }
-    }
-    if (!moved && before == alive) fail("deadlock: some threads wait where others never come");
+  cluster->alive = cluster->threads.size();
+  // Half of the time a warp goes on for as long as it can before the next one's turn, which drives warps as far apart
+  // as the barriers let them; else it stops at its first meeting.
+  cluster->greedy = machine.random() % 2 == 0;
+  return cluster;
+}
+
+[[noreturn]] void fail_of_deadlock(const Cluster& cluster) {
+  for (const auto& thread : cluster.threads) {
+    if (thread->done) continue;
+    const char* at = thread->waits == &thread->block->meeting ? "a CTA barrier"
+                     : thread->waits == &cluster.meeting      ? "a cluster barrier"
+                     : thread->gate != nullptr                ? "what is sent to it"
+                                                              : thread->block->warps[thread->index.x / 32].what;
+    fprintf(stderr, "CTA %u thread %u of rank %d waits for %s", thread->block->index.x, thread->index.x,
+            thread->block->rank, at);
+    if (thread->gate != nullptr)
+      fprintf(stderr, ": %ld bytes are missing in phase %ld", static_cast<long>(thread->gate->missing),
+              static_cast<long>(thread->gate->phase));
+    fputc('\n', stderr);
   }
-  for (Block& block : machine.blocks) {
+  fail("deadlock: some threads wait where others never come");
+}
+
+// A turn for every warp, in a shuffled order, sends arriving between them.
+void go_round(Cluster& cluster) {
+  std::shuffle(cluster.warps.begin(), cluster.warps.end(), machine.random);
+  const size_t before = cluster.alive;
+  bool moved = false;
+  for (auto& warp : cluster.warps) {
+    while (turn(warp, cluster)) {
+      moved = true;
+      if (!cluster.greedy) break;
+    }
+    if (machine.random() % 4 == 0 && arrive_one(cluster)) moved = true;
+  }
+  if (!moved && before == cluster.alive && !arrive_one(cluster)) fail_of_deadlock(cluster);
+}
+
+void end(Cluster& cluster) {
+  for (Block& block : cluster.blocks) {
 #if SIMT_ASAN
     ASAN_UNPOISON_MEMORY_REGION(block.shared, static_cast<size_t>(machine.shared));
 #endif
     free(block.shared);
   }
+  for (auto& thread : cluster.threads) machine.free_stacks.push_back(thread->stack);
 }
 
 }  // namespace
-
-Device device;
-Plant plant;
 
 void seed(uint64_t value) { machine.random.seed(value); }
 
@@ -302,9 +258,22 @@ void run(const Shape& grid, int threads, int cluster, int64_t shared, const std:
   const int64_t along_x = grid.x / cluster;
   for (int64_t i = 0; i < along_x * grid.y * grid.z; ++i) order.push_back(i);
   std::shuffle(order.begin(), order.end(), machine.random);
-  for (const int64_t i : order)
-    run_cluster(i % along_x * cluster, static_cast<int>(i / along_x % grid.y), static_cast<int>(i / along_x / grid.y),
-                threads, cluster);
+  // One to three clusters are under way at once and take rounds in a shuffled order.
+  const size_t at_once = 1 + machine.random() % 3;
+  std::vector<std::unique_ptr<Cluster>> running;
+  while (!order.empty() || !running.empty()) {
+    while (!order.empty() && running.size() < at_once) {
+      const int64_t i = order.back();
+      order.pop_back();
+      running.push_back(start(i % along_x * cluster, static_cast<int>(i / along_x % grid.y),
+                              static_cast<int>(i / along_x / grid.y), threads, cluster));
+    }
+    const size_t which = machine.random() % running.size();
+    go_round(*running[which]);
+    if (running[which]->alive > 0) continue;
+    end(*running[which]);
+    running.erase(running.begin() + static_cast<std::ptrdiff_t>(which));
+  }
 }
 
 const dim3& thread_index() { return current->index; }
@@ -328,17 +297,25 @@ int block_any(int mine) {
   return any;
 }
 void cluster_barrier() {
-  if (!planted(current->cluster_barriers, plant.cluster_barrier)) arrive(machine.cluster);
+  if (!planted(current->cluster_barriers, plant.cluster_barrier)) arrive(current->block->cluster->meeting);
 }
 void warp_barrier() { meet("warp barrier", nullptr, 0); }
 int cluster_rank() { return current->block->rank; }
 
-char* shared_of_rank(const void* p, int rank) {
+int64_t shared_of_own(const void* p) {
   const int64_t offset = static_cast<const char*>(p) - current->block->shared;
   if (offset < 0 || offset >= machine.shared) fail("not an address in this CTA's shared memory");
-  if (machine.cluster.phase == 0) fail("another CTA's shared memory touched before a barrier told that it has started");
-  if (rank < 0 || rank >= static_cast<int>(machine.blocks.size())) fail("no such rank in the cluster");
-  return machine.blocks[static_cast<size_t>(rank)].shared + offset;
+  return offset;
+}
+
+char* shared_of_rank(const void* p, int rank) {
+  const int64_t offset = shared_of_own(p);
+  Cluster& cluster = *current->block->cluster;
+  const bool alone = cluster.blocks.size() == 1;
+  if (!alone && cluster.meeting.phase == 0)
+    fail("another CTA's shared memory touched before a barrier told that it has started");
+  if (rank < 0 || rank >= static_cast<int>(cluster.blocks.size())) fail("no such rank in the cluster");
+  return cluster.blocks[static_cast<size_t>(rank)].shared + offset;
 }
 
 const char* meet(const char* what, const void* mine, int bytes) {
@@ -350,34 +327,6 @@ const char* meet(const char* what, const void* mine, int bytes) {
   if (bytes > 0) memcpy(deposits + lane() * kDeposit, mine, static_cast<size_t>(bytes));
   arrive(warp.meeting);
   return deposits;
-}
-
-void copy_async(void* to, const void* from, bool valid) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0))
-    fail("a misaligned asynchronous copy");
-  Copy copy{static_cast<char*>(to), static_cast<const char*>(from), valid, {}, machine.random() % 2 == 0};
-  if (valid) memcpy(copy.early, from, 16);
-  memset(to, 0xff, 16);
-  current->uncommitted.push_back(copy);
-}
-
-void copy_commit() {
-  current->groups.push_back(std::move(current->uncommitted));
-  current->uncommitted.clear();
-}
-
-void copy_wait(int pending) {
-  if (planted(current->copy_waits, plant.copy_wait)) return;
-  while (static_cast<int>(current->groups.size()) > pending) {
-    for (const Copy& copy : current->groups.front()) {
-      if (copy.valid) {
-        memcpy(copy.to, copy.use_early ? copy.early : copy.from, 16);
-      } else {
-        memset(copy.to, 0, 16);
-      }
-    }
-    current->groups.pop_front();
-  }
 }
 
 }  // namespace simt

@@ -4,7 +4,8 @@
 //
 // What it is made to catch:
 // * a missing barrier: shared memory starts poisoned (NaN), and the order of threads changes with the seed;
-// * a missing wait: an asynchronous copy poisons its target when issued and fills it only at the wait that covers it;
+// * a missing wait: an asynchronous copy poisons its target when issued and fills it only at the wait that covers it; a
+//   send to another CTA poisons its target, too, and arrives at any time from then on, in any order;
 // * an index out of place: shared memory is a heap block of exactly the asked size under AddressSanitizer, and so are
 //   the caller's tensors; misaligned vector accesses are UBSan's;
 // * divergence: a barrier that some threads miss is a deadlock, lanes that meet in different instructions an error;
@@ -33,6 +34,9 @@ struct dim3 {
 struct float2 {
   float x, y;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -51,7 +55,7 @@ extern Device device;
 // Faults on purpose, to see that they are noticed: the n-th barrier or wait of every thread is left out (-1: none), in
 // the launch of that number (-1: in all).
 struct Plant {
-  int block_barrier = -1, cluster_barrier = -1, copy_wait = -1, launch = -1;
+  int block_barrier = -1, cluster_barrier = -1, copy_wait = -1, arrival_wait = -1, launch = -1;
 };
 extern Plant plant;
 
@@ -74,7 +78,13 @@ int block_any(int mine);
 void cluster_barrier();
 void warp_barrier();
 int cluster_rank();
+int64_t shared_of_own(const void* p);
 char* shared_of_rank(const void* p, int rank);
+// Sends and arrivals as on cc 9.0 and later; device.cuh says what they are before that.
+void arrivals_init(const void* a);
+void arrivals_expect(const void* a, int bytes);
+void arrivals_wait(const void* a, int parity);
+void send(void* to, const void* bytes, const void* a, int rank);
 void copy_async(void* to, const void* from, bool valid);
 void copy_commit();
 void copy_wait(int pending);
@@ -92,6 +102,11 @@ T of_lane(const char* deposits, int lane) {
 }
 inline int lane() { return static_cast<int>(thread_index().x % 32); }
 
+inline uint32_t as_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
 uint16_t to_bf16(float x);
 float from_bf16(uint16_t x);
 uint16_t to_f16(float x);
@@ -102,6 +117,7 @@ struct Fragments {
 };
 void multiply(float (&c)[4], const Fragments& mine, float (*value)(uint16_t));
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
+void store_matrices(void* row, const uint32_t (&r)[4]);
 
 }  // namespace simt
 
@@ -143,6 +159,34 @@ struct f16;
 template <typename T>
 inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   simt::multiply(c, {{a[0], a[1], a[2], a[3]}, {b0, b1}}, std::is_same_v<T, bf16> ? simt::from_bf16 : simt::from_f16);
+}
+
+template <typename T>
+void store_block(T* block, int64_t pitch, const uint32_t (&r)[4]) {
+  simt::store_matrices(block + simt::lane() % 16 * pitch + simt::lane() / 16 * 8, r);
+}
+
+using Arrivals = uint64_t;
+inline bool has_arrivals() { return simt::device.major >= 9; }
+inline void arrivals_init(Arrivals* a) {
+  if (has_arrivals()) simt::arrivals_init(a);
+}
+inline void arrivals_expect(Arrivals* a, int bytes) {
+  if (has_arrivals()) simt::arrivals_expect(a, bytes);
+}
+inline void arrivals_wait(Arrivals* a, int parity) {
+  if (has_arrivals()) {
+    simt::arrivals_wait(a, parity);
+  } else {
+    simt::block_barrier();
+  }
+}
+inline void send(void* to, const uint4& x, Arrivals* a, int rank) {
+  if (has_arrivals()) {
+    simt::send(to, &x, a, rank);
+  } else {
+    *static_cast<uint4*>(to) = x;
+  }
 }
 
 inline int cluster_rank() { return simt::cluster_rank(); }

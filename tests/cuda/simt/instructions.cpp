@@ -70,4 +70,21 @@ void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   }
 }
 
+// stmatrix: lane l gives the address of row l % 8 of matrix l / 8; of each matrix it holds row l / 4 at columns 2 (l %
+// 4) and the next.
+void store_matrices(void* row, const uint32_t (&r)[4]) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+    fprintf(stderr, "simt: a misaligned stmatrix row\n");
+    _Exit(3);
+  }
+  struct Registers {
+    uint32_t r[4];
+  } mine;
+  memcpy(mine.r, r, sizeof(mine));
+  const char* all = meet("stmatrix", &mine, sizeof(mine));
+  uint32_t words[4];
+  for (int t = 0; t < 4; ++t) words[t] = of_lane<Registers>(all, lane() % 8 * 4 + t).r[lane() / 8];
+  memcpy(row, words, 16);
+}
+
 }  // namespace simt

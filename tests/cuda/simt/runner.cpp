@@ -1,7 +1,9 @@
 // Runs the project's host entry points on the simulated device. Reads commands from the standard input, a line each:
 //     device MAJOR MINOR MULTIPROCESSORS SHARED LARGEST_CLUSTER          seed N
-//     plant B C W L              the B-th barrier, C-th cluster barrier, W-th copy wait of every thread is left out, in
-//     launch L load NAME FILE [SKEW]      a heap block of exactly the file's bytes (SKEW bytes past a 16-byte boundary)
+//     plant B C W A L            the B-th barrier, C-th cluster barrier, W-th copy wait, A-th wait for arrivals of
+//     every
+//                                thread is left out, in launch L
+//     load NAME FILE [SKEW]      a heap block of exactly the file's bytes (SKEW bytes past a 16-byte boundary)
 //     make NAME BYTES            likewise, poisoned
 //     save NAME FILE
 //     set KEY VALUE              a field of the next call; the value of a pointer is a block's name
@@ -14,8 +16,8 @@
 #include <sstream>
 #include <string>
 
-#include "kernels.h"
 #include "cuda_host.h"
+#include "kernels.h"
 
 namespace {
 
@@ -168,7 +170,8 @@ int main() {
       in >> n;
       simt::seed(n);
     } else if (word == "plant") {
-      in >> simt::plant.block_barrier >> simt::plant.cluster_barrier >> simt::plant.copy_wait >> simt::plant.launch;
+      in >> simt::plant.block_barrier >> simt::plant.cluster_barrier >> simt::plant.copy_wait >>
+          simt::plant.arrival_wait >> simt::plant.launch;
     } else if (word == "load") {
       size_t skew = 0;
       in >> a >> b >> skew;

@@ -1,0 +1,132 @@
+// The state of the simulated device, which its scheduler (cuda_host.cpp) and what moves data without its threads
+// (moves.cpp) share.
+#pragma once
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+
+#include "cuda_host.h"
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace simt {
+
+[[noreturn]] void fail(const char* why, const char* detail = "");
+
+#if defined(__x86_64__)
+struct Context {
+  void* stack_pointer = nullptr;
+};
+#else
+struct Context {
+  ucontext_t context;
+};
+#endif
+
+// A place where `expected` threads meet; everybody goes on when the last has come.
+struct Meeting {
+  int expected = 0, arrived = 0;
+  uint64_t phase = 0;
+};
+
+struct Warp {
+  Meeting meeting;
+  const char* what = nullptr;
+  std::vector<char> deposits = std::vector<char>(2 * 32 * kDeposit);  // two, so that one meeting an exchange is enough
+};
+
+struct Cluster;
+
+struct Block {
+  Cluster* cluster = nullptr;
+  dim3 index;
+  int rank = 0;
+  char* shared = nullptr;
+  int running = 0;
+  Meeting meeting;
+  int any[2] = {0, 0};
+  std::vector<Warp> warps;
+};
+
+struct Copy {
+  char* to;
+  const char* from;
+  bool valid;
+  char early[16];  // the source as it was when issued: the hardware may read then or later
+  bool use_early;
+};
+
+// An mbarrier of one arrival a phase: over when that has come and as many bytes as were expected.
+struct Counter {
+  bool armed = false;
+  int64_t missing = 0;  // bytes expected and not arrived; below 0 where they came before they were expected
+  uint64_t phase = 0;
+};
+
+// 16 bytes on their way to another CTA.
+struct Send {
+  Block* block;
+  char* to;
+  char bytes[16];
+  Counter* counter;
+};
+
+struct Thread {
+  Context context;
+  char* stack = nullptr;
+  void* fake_stack = nullptr;
+  dim3 index;
+  Block* block = nullptr;
+  Meeting* waits = nullptr;
+  uint64_t waits_for = 0;
+  const Counter* gate = nullptr;  // waits for its phase of this parity to be over
+  uint64_t parity = 0;
+  bool done = false;
+  int block_barriers = 0, cluster_barriers = 0, copy_waits = 0, arrival_waits = 0;  // met so far
+  std::vector<Copy> uncommitted;
+  std::deque<std::vector<Copy>> groups;
+
+  bool blocked() const {
+    return done || (waits != nullptr && waits->phase == waits_for) || (gate != nullptr && gate->phase % 2 == parity);
+  }
+};
+
+struct Cluster {
+  Meeting meeting;
+  std::vector<Block> blocks;
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<std::vector<Thread*>> warps;
+  size_t alive = 0;
+  bool greedy = false;
+  std::map<const void*, Counter> counters;
+  std::vector<Send> under_way;
+};
+
+struct Machine {
+  Context scheduler;
+  void* fake_stack = nullptr;
+  const void* stack_bottom = nullptr;
+  size_t stack_size = 0;
+  dim3 grid, block;
+  int64_t shared = 0;
+  int launch = -1;  // launches so far, this one not counted
+  std::vector<char*> free_stacks;
+  const std::function<void()>* kernel = nullptr;
+  std::mt19937_64 random{1};
+};
+extern Machine machine;
+extern Thread* current;
+
+void to_scheduler(bool for_good);
+// Whether the fault of that number is the one to plant here; counts what was met.
+bool planted(int& met, int fault);
+
+// Lets one send arrive, whichever; false where none is under way.
+bool arrive_one(Cluster& cluster);
+// What no CTA may leave behind.
+void check_moves_of(const Thread& thread);
+void check_moves_to(const Block& block);
+
+}  // namespace simt
