@@ -6,13 +6,13 @@ Registers and shared memory of each kernel are printed (``pytest -s``). Nothing 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sass.toolkit import nvcc, usage
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 ARCHES = (80, 90, 100, 120)
@@ -20,36 +20,11 @@ STATIC_SHARED = 48 * 1024  # what a kernel may hold without asking; ours ask for
 REGISTERS = 255
 
 
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
-
-
 def known_arches() -> list[int]:
     if nvcc() is None:
         return []
     listed = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout
     return [arch for arch in ARCHES if f"compute_{arch}\n" in listed]
-
-
-ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
-STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-USED = re.compile(r"Used (\d+) registers(.*)")
-
-
-def kernels(report: str) -> dict[tuple[str, str], dict[str, int]]:
-    """(kernel, arch) -> stack, stores, loads, registers, shared, from what ``-Xptxas -v`` says."""
-    found: dict[tuple[str, str], dict[str, int]] = {}
-    entry = None
-    for line in report.splitlines():
-        if match := ENTRY.search(line):
-            entry = found.setdefault((match[1], match[2]), {})
-        elif entry is not None and (match := STACK.search(line)):
-            entry.update(stack=int(match[1]), stores=int(match[2]), loads=int(match[3]))
-        elif entry is not None and (match := USED.search(line)):
-            shared = re.search(r"(\d+) bytes smem", match[2])
-            entry.update(registers=int(match[1]), shared=int(shared[1]) if shared else 0)
-    return found
 
 
 def faults(found: dict[str, int]) -> list[str]:
@@ -68,7 +43,7 @@ ptxas info    : Compiling entry function 'bad' for 'sm_90'
     8 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 40 registers, 65536 bytes smem
 """
-    found = kernels(report)
+    found = usage(report)
     assert found["good", "sm_80"] == {"stack": 0, "stores": 0, "loads": 0, "registers": 40, "shared": 1024}
     assert faults(found["good", "sm_80"]) == []
     assert faults(found["bad", "sm_90"]) == ["stack 8", "stores 4", "shared 65536"]
@@ -94,7 +69,7 @@ def test_every_kernel_on_every_arch(tmp_path):
         reports = list(pool.map(compile_one, jobs))
     found: dict[tuple[str, str], dict[str, int]] = {}
     for report in reports:
-        found |= kernels(report)
+        found |= usage(report)
     assert {arch for _, arch in found} == {f"sm_{arch}" for arch in arches}
     names = sorted({name for name, _ in found})
     plain = subprocess.run(["c++filt", "-p", *names], capture_output=True, text=True).stdout.split("\n")

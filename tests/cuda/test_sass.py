@@ -1,0 +1,231 @@
+"""The CUDA kernels' machine code against a budget, where nvcc and nvdisasm are (pip install -e '.[sass]'); no GPU is asked for.
+
+What test_nvcc.py cannot see is time: how much integer arithmetic goes with each 16 bytes, whether loads are on their way
+together, what a barrier was compiled to. A kernel is compiled, disassembled, and one warp's way through it is followed with
+the very arguments of a launch (tools/sass/). `pytest -s` prints the figures.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+from sass import calls, checks, code, toolkit
+from sass.calls import Call
+from sass.checks import Budget
+from sass.warp import Latency, Undecided, Warp
+
+# An H200's clocks and copy rate, the GPU on which instructions are dearest: 4.3 TB/s over 132 multiprocessors at 1.98 GHz
+# are 16.5 bytes a cycle, so a warp's 512 bytes pass in 31 cycles, in which four schedulers issue 124 instructions. A kernel
+# that is to reach a share of the copy rate may fill 60% of those places: the rest is lost to dependences and barriers.
+PLACES, FILLED = 124, 0.6
+
+
+def at_share(share: float) -> float:
+    return PLACES * FILLED / share
+
+
+DENSE = partial(Call, n=32768, d=4096)
+STEP = Call("step", 64, 4096, 8)
+MOMENTS = 8192 * 28 / 256 / 16  # a CTA's 8192 fp32 elements: parameter, gradient, two moments read, all but one written
+# call, which of its launches, kernel, instructions for 16 bytes, registers, CTAs a multiprocessor, and why
+BUDGETS = [
+    Budget(
+        DENSE("forward", r=8), 0, "fused_kernel", at_share(0.85), 128, 2, "85%; two CTAs, one at work while one waits"
+    ),
+    Budget(
+        DENSE("forward", r=16), 0, "fused_kernel", at_share(0.85), 128, 1, "85%; compiled for two CTAs, for few rows"
+    ),
+    Budget(DENSE("forward", r=64), 0, "fused_kernel", at_share(0.75), 255, 1, "75%; 64 coordinates fill the registers"),
+    Budget(DENSE("backward", r=8), 0, "both_kernel", at_share(0.75), 255, 1, "75%; the weights' sums are in registers"),
+    Budget(
+        DENSE("backward", r=16), 0, "both_kernel", at_share(0.75), 255, 1, "75%; the weights' sums are in registers"
+    ),
+    Budget(DENSE("backward", r=64), 0, "fused_kernel", at_share(0.75), 255, 1, "60% in all, 8 bytes an element for 6"),
+    Budget(DENSE("backward", r=64), 1, "sums_kernel", at_share(0.75), 255, 1, "60% in all, 8 bytes an element for 6"),
+    Budget(STEP, 0, "step_kernel", at_share(0.68), 128, 2, "117 MB in 40 us are 68%; rotations", vectors=MOMENTS),
+    Budget(STEP, 1, "step_kernel", at_share(0.68), 128, 2, "117 MB in 40 us are 68%; the rest", vectors=MOMENTS),
+]
+H200 = calls.Device(9, 0, 132, 232448, 16, {(1, 8): 15, (2, 8): 30})
+LATENCY = Latency({})  # of no effect on what is counted here
+
+
+def kernels_of(program: Path) -> dict[str, list[Budget]]:
+    """The budgets by the kernel they are for, the slowest to compile first: it is in a unit with others."""
+    found: dict[str, list[Budget]] = {}
+    for budget in reversed(BUDGETS):
+        found.setdefault(calls.launches(program, budget.call, H200)[budget.which].kernel, []).append(budget)
+    return found
+
+
+@pytest.mark.skipif(toolkit.missing() is not None, reason=toolkit.missing() or "")
+def test_every_kernel_keeps_to_its_budget(tmp_path):
+    program = calls.build(tmp_path)
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        asked = {
+            kernel: (budgets, pool.submit(checks.look, program, budgets, H200, LATENCY, tmp_path))
+            for kernel, budgets in kernels_of(program).items()
+        }
+        looked = [
+            (budget, seen)
+            for budgets, job in asked.values()
+            for budget, seen in zip(budgets, job.result(), strict=True)
+        ]
+    wrong = []
+    for budget, seen in looked:
+        name = f"{seen.kernel}, {budget.call.what} r = {budget.call.r}"
+        print(
+            f"{name:52} {seen.per_vector:4.0f} instructions for 16 bytes (at most {budget.per_vector:3.0f}), "
+            f"{seen.registers:3} registers, {seen.per_sm} a multiprocessor, {seen.size:6} B, "
+            f"in loops {len(seen.ordering)} fences, {len(seen.waited)} loads waited for at once"
+        )
+        if faults := seen.faults(budget):
+            wrong += [f"{name} ({budget.why}):", *(f"    {fault}" for fault in faults)]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+# ---- the parser and the walk, on listings written by hand --------------------------------------------------------------
+
+
+def line(pc: int, text: str, stall: int = 1, sets: int = 7, waits: int = 0) -> str:
+    upper = (stall | 1 << 4 | sets << 5 | 7 << 8 | waits << 11) << 41
+    return f"        /*{pc:04x}*/                   {text} ;   /* 0x{0:016x} */\n   /* 0x{upper:016x} */"
+
+
+def kernel_of(*lines: str | tuple) -> code.Kernel:
+    """Labels as they are; an instruction's text, or (text, stall, sets, waits)."""
+    out, pc = ['\t.section\t.text.planted,"ax",@progbits'], 0
+    for one in lines:
+        if isinstance(one, str) and one.endswith(":"):
+            out.append(one)
+            continue
+        out.append(line(pc, *((one,) if isinstance(one, str) else one)))
+        pc += 16
+    (kernel,) = code.parse("\n".join(out))
+    kernel.registers = 32
+    return kernel
+
+
+LAUNCH = calls.Launch("planted<8>", "Pass", (1, 1, 1), 256, 1, 1024, calls.Tiles(), (4).to_bytes(4, "little"))
+
+
+def loop_of(*body: str | tuple) -> code.Kernel:
+    """Four times round, as the launch's only argument says."""
+    return kernel_of(
+        ("LDC R1, c[0x0][0x210]", 1, 0, 0),
+        "MOV R0, RZ",
+        ".L_x_0:",
+        *body,
+        ("IADD3 R0, R0, 0x1, RZ", 4, 7, 1),
+        "ISETP.GE.AND P0, PT, R0, R1, PT",
+        "@!P0 BRA `(.L_x_0)",
+        "EXIT",
+    )
+
+
+def seen_in(kernel: code.Kernel, vectors: float = 1) -> checks.Found:
+    trace = Warp(kernel, LAUNCH, LATENCY).run()
+    return checks.found(kernel, LAUNCH, trace, len(trace.steps) / vectors)
+
+
+BUDGET = Budget(STEP, 0, "planted", 40, 32, 8, "planted")
+
+
+def test_a_listing_is_read():
+    kernel = kernel_of(
+        ("LDG.E.128 R4, desc[UR6][R2.64+0x10]", 2, 3, 0b100001),
+        "@!UP1 BRA `(.L_x_1)",
+        'BRX R30 -0x30 (*"BRANCH_TARGETS .L_x_1,.L_x_2"*)',
+        ".L_x_1:",
+        "EXIT",
+        ".L_x_2:",
+        "BRA `(.L_x_2)",
+    )
+    load, branch, table, _, _ = kernel.code
+    assert (load.op, load.base, load.args) == ("LDG.E.128", "LDG", ("R4", "desc[UR6][R2.64+0x10]"))
+    assert (load.stall, load.sets, load.waits, load.frees, load.yields) == (2, 3, {0, 5}, -1, False)
+    assert branch.guard == "!UP1" and branch.targets == (0x30,)
+    assert table.targets == (0x30, 0x40)
+    assert [(block.first, block.end, sorted(block.next)) for block in kernel.blocks] == [
+        (0, 2, [1, 2]),
+        (2, 3, [2, 3]),
+        (3, 4, []),
+        (4, 5, [3]),
+    ]
+    assert [(loop.head, loop.blocks, loop.depth) for loop in kernel.loops] == [(3, {3}, 1)]
+
+
+def test_loops_are_nested():
+    kernel = loop_of(
+        "MOV R3, RZ", ".L_x_7:", "VIADD R3, R3, 0x1", "ISETP.NE.AND P1, PT, R3, 0x3, PT", "@P1 BRA `(.L_x_7)"
+    )
+    outer, inner = kernel.loops
+    assert inner.parent is outer and (outer.depth, inner.depth) == (1, 2) and inner.blocks < outer.blocks
+    trace = Warp(kernel, LAUNCH, LATENCY).run()
+    assert len(trace.visits(3)) == 12 and len(trace.steps) == 2 + 4 * (1 + 9 + 3) + 1
+
+
+def test_a_good_kernel_is_let_through():
+    good = loop_of(
+        ("LDG.E R4, desc[UR6][R2.64]", 1, 1, 0),
+        ("LDG.E R5, desc[UR6][R2.64+0x10]", 1, 2, 0),
+        ("FADD R6, R4, R5", 4, 7, 0b110),
+    )
+    assert seen_in(good).faults(BUDGET) == []
+
+
+def test_planted_faults_are_found():
+    fence = loop_of("MEMBAR.ALL.GPU", "CCTL.IVALL")
+    assert seen_in(fence).faults(BUDGET) == ["in a loop: 00020: MEMBAR.ALL.GPU", "in a loop: 00030: CCTL.IVALL"]
+    waited = loop_of(("LDG.E R4, desc[UR6][R2.64]", 1, 1, 0), ("FADD R6, R4, R4", 4, 7, 0b10))
+    assert seen_in(waited).faults(BUDGET) == ["waited for at once, in a loop: 00020: LDG.E R4, desc[UR6][R2.64]"]
+    long = seen_in(loop_of(*["VIADD R7, R7, 0x1"] * 10), 1)
+    assert long.faults(BUDGET) == ["55 instructions for 16 bytes a lane, at most 40"]
+    large = kernel_of(*["NOP"] * 3072, "EXIT")
+    large.registers = 40
+    assert seen_in(large, 100).faults(BUDGET) == [
+        "40 registers, at most 32",
+        "6 CTAs a multiprocessor, at least 8",
+        "49168 bytes of code, at most 49152",
+    ]
+    assert "another plan" in checks.Found("other<8>", 1, 1, 9, 1).faults(BUDGET)[0]
+
+
+def test_a_fence_behind_the_loop_is_none_of_its_own():
+    kernel = loop_of("NOP")
+    kernel.code.insert(-1, code.instruction_of(0x1000, "MEMBAR.ALL.GPU"))
+    assert seen_in(kernel).faults(BUDGET) == []
+
+
+def test_lanes_part_and_meet():
+    kernel = kernel_of(
+        "S2R R0, SR_TID.X",
+        "BSSY B0, `(.L_x_1)",
+        "ISETP.GE.U32.AND P0, PT, R0, 0x5, PT",
+        "@P0 BRA `(.L_x_0)",
+        "IMAD.WIDE.U32 R2, R0, -0x1, RZ",
+        "BRA `(.L_x_2)",
+        ".L_x_0:",
+        "SHF.L.U32 R2, R0, 0x2, RZ",
+        ".L_x_2:",
+        "BSYNC B0",
+        ".L_x_1:",
+        "EXIT",
+    )
+    warp = Warp(kernel, LAUNCH, LATENCY)
+    trace = warp.run()
+    assert [len(trace.visits(i)) for i in range(9)] == [1, 1, 1, 1, 1, 1, 1, 2, 1]
+    assert warp.registers.file["R"][2].tolist()[:8] == [0, 2**32 - 1, 2**32 - 2, 2**32 - 3, 2**32 - 4, 20, 24, 28]
+
+
+def test_a_way_that_depends_on_memory_is_asked_for():
+    kernel = kernel_of(
+        "LDG.E R0, desc[UR6][R2.64]", "ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 BRA `(.L_x_0)", ".L_x_0:", "EXIT"
+    )
+    with pytest.raises(Undecided, match="@P0 BRA"):
+        Warp(kernel, LAUNCH, LATENCY).run()
+    assert len(Warp(kernel, LAUNCH, LATENCY, decide=lambda _: False).run().steps) == 4

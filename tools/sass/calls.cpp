@@ -1,0 +1,156 @@
+// Which kernels an edit, its backward or an optimizer step launches on a device, and with which arguments: the host code
+// of csrc/cuda itself is run, with a launch that writes down what it was given. A line a launch:
+//     <the recorder's signature, which names the kernel> | grid x y z threads cluster shared | rows bytes tiles groups |
+//     <the arguments' bytes, hex>
+// where a tile is `rows` rows and moves `bytes` bytes between a CTA and global memory, and `groups` clusters or CTAs share
+// the `tiles`; all 0 for a kernel without tiles.
+// Addresses are made up; what is asked for and how large it is comes from the command line (calls.py).
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "edit_args.h"
+#include "launch.h"
+
+namespace fastreft {
+namespace {
+
+Device described;
+
+template <typename Arg>
+void append(std::vector<unsigned char>& bytes, const Arg& arg) {
+  bytes.resize((bytes.size() + alignof(Arg) - 1) / alignof(Arg) * alignof(Arg));
+  const auto* from = reinterpret_cast<const unsigned char*>(&arg);
+  bytes.insert(bytes.end(), from, from + sizeof(Arg));
+}
+
+struct Tiles {
+  int64_t rows = 0, bytes = 0, tiles = 0, groups = 0;
+};
+Tiles tiles_of(const Fused& f) {
+  const int moved = f.shape.inputs + (f.pass.out.p != nullptr);
+  return {f.shape.rows, int64_t{2} * f.shape.rows * f.shape.width * moved, f.tiles, f.clusters};
+}
+Tiles tiles_of(const Both& both) { return tiles_of(both.f); }
+Tiles tiles_of(const Gradient& s) {
+  const int depth = both_depth(padded_rank(s.r));
+  return {kSumsRows, int64_t{2} * kSumsRows * (2 * kSumsColumns + 3 * depth), ceil_div(s.n, kSumsRows), s.splits};
+}
+template <typename Arg>
+Tiles tiles_of(const Arg&) {
+  return {};
+}
+
+template <auto Kernel, typename First, typename... Args>
+int recorded(const Grid& grid, void*, const First& first, const Args&... args) {
+  const auto wide = [](int64_t x) { return static_cast<long long>(x); };
+  printf("%s | %lld %d %d %d %d %lld | ", __PRETTY_FUNCTION__, wide(grid.x), grid.y, grid.z, grid.threads, grid.cluster,
+         wide(grid.shared));
+  const Tiles t = tiles_of(first);
+  printf("%lld %lld %lld %lld | ", wide(t.rows), wide(t.bytes), wide(t.tiles), wide(t.groups));
+  std::vector<unsigned char> bytes;
+  append(bytes, first);
+  (append(bytes, args), ...);
+  for (const unsigned char byte : bytes) printf("%02x", byte);
+  puts("");
+  return 0;
+}
+
+// A made-up address, 4 GB from the one before it.
+template <typename T = void>
+T* somewhere() {
+  static uint64_t next = 0x7f0000000000;
+  next += uint64_t{1} << 32;
+  return reinterpret_cast<T*>(next);
+}
+
+}  // namespace
+
+int current_device(Device& device) {
+  device = described;
+  return 0;
+}
+
+}  // namespace fastreft
+
+#define launch recorded
+FASTREFT_UNITS  // #include of every unit of csrc/cuda that launches
+
+using namespace fastreft;
+
+int main(int count, char** words) {
+  std::vector<int64_t> number;
+  for (int i = 2; i < count; ++i) number.push_back(atoll(words[i]));
+  const std::string what = words[1];
+  size_t at = 0;
+  const auto next = [&] { return number.at(at++); };
+  described.major = static_cast<int>(next());
+  described.minor = static_cast<int>(next());
+  described.multiprocessors = static_cast<int>(next());
+  described.shared = next();
+  described.largest_cluster = static_cast<int>(next());
+  described.asked = described.largest_cluster > 1;
+  for (auto& per_sm : described.resident)
+    for (int c = 1; c <= 16; ++c) per_sm[c] = static_cast<int>(next());
+  const int64_t n = next(), total = next(), d = next(), r = next();  // a step: n items of r x d
+  const bool listed = next(), kept = next(), dh = next();
+  const int64_t* index = listed ? somewhere<int64_t>() : nullptr;
+  printf("index %llu\n", reinterpret_cast<unsigned long long>(index));
+  const Weight U{somewhere()}, V{somewhere()}, b{somewhere()};
+  const Rows state{somewhere(), 1, d, 0}, other{somewhere(), 1, d, 0}, saved{somewhere(), 1, d, 0};
+  const auto fill = [&](auto& args) {
+    args.n = n;
+    args.total = total;
+    args.d = d;
+    args.r = r;
+    args.type = DType::bf16;
+    args.index = index;
+    args.w.U = args.w.P = U;
+    args.w.V = V;
+    args.w.b = b;
+    args.w.tied = true;
+  };
+  if (what == "forward") {
+    EditArgs args;
+    fill(args);
+    args.h = state;
+    args.out = listed ? state : other;
+    if (kept) args.z = somewhere();
+    if (kept && listed) args.saved = saved.p;
+    return edit_forward_cuda(args);
+  }
+  if (what == "backward") {
+    EditGradArgs args;
+    fill(args);
+    args.g = state;
+    if (dh) args.dh = other;
+    args.h = listed ? saved : Rows{somewhere(), 1, d, 0};
+    args.z = somewhere();
+    args.dU = somewhere();
+    args.dV = somewhere();
+    args.db = somewhere();
+    args.scratch = somewhere();
+    return edit_backward_cuda(args);
+  }
+  // As ReftAdamW steps: all rotations in one call, all other parameters in another.
+  std::vector<StepItem> rotations, others;
+  const auto item = [](int64_t rows, int64_t columns, bool orthonormal) {
+    StepItem made;
+    made.param = {somewhere(), rows, columns, DType::f32};
+    made.g = somewhere();
+    made.m = somewhere();
+    made.v = somewhere();
+    made.orthonormal = orthonormal;
+    return made;
+  };
+  for (int64_t i = 0; i < n; ++i) {
+    rotations.push_back(item(r, d, true));
+    others.push_back(item(r, d, false));
+    others.push_back(item(1, r, false));
+  }
+  StepArgs step;
+  step.lr = 1e-3;
+  const int error = adamw_step_cuda(rotations.data(), static_cast<int>(n), step, somewhere(), nullptr);
+  return error ? error : adamw_step_cuda(others.data(), static_cast<int>(2 * n), step, somewhere(), nullptr);
+}

@@ -1,0 +1,127 @@
+"""What a kernel's machine code is held to, and one kernel looked at for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .calls import Call, Device, Launch, launches
+from .code import Instruction, Kernel
+from .tiles import per_tile, walked
+from .toolkit import compiled
+from .warp import Latency, Trace
+
+# Waits for all of a thread's memory operations, for the whole GPU, and throws away the L1: what a barrier or a fence with
+# a scope beyond the CTA turns into.
+ORDERING = ("MEMBAR", "ERRBAR", "CCTL")
+LOADS = ("LDG", "LD")
+NEAR = 4  # instructions: a load waited for sooner than that hides nothing
+REGISTERS, SHARED, WARPS = 65536, 233472, 64  # of a multiprocessor of cc 9.0
+RESERVED = 1024  # bytes of shared memory that the system takes of each CTA
+
+
+def walked_loops(trace: Trace) -> set[int]:
+    """Indices of the instructions of the loops that a walk went round in."""
+    blocks = trace.kernel.blocks
+    inside: set[int] = set()
+    for loop in trace.kernel.loops:
+        if len(trace.visits(blocks[loop.head].first)) > 1:
+            inside |= {i for b in loop.blocks for i in range(blocks[b].first, blocks[b].end)}
+    return inside
+
+
+def ordering_in_loops(trace: Trace) -> list[Instruction]:
+    """Fences in loops that a walk went round in, whether or not it met them."""
+    code = trace.kernel.code
+    return [code[i] for i in sorted(walked_loops(trace)) if code[i].base in ORDERING]
+
+
+def waited_loads(trace: Trace) -> list[Instruction]:
+    """Loads from global memory in loops that were alone on their way and waited for at once: a round trip each time."""
+    code, inside = trace.kernel.code, walked_loops(trace)
+    found: set[int] = set()
+    on_their_way: list[tuple[int, int]] = []  # (place in the walk, index) of loads not yet waited for
+    for place, step in enumerate(trace.steps):
+        x = code[step.index]
+        if any(code[i].sets in x.waits for _, i in on_their_way):
+            at, i = on_their_way[0]
+            if len(on_their_way) == 1 and place - at <= NEAR and i in inside:
+                found.add(i)
+            on_their_way = [(at, i) for at, i in on_their_way if code[i].sets not in x.waits]
+        if x.base in LOADS and x.sets >= 0:
+            on_their_way.append((place, step.index))
+    return [code[i] for i in sorted(found)]
+
+
+def per_sm(kernel: Kernel, launch: Launch) -> int:
+    """CTAs that a multiprocessor of cc 9.0 holds: registers (8 at a time, a warp) and shared memory decide."""
+    warps = launch.threads // 32
+    by_registers = REGISTERS // (-(-kernel.registers // 8) * 8 * 32) // warps
+    return min(by_registers, SHARED // (launch.shared + RESERVED), WARPS // warps)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one launch of a call may cost. `vector`: 16 bytes that a lane loads from or stores to global memory."""
+
+    call: Call
+    which: int  # of the call's launches
+    kernel: str  # without its template's arguments
+    per_vector: float  # instructions of a warp, tiles only where there are tiles
+    registers: int
+    per_sm: int  # CTAs a multiprocessor at least
+    why: str
+    size: int = 48 * 1024  # bytes of code
+    vectors: float = 0  # that a lane moves in all, where there are no tiles
+
+
+@dataclass(frozen=True)
+class Found:
+    """The same figures, as they are."""
+
+    kernel: str
+    per_vector: float
+    registers: int
+    per_sm: int
+    size: int
+    ordering: tuple[str, ...] = ()
+    waited: tuple[str, ...] = ()
+
+    def faults(self, budget: Budget) -> list[str]:
+        wrong = []
+        if self.kernel.split("<")[0] != budget.kernel:
+            wrong.append(f"is not {budget.kernel}: another plan than the one this budget is for")
+        if self.per_vector > budget.per_vector:
+            wrong.append(f"{self.per_vector:.0f} instructions for 16 bytes a lane, at most {budget.per_vector:.0f}")
+        if self.registers > budget.registers:
+            wrong.append(f"{self.registers} registers, at most {budget.registers}")
+        if self.per_sm < budget.per_sm:
+            wrong.append(f"{self.per_sm} CTAs a multiprocessor, at least {budget.per_sm}")
+        if self.size > budget.size:
+            wrong.append(f"{self.size} bytes of code, at most {budget.size}")
+        wrong += [f"in a loop: {text}" for text in self.ordering]
+        wrong += [f"waited for at once, in a loop: {text}" for text in self.waited]
+        return wrong
+
+
+def found(kernel: Kernel, launch: Launch, trace: Trace, per_vector: float) -> Found:
+    ordering, waited = (tuple(map(str, listed(trace))) for listed in (ordering_in_loops, waited_loads))
+    return Found(launch.kernel, per_vector, kernel.registers, per_sm(kernel, launch), kernel.size, ordering, waited)
+
+
+def look(program: Path, budgets: list[Budget], device: Device, latency: Latency, folder: Path) -> list[Found]:
+    """Compiles the one kernel that all these budgets are for, and walks it once for each."""
+    seen = []
+    kernel = None
+    for budget in budgets:
+        launch = launches(program, budget.call, device)[budget.which]
+        kernel = kernel or compiled(launch.kernel, launch.arguments, folder)
+        if launch.tiles.count:
+            tile = per_tile(program, budget.call, device, budget.which, kernel, latency)
+            trace, instructions = tile.whole, tile.instructions[0]
+            vectors = launch.tiles.bytes / launch.threads / 16
+        else:
+            (trace,) = walked(kernel, launch, latency)
+            vectors, instructions = budget.vectors, float(len(trace.steps))
+        seen.append(found(kernel, launch, trace, instructions / vectors))
+    return seen

@@ -1,0 +1,106 @@
+"""What one tile costs: a launch with a few tiles a CTA walked to its end, and one with some more; the difference is theirs.
+
+So it does not matter how a kernel's loops are cut, unrolled or overlapped; what comes before and after them is in neither.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .calls import Call, Device, Launch, launches
+from .code import Instruction, Kernel
+from .values import UNKNOWN, Value, from_double, from_float
+from .warp import Latency, Trace, Warp
+
+FEW, MORE = 4, 6  # tiles a CTA: enough for all stages of the pipe
+BARRIERS = ("BAR", "UCGABAR_WAIT")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What each of some warps does for one tile, and what the CTA's slowest do from barrier to barrier."""
+
+    instructions: tuple[float, ...]  # a warp
+    cycles: tuple[float, ...]  # a warp alone
+    critical: float  # cycles of the slowest warp between barriers, added up
+    barriers: float
+    counts: Counter[str]  # of the first warp
+    whole: Trace  # the first warp's longer walk
+
+
+def memory_of(launch: Launch):
+    """What a launch finds in memory as far as its way depends on it: distinct rows in the list, and ones."""
+    one = from_double(np.ones(32))
+
+    def read(x: Instruction, place: Value, further: int) -> Value:
+        if launch.index and (place >= launch.index).all() and (place < launch.index + (1 << 32)).all():
+            row = (place - launch.index) // 8 * 7
+            return row if further % 2 == 0 else row * 0
+        wide = ".64" in x.op or ".128" in x.op
+        if x.base == "LDS" and wide and not launch.tiles.count:  # sums in double
+            return one[further % 2]
+        return from_float(np.ones(32)) if not launch.tiles.count else np.full(32, UNKNOWN)
+
+    return read
+
+
+def walked(
+    kernel: Kernel, launch: Launch, latency: Latency, warps: tuple[int, ...] = (0,), cta: int = 0
+) -> list[Trace]:
+    memory = memory_of(launch)
+    return [Warp(kernel, launch, latency, warp, (cta, 0), memory).run() for warp in warps]
+
+
+def segments(trace: Trace) -> list[float]:
+    """Cycles from each barrier to the next."""
+    cuts = [0.0]
+    for step in trace.steps:
+        x = trace.kernel.code[step.index]
+        if x.base in BARRIERS or "TRYWAIT" in x.op:
+            cuts.append(step.time)
+    return [b - a for a, b in zip(cuts, [*cuts[1:], trace.end], strict=True)]
+
+
+def critical(traces: list[Trace]) -> float:
+    """Cycles of the slowest warp between barriers, where all meet the same ones; else of the slowest warp."""
+    parts = [segments(trace) for trace in traces]
+    if len({len(part) for part in parts}) > 1:
+        return max(trace.end for trace in traces)
+    return sum(max(column) for column in zip(*parts, strict=True))
+
+
+def with_tiles(program: Path, call: Call, device: Device, which: int, each: int) -> Launch:
+    """The call's `which`-th launch for so many rows that every CTA has `each` tiles."""
+    full = launches(program, call, device)[which]
+    n = full.tiles.groups * full.tiles.rows * each
+    launch = launches(program, replace(call, n=n, total=0), device)[which]
+    if (launch.kernel, launch.grid, launch.tiles.bytes) != (full.kernel, full.grid, full.tiles.bytes):
+        raise ValueError(f"{call} with n = {n} is another plan: {launch}, not {full}")
+    return launch
+
+
+def per_tile(
+    program: Path,
+    call: Call,
+    device: Device,
+    which: int,
+    kernel: Kernel,
+    latency: Latency,
+    warps: tuple[int, ...] = (0,),
+) -> Tile:
+    few, more = (walked(kernel, with_tiles(program, call, device, which, n), latency, warps) for n in (FEW, MORE))
+    tiles = MORE - FEW
+    counts = more[0].counts()
+    counts.subtract(few[0].counts())
+    return Tile(
+        tuple((len(b.steps) - len(a.steps)) / tiles for a, b in zip(few, more, strict=True)),
+        tuple((b.end - a.end) / tiles for a, b in zip(few, more, strict=True)),
+        (critical(more) - critical(few)) / tiles,
+        (len(segments(more[0])) - len(segments(few[0]))) / tiles,
+        Counter({op: count / tiles for op, count in counts.items() if count}),
+        more[0],
+    )
