@@ -1,10 +1,10 @@
-// Which kernels an edit, its backward or an optimizer step launches on a device, and with which arguments: the host code
-// of csrc/cuda itself is run, with a launch that writes down what it was given. A line a launch:
-//     <the recorder's signature, which names the kernel> | grid x y z threads cluster shared | rows bytes tiles groups |
-//     <the arguments' bytes, hex>
-// where a tile is `rows` rows and moves `bytes` bytes between a CTA and global memory, and `groups` clusters or CTAs share
-// the `tiles`; all 0 for a kernel without tiles.
-// Addresses are made up; what is asked for and how large it is comes from the command line (calls.py).
+// Which kernels an edit, its backward or an optimizer step launches on a device, and with which arguments: the host
+// code of csrc/cuda itself is run, with a launch that writes down what it was given. A line a launch:
+//     <the recorder's signature, which names the kernel> | grid x y z threads cluster shared | rows bytes tiles groups
+//     | <the arguments' bytes, hex>
+// where a tile is `rows` rows and moves `bytes` bytes between a CTA and global memory, and `groups` clusters or CTAs
+// share the `tiles`; all 0 for a kernel without tiles. Addresses are made up; what is asked for and how large it is
+// comes from the command line (calls.py).
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -77,7 +77,7 @@ int current_device(Device& device) {
 #define launch recorded
 FASTREFT_UNITS  // #include of every unit of csrc/cuda that launches
 
-using namespace fastreft;
+    using namespace fastreft;
 
 int main(int count, char** words) {
   std::vector<int64_t> number;

@@ -71,19 +71,17 @@ class Launch:
 
 def build(folder: Path) -> Path:
     """The program that answers, built in `folder`."""
-    units = [path for path in sorted(CUDA.glob("*.cu")) if re.search(r"\blaunch<", path.read_text())]
-    asked = sorted(CUDA.glob("*.cu"))
-    hosts = [path for path in asked if path not in units and path.name != "launch.cu"]
+    units = [path for path in sorted(CUDA.glob("*.cu")) if path.name != "launch.cu"]  # which asks a real device
     source = (HERE / "calls.cpp").read_text()
-    source = source.replace("FASTREFT_UNITS", "\n".join(f'#include "{path}"' for path in [*units, *hosts]), 1)
+    source = source.replace("FASTREFT_UNITS", "\n".join(f'#include "{path}"' for path in units), 1)
     unit, program = folder / "calls.cpp", folder / "calls"
     unit.write_text(source)
     # Of the kernels only the names are wanted: what they call of the simulator is never reached.
     command = ["g++", "-std=c++17", "-O0", "-w", "-DFASTREFT_SIMT", f"-I{CUDA}", f"-I{ROOT}/tests/cuda/simt"]
-    command += ["-static", "-Wl,--unresolved-symbols=ignore-all", unit, "-o", program]
+    command += ["-static", "-Wl,--unresolved-symbols=ignore-all", str(unit), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
     return program
 
 

@@ -3,6 +3,8 @@ numbers that are known (`memory` in warp.py): rounding is the hardware's where i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .alu import Registers, effect
@@ -54,6 +56,15 @@ def float_compare(r: Registers, x: Instruction, to: list[Operand], of: list[Oper
     r.write(to[1], combined(how, np.where(holds < 0, UNKNOWN, 1 - holds), other), lanes)
 
 
+FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "RCP": lambda v: 1 / v,
+    "RSQ": lambda v: 1 / np.sqrt(v),
+    "SQRT": np.sqrt,
+    "EX2": np.exp2,
+    "LG2": np.log2,
+}
+
+
 @effect("MUFU")
 def special_function(r: Registers, x: Instruction, to: list[Operand], of: list[Operand], lanes: Value) -> None:
     name = x.op.split(".")[1]
@@ -64,17 +75,10 @@ def special_function(r: Registers, x: Instruction, to: list[Operand], of: list[O
         r.write(to[0], where_known(result, bits), lanes)
         return
     value, known = r.single(of[0])
-    functions = {
-        "RCP": lambda v: 1 / v,
-        "RSQ": lambda v: 1 / np.sqrt(v),
-        "SQRT": np.sqrt,
-        "EX2": np.exp2,
-        "LG2": np.log2,
-    }
-    if name not in functions:
+    if name not in FUNCTIONS:
         r.write(to[0], np.full(32, UNKNOWN), lanes)
         return
-    r.write(to[0], where_known(from_float(functions[name](value)), known), lanes)
+    r.write(to[0], where_known(from_float(FUNCTIONS[name](value)), known), lanes)
 
 
 @effect("FCHK")

@@ -6,6 +6,7 @@ So it does not matter how a kernel's loops are cut, unrolled or overlapped; what
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,18 +22,22 @@ BARRIERS = ("BAR", "UCGABAR_WAIT")
 
 
 @dataclass(frozen=True)
-class Tile:
-    """What each of some warps does for one tile, and what the CTA's slowest do from barrier to barrier."""
+class Cost:
+    """What each of some warps of a CTA does, for a tile or besides."""
 
     instructions: tuple[float, ...]  # a warp
-    cycles: tuple[float, ...]  # a warp alone
-    critical: float  # cycles of the slowest warp between barriers, added up
-    barriers: float
-    counts: Counter[str]  # of the first warp
-    whole: Trace  # the first warp's longer walk
+    critical: float  # cycles of the slowest warp from barrier to barrier, added up
+    counts: Counter[str]  # the first warp's instructions, by opcode with modifiers
 
 
-def memory_of(launch: Launch):
+@dataclass(frozen=True)
+class Costs:
+    tile: Cost  # of one tile; nothing where a launch has none
+    rest: Cost  # of all else
+    whole: Trace  # a walk of the first warp's, a few tiles long
+
+
+def memory_of(launch: Launch) -> Callable[[Instruction, Value, int], Value]:
     """What a launch finds in memory as far as its way depends on it: distinct rows in the list, and ones."""
     one = from_double(np.ones(32))
 
@@ -83,7 +88,23 @@ def with_tiles(program: Path, call: Call, device: Device, which: int, each: int)
     return launch
 
 
-def per_tile(
+def cost_of(traces: list[Trace]) -> Cost:
+    return Cost(tuple(float(len(trace.steps)) for trace in traces), critical(traces), traces[0].counts())
+
+
+def times(cost: Cost, factor: float) -> Cost:
+    counts = Counter({op: factor * count for op, count in cost.counts.items()})
+    return Cost(tuple(factor * n for n in cost.instructions), factor * cost.critical, counts)
+
+
+def less(a: Cost, b: Cost) -> Cost:
+    counts = Counter(a.counts)
+    counts.subtract(b.counts)
+    instructions = tuple(x - y for x, y in zip(a.instructions, b.instructions, strict=True))
+    return Cost(instructions, a.critical - b.critical, Counter({op: n for op, n in counts.items() if n}))
+
+
+def costs(
     program: Path,
     call: Call,
     device: Device,
@@ -91,16 +112,13 @@ def per_tile(
     kernel: Kernel,
     latency: Latency,
     warps: tuple[int, ...] = (0,),
-) -> Tile:
+) -> Costs:
+    """Of the call's `which`-th launch."""
+    launch = launches(program, call, device)[which]
+    if launch.tiles.count <= launch.tiles.groups:  # no more than one for each CTA
+        traces = walked(kernel, launch, latency, warps)
+        whole = cost_of(traces)
+        return Costs(times(whole, 0), whole, traces[0])
     few, more = (walked(kernel, with_tiles(program, call, device, which, n), latency, warps) for n in (FEW, MORE))
-    tiles = MORE - FEW
-    counts = more[0].counts()
-    counts.subtract(few[0].counts())
-    return Tile(
-        tuple((len(b.steps) - len(a.steps)) / tiles for a, b in zip(few, more, strict=True)),
-        tuple((b.end - a.end) / tiles for a, b in zip(few, more, strict=True)),
-        (critical(more) - critical(few)) / tiles,
-        (len(segments(more[0])) - len(segments(few[0]))) / tiles,
-        Counter({op: count / tiles for op, count in counts.items() if count}),
-        more[0],
-    )
+    tile = times(less(cost_of(more), cost_of(few)), 1 / (MORE - FEW))
+    return Costs(tile, less(cost_of(few), times(tile, FEW)), more[0])

@@ -57,31 +57,20 @@ def compiled(kernel: str, arguments: str, folder: Path, arch: int = 90) -> code.
     header = header_of(kernel.split("<")[0].split("::")[-1])
     source = [f'#include "{header}"']
     if header.suffix == ".cuh":
-        source.append(f"template __global__ void fastreft::{kernel}(const __grid_constant__ {arguments});")
-        source[1:] = ["namespace fastreft {", source[1].replace("fastreft::", "", 1), "}"]
+        instance = f"template __global__ void {kernel}(const __grid_constant__ {arguments});"
+        source += ["namespace fastreft {", instance, "}"]
     stem = re.sub(r"\W+", "_", f"{kernel}{arch}")
     unit, cubin = folder / f"{stem}.cu", folder / f"{stem}.cubin"
     unit.write_text("\n".join(source) + "\n")
-    command = [
-        nvcc(),
-        "-std=c++17",
-        "-O3",
-        f"-arch=sm_{arch}",
-        "-lineinfo",
-        "-Xptxas",
-        "-v",
-        "-cubin",
-        "-o",
-        cubin,
-        unit,
-    ]
+    options = f"-std=c++17 -O3 -arch=sm_{arch} -lineinfo -Xptxas -v -cubin"
+    command = [str(nvcc()), *options.split(), "-o", str(cubin), str(unit)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
     kernels = disassembled(cubin)
     used = usage(done.stderr + done.stdout)
-    for found in kernels:
-        found.registers = used[found.name, f"sm_{arch}"]["registers"]
+    for each in kernels:
+        each.registers = used[each.name, f"sm_{arch}"]["registers"]
     names = plain_names([k.name for k in kernels])
     found = [k for k, name in zip(kernels, names, strict=True) if name == kernel]
     if len(found) != 1:
@@ -100,7 +89,7 @@ def plain_names(symbols: list[str]) -> list[str]:
 
 
 def disassembled(cubin: Path) -> list[code.Kernel]:
-    done = subprocess.run([nvdisasm(), "-c", "-hex", "-gi", cubin], capture_output=True, text=True)
+    done = subprocess.run([str(nvdisasm()), "-c", "-hex", "-gi", cubin], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"nvdisasm {cubin}: {done.stderr[-2000:]}")
     kernels = code.parse(done.stdout)

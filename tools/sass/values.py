@@ -64,22 +64,20 @@ FLOATS = {"+INF": np.inf, "INF": np.inf, "+QNAN": np.nan, "QNAN": np.nan, "+SNAN
 @cache
 def operand(text: str) -> Operand | None:
     """None for what is no value: an address, a label, a special register."""
-    flags = {"negative": False, "inverted": False, "absolute": False}
-    rest = text
-    while rest and rest[0] in "-~!|":
-        flags[{"-": "negative", "~": "inverted", "!": "inverted", "|": "absolute"}[rest[0]]] = True
-        rest = rest[1:]
-    rest = rest.replace("|", "")
+    marks = text[: len(text) - len(text.lstrip("-~!|"))]
+    rest = text.lstrip("-~!|").replace("|", "")
+    negative, inverted, absolute = "-" in marks, "~" in marks or "!" in marks, "|" in marks
     if match := REGISTER.match(rest):
         number = ZERO[match[1]] if match[2] in "ZT" else int(match[2])
-        return Operand(match[1], number, part=match[3] or "", **flags)
+        return Operand(match[1], number, 0, "", negative, inverted, absolute, match[3] or "")
     if match := CONSTANT.match(rest):
-        return Operand("c", int(match[3] or "0", 16), int(match[1], 16), match[2] or "", **flags)
+        number = int(match[3] or "0", 16)
+        return Operand("c", number, int(match[1], 16), match[2] or "", negative, inverted, absolute)
     if re.fullmatch(r"0x[0-9a-f]+", rest):
-        return Operand("number", int(rest, 16), **flags)
+        return Operand("number", int(rest, 16), 0, "", negative, inverted, absolute)
     if rest in FLOATS or re.fullmatch(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?", rest):
         value = FLOATS[rest] if rest in FLOATS else float(rest)
-        return Operand("number", 0, decimal=-value if flags["negative"] else value)
+        return Operand("number", 0, decimal=-value if negative else value)
     return None
 
 

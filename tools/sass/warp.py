@@ -26,6 +26,7 @@ from .registers import Registers, address, sides, width
 from .values import LANES, UNKNOWN, Value, operand
 
 PARAMETERS = {8: 0x160, 9: 0x210, 10: 0x380, 12: 0x380}  # where a kernel's arguments begin in bank 0, by cc
+CLUSTERED = 0x140  # in bank 0: whether this is a launch of clusters, which a cluster's barrier asks
 ALL = np.ones(32, dtype=bool)
 
 
@@ -65,19 +66,9 @@ class Trace:
         """Places in `steps` of one instruction."""
         return [place for place, step in enumerate(self.steps) if step.index == index]
 
-    def part(self, first: int, end: int) -> Trace:
-        last = self.steps[end].time if end < len(self.steps) else self.end
-        return Trace(self.kernel, self.steps[first:end], last)
-
-    @property
-    def cycles(self) -> float:
-        return self.end - self.steps[0].time if self.steps else 0.0
-
     def counts(self) -> Counter[str]:
-        return Counter(self.kernel.code[step.index].base for step in self.steps)
-
-    def instructions(self) -> list[Instruction]:
-        return [self.kernel.code[step.index] for step in self.steps]
+        """How often each opcode was issued, its modifiers told apart."""
+        return Counter(self.kernel.code[step.index].op for step in self.steps)
 
 
 @dataclass
@@ -106,6 +97,7 @@ class Warp:
         bank0 = bytearray(head) + launch.bytes
         for at, number in zip(range(0, 24, 4), (launch.threads, 1, 1, *launch.grid), strict=True):
             bank0[at : at + 4] = number.to_bytes(4, "little")
+        bank0[CLUSTERED : CLUSTERED + 4] = int(launch.cluster > 1).to_bytes(4, "little")
         self.registers = Registers({0: bytes(bank0), 2: kernel.constants})
         lane = LANES.astype(np.int64)
         rank = cta[0] % launch.cluster
@@ -151,7 +143,8 @@ class Warp:
                 read = min(self.latency.of(x), self.latency.operands_read)
                 self.boards[x.frees] = max(self.boards[x.frees], self.now + read)
             self.now += max(x.stall, 1)
-            group = self.follow(x, group)
+            with np.errstate(all="ignore"):  # lanes where a number is unknown are worked out, too
+                group = self.follow(x, group)
         trace.end = self.now
         return trace
 
