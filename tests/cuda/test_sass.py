@@ -110,7 +110,7 @@ def kernel_of(*lines: str | tuple) -> code.Kernel:
     return kernel
 
 
-LAUNCH = calls.Launch("planted<8>", "Pass", (1, 1, 1), 256, 1, 1024, calls.Tiles(), (4).to_bytes(4, "little"))
+LAUNCH = calls.Launch("planted<8>", (1, 1, 1), 256, 1, 1024, calls.Tiles(), (4).to_bytes(4, "little"))
 
 
 def loop_of(*body: str | tuple) -> code.Kernel:

@@ -59,7 +59,6 @@ class Tiles:
 @dataclass(frozen=True)
 class Launch:
     kernel: str  # fused_kernel<bf16, 8, false>
-    arguments: str  # the types of its arguments
     grid: tuple[int, int, int]
     threads: int
     cluster: int
@@ -85,9 +84,7 @@ def build(folder: Path) -> Path:
     return program
 
 
-LAUNCH = re.compile(
-    r"\[with auto Kernel = (.*?); First = (.*?); Args = \{(.*?)\}\] \| ([-\d ]+) \| ([-\d ]+) \| ([0-9a-f]+)$"
-)
+LAUNCH = re.compile(r"\[with auto Kernel = (.*?); First = .*?\] \| ([-\d ]+) \| ([-\d ]+) \| ([0-9a-f]+)$")
 
 
 def launches(program: Path, call: Call, device: Device) -> list[Launch]:
@@ -103,17 +100,16 @@ def launches(program: Path, call: Call, device: Device) -> list[Launch]:
         if match is None:
             raise ValueError(f"not a launch: {line[:400]}")
         kernel = match[1].replace("{anonymous}::", "").replace("fastreft::", "")
-        x, y, z, threads, cluster, shared = (int(word) for word in match[4].split())
+        x, y, z, threads, cluster, shared = (int(word) for word in match[2].split())
         found.append(
             Launch(
                 kernel,
-                ", ".join(filter(None, (match[2], match[3]))),
                 (x, y, z),
                 threads,
                 cluster,
                 shared,
-                Tiles(*(int(word) for word in match[5].split())),
-                bytes.fromhex(match[6]),
+                Tiles(*(int(word) for word in match[3].split())),
+                bytes.fromhex(match[4]),
                 int(first.split()[1]),
             )
         )

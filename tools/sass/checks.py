@@ -116,7 +116,7 @@ def look(program: Path, budgets: list[Budget], device: Device, latency: Latency,
     kernel = None
     for budget in budgets:
         launch = launches(program, budget.call, device)[budget.which]
-        kernel = kernel or compiled(launch.kernel, launch.arguments, folder)
+        kernel = kernel or compiled(launch.kernel, folder)
         cost = costs(program, budget.call, device, budget.which, kernel, latency)
         tiled = launch.tiles.count > 0
         vectors = launch.tiles.bytes / launch.threads / 16 if tiled else budget.vectors

@@ -42,13 +42,17 @@ def memory_of(launch: Launch) -> Callable[[Instruction, Value, int], Value]:
     one = from_double(np.ones(32))
 
     def read(x: Instruction, place: Value, further: int) -> Value:
-        if launch.index and (place >= launch.index).all() and (place < launch.index + (1 << 32)).all():
-            row = (place - launch.index) // 8 * 7
-            return row if further % 2 == 0 else row * 0
-        wide = ".64" in x.op or ".128" in x.op
-        if x.base == "LDS" and wide and not launch.tiles.count:  # sums in double
-            return one[further % 2]
-        return from_float(np.ones(32)) if not launch.tiles.count else np.full(32, UNKNOWN)
+        if launch.tiles.count:  # where these go, numbers do not decide
+            other = np.full(32, UNKNOWN)
+        elif x.base == "LDS" and (".64" in x.op or ".128" in x.op):  # sums in double
+            other = one[further % 2]
+        else:
+            other = from_float(np.ones(32))
+        if not launch.index:
+            return other
+        listed = (place >= launch.index) & (place < launch.index + (1 << 32))
+        row = (place - launch.index) // 8 * 7
+        return np.where(listed, row if further % 2 == 0 else 0, other)
 
     return read
 

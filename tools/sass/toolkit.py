@@ -40,25 +40,24 @@ def missing() -> str | None:
     return f"Looking at machine code needs {' and '.join(lacks)}, not to be found here{hint}."
 
 
-def header_of(kernel: str) -> Path:
-    """The file that holds a kernel; kernel: its name, template arguments and namespaces aside."""
-    called = re.compile(rf"\b{kernel}\(const __grid_constant__")
-    found = [path for path in sorted(CUDA.glob("*.cu*")) if called.search(path.read_text())]
+def declared(kernel: str) -> tuple[Path, str]:
+    """The file that holds a kernel, and its parameters as they stand there; kernel: its name alone."""
+    parameters = re.compile(rf"\b{kernel}\((const [^)]*)\) \{{")
+    found = [(path, match[1]) for path in sorted(CUDA.glob("*.cu*")) if (match := parameters.search(path.read_text()))]
     if len(found) != 1:
-        raise ValueError(f"kernel {kernel} should be in one file of {CUDA}, got {[path.name for path in found]}")
+        raise ValueError(f"kernel {kernel} should be in one file of {CUDA}, got {[path.name for path, _ in found]}")
     return found[0]
 
 
-def compiled(kernel: str, arguments: str, folder: Path, arch: int = 90) -> code.Kernel:
-    """One instance of a kernel, such as fused_kernel<bf16, 8, false>, whose arguments are of these types.
+def compiled(kernel: str, folder: Path, arch: int = 90) -> code.Kernel:
+    """One instance of a kernel, such as fused_kernel<bf16, 8, false>.
 
     A header's kernel is instantiated alone. A kernel in a unit of its own comes with whatever else is in the unit.
     """
-    header = header_of(kernel.split("<")[0].split("::")[-1])
-    source = [f'#include "{header}"']
-    if header.suffix == ".cuh":
-        instance = f"template __global__ void {kernel}(const __grid_constant__ {arguments});"
-        source += ["namespace fastreft {", instance, "}"]
+    home, parameters = declared(kernel.split("<")[0])
+    source = [f'#include "{home}"']
+    if home.suffix == ".cuh":
+        source += ["namespace fastreft {", f"template __global__ void {kernel}({parameters});", "}"]
     stem = re.sub(r"\W+", "_", f"{kernel}{arch}")
     unit, cubin = folder / f"{stem}.cu", folder / f"{stem}.cubin"
     unit.write_text("\n".join(source) + "\n")
@@ -70,6 +69,7 @@ def compiled(kernel: str, arguments: str, folder: Path, arch: int = 90) -> code.
     kernels = disassembled(cubin)
     used = usage(done.stderr + done.stdout)
     for each in kernels:
+        each.arch = arch
         each.registers = used[each.name, f"sm_{arch}"]["registers"]
     names = plain_names([k.name for k in kernels])
     found = [k for k, name in zip(kernels, names, strict=True) if name == kernel]

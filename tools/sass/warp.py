@@ -89,11 +89,10 @@ class Warp:
         cta: tuple[int, int] = (0, 0),
         memory: Callable[[Instruction, Value, int], Value | None] | None = None,
         decide: Callable[[Instruction], bool] | None = None,
-        major: int = 9,
     ):
         self.kernel, self.latency, self.memory, self.decide = kernel, latency, memory, decide
         self.place = {x.pc: i for i, x in enumerate(kernel.code)}
-        head = PARAMETERS[major]
+        head = PARAMETERS[kernel.arch // 10]
         bank0 = bytearray(head) + launch.bytes
         for at, number in zip(range(0, 24, 4), (launch.threads, 1, 1, *launch.grid), strict=True):
             bank0[at : at + 4] = number.to_bytes(4, "little")
