@@ -14,7 +14,7 @@ struct Grid {
   int64_t shared = 0;
 };
 
-// What the policy needs to know of the current device, asked once; returns a cudaError_t.
+// What the policy needs to know of the current device, asked until it has answered; returns a cudaError_t.
 int current_device(Device& device);
 
 }  // namespace fastreft

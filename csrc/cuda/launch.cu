@@ -24,7 +24,7 @@ namespace fastreft {
 namespace {
 
 int current_device_index(int& index) {
-  if (const cudaError_t error = cudaGetDevice(&index)) return static_cast<int>(error);
+  if (const int error = returned(cudaGetDevice(&index))) return error;
   return index < kDevices ? 0 : kInvalidValue;
 }
 
@@ -38,27 +38,26 @@ int resident(int cluster, int64_t shared) {
   grid.shared = shared;
   const Config as(grid);
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, probe_kernel, &as.config) != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());  // a question without an answer is no error of the caller's
-    return 0;
-  }
-  return clusters;
+  const int error = returned(cudaOccupancyMaxActiveClusters(&clusters, probe_kernel, &as.config));
+  return error ? 0 : clusters;  // a question without an answer is no error of the caller's
 }
 
 int ask_device(int index, Device& device) {
-  int shared = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
+  int major = 0, shared = 0;
+  cudaFuncAttributes code;  // of any kernel: all are compiled for the same architectures
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
   if (!error) error = cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, index);
   if (!error) error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
   if (!error) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  if (error) return static_cast<int>(error);
+  if (!error) error = cudaFuncGetAttributes(&code, probe_kernel);
+  if (error) return returned(error);
   device.shared = shared;
+  device.major = usable_major(major, code.ptxVersion);
   if (device.major < 9) return 0;
-  error = cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error) return static_cast<int>(error);
+  if (int failed = returned(cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)))
+    return failed;
   device.largest_cluster = 8;
-  if (cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
-    static_cast<void>(cudaGetLastError());
+  static_cast<void>(returned(cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)));
   for (int cluster = 2; cluster <= 16; ++cluster) {
     device.resident[0][cluster] = resident(cluster, shared);
     device.resident[1][cluster] = resident(cluster, half_of_shared(shared));
@@ -71,14 +70,23 @@ int ask_device(int index, Device& device) {
 }  // namespace
 
 int current_device(Device& device) {
+  // A device that failed to answer is asked again: the failure may have been another's, or passing.
   static Device known[kDevices];
-  static std::once_flag asked[kDevices];
-  static int errors[kDevices];
+  static std::atomic<bool> answered[kDevices];
+  static std::mutex asking;
   int index = 0;
   if (int error = current_device_index(index)) return error;
-  std::call_once(asked[index], [&] { errors[index] = ask_device(index, known[index]); });
+  if (!answered[index].load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> lock(asking);
+    if (!answered[index].load(std::memory_order_relaxed)) {
+      Device asked;
+      if (int error = ask_device(index, asked)) return error;
+      known[index] = asked;
+      answered[index].store(true, std::memory_order_release);
+    }
+  }
   device = known[index];
-  return errors[index];
+  return 0;
 }
 
 int allow_shared(const void* kernel, Allowed& allowed, int64_t bytes) {
@@ -90,10 +98,10 @@ int allow_shared(const void* kernel, Allowed& allowed, int64_t bytes) {
   if (seen.load(std::memory_order_acquire) >= bytes) return 0;
   const std::lock_guard<std::mutex> lock(asking);
   if (seen.load(std::memory_order_relaxed) >= bytes) return 0;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess) seen.store(bytes, std::memory_order_release);
-  return static_cast<int>(error);
+  const int error =
+      returned(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  if (!error) seen.store(bytes, std::memory_order_release);
+  return error;
 }
 
 }  // namespace fastreft

@@ -21,6 +21,12 @@ int launch(const Grid& grid, void*, const Args&... args) {
 
 constexpr int kDevices = 64;
 
+// An error that is returned is not left for whoever asks the runtime next, who would take it for its own.
+inline int returned(cudaError_t error) {
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return static_cast<int>(error);
+}
+
 // Bytes of shared memory that a kernel may ask for so far, on each device.
 using Allowed = std::atomic<int64_t>[kDevices];
 // Has a kernel's CTAs allowed that many on the current device.
@@ -54,12 +60,12 @@ int launch(const Grid& grid, void* stream, const Args&... args) {
     if (int error = allow_shared(reinterpret_cast<const void*>(Kernel), allowed, grid.shared)) return error;
   }
   if (grid.cluster > 8) {
-    const cudaError_t error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return static_cast<int>(error);
+    if (int error = returned(cudaFuncSetAttribute(Kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)))
+      return error;
   }
   Config as(grid);
   as.config.stream = static_cast<cudaStream_t>(stream);
-  return static_cast<int>(cudaLaunchKernelEx(&as.config, Kernel, args...));
+  return returned(cudaLaunchKernelEx(&as.config, Kernel, args...));
 }
 
 #endif

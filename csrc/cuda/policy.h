@@ -8,7 +8,7 @@
 namespace fastreft {
 
 struct Device {
-  int major = 0, minor = 0;
+  int major = 0, minor = 0;  // compute capability, or the architecture of the code where that is older
   int multiprocessors = 0;
   int64_t shared = 0;       // bytes a CTA may ask for
   int largest_cluster = 1;  // CTAs; 8 from cc 9.0 on, 16 where the device has room for so many
@@ -16,6 +16,13 @@ struct Device {
   bool asked = false;
   int resident[2][17] = {};
 };
+
+// Code knows what it was compiled for, not where it runs: without code for 9.0 a later device runs what its driver made
+// of older PTX, in which a cluster is one CTA (device.cuh), so that a cluster of several would do one CTA's share
+// several times. `ptx` is the virtual architecture the code was compiled for, times 10, as
+// cudaFuncAttributes::ptxVersion has it, which is __CUDA_ARCH__ / 10 whatever the device; binaryVersion will not do,
+// being the device's own where a driver compiled the PTX.
+constexpr int usable_major(int device_major, int ptx) { return ptx / 10 < device_major ? ptx / 10 : device_major; }
 
 // What each of two CTAs of a multiprocessor may ask for: 1 KB of each CTA's share is the system's.
 constexpr int64_t half_of_shared(int64_t shared) { return (shared + 1024) / 2 - 1024; }

@@ -27,6 +27,8 @@ inline void bind_policy(pybind11::module_& module) {
       .def_readonly("multiprocessors", &Device::multiprocessors)
       .def_readonly("shared", &Device::shared)
       .def_readonly("largest_cluster", &Device::largest_cluster);
+  policy.def("usable_major", &usable_major, py::arg("device_major"), py::arg("ptx"),
+             "The compute capability's major number that plans may count on.");
   policy.def("padded_rank", &padded_rank, py::arg("r"), "r padded to 8, 16, 32 or 64; 0 beyond.");
   policy.def(
       "fused",
