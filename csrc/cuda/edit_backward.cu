@@ -41,7 +41,7 @@ Plan make_plan(const EditGradArgs& args, const Pass& p, const Device& device) {
   const Weights& w = args.w;
   plan.in_place = args.dh.p != nullptr && args.dh.p == args.g.p;
   plan.fused = fused_plan_of(p, args.type, device);
-  if (args.r == 0 || !(args.dU || args.dV || args.dP || args.db || args.dc)) return plan;
+  if (args.r == 0 || args.d == 0 || !(args.dU || args.dV || args.dP || args.db || args.dc)) return plan;
 
   const bool third = args.dP != nullptr || (w.tied && args.dU != nullptr && w.P.p != nullptr);
   if (args.dU != nullptr) plan.slot[0] = plan.slots++;
@@ -152,7 +152,7 @@ int finish(const EditGradArgs& args, const Plan& plan) {
   f.b = w.b.type;
   f.c = w.c.type;
   Grid grid;
-  grid.x = ceil_div(f.elements, 256);
+  grid.x = ceil_div(f.elements > args.r ? f.elements : args.r, 256);
   return finish_sums(f, args.type, grid, args.stream);
 }
 
@@ -165,7 +165,7 @@ int64_t edit_backward_scratch_bytes(const EditGradArgs& args) {
 }
 
 int edit_backward_cuda(const EditGradArgs& args) {
-  if (args.d <= 0) return 0;
+  if (args.d <= 0) return args.r > 0 ? finish(args, Plan{}) : 0;  // vectors alone: sums of nothing
   Device device;
   if (int error = current_device(device)) return error;
   Pass p = make_pass(args, device);

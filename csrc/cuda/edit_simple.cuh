@@ -201,30 +201,55 @@ __global__ void __launch_bounds__(kGradThreads) gradient_kernel(const Gradient p
     static_cast<C*>(p.vectors)[(blockIdx.y * 2 + thread / K) * r + k0 + thread % K] = vector;
 }
 
-template <typename C>
-__device__ __forceinline__ C sum_partials(const void* from, int splits, int64_t stride, int64_t at) {
-  C sum = 0;
-  for (int s = 0; s < splits; ++s) sum += static_cast<const C*>(from)[s * stride + at];
-  return sum;
+// sum[i] = from[at[i]] + from[stride + at[i]] + ..., `splits` terms in order; 0 where at[i] < 0. The loads of a few
+// terms of all N are on their way together.
+template <typename C, int N>
+__device__ __forceinline__ void sum_partials(const void* from, int splits, int64_t stride, const int64_t (&at)[N],
+                                             C (&sum)[N]) {
+  constexpr int Batch = 4;
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum[i] = 0;
+#pragma unroll 1
+  for (int s0 = 0; s0 < splits; s0 += Batch) {
+    C x[Batch][N];
+#pragma unroll
+    for (int q = 0; q < Batch; ++q) {
+      const C* p =
+          static_cast<const C*>(from) + (s0 + q < splits ? s0 + q : s0) * stride;  // past the end one is read again
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[q][i] = at[i] >= 0 ? p[at[i]] : C(0);
+    }
+#pragma unroll
+    for (int q = 0; q < Batch; ++q) {
+      if (s0 + q >= splits) break;
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] += x[q][i];
+    }
+  }
 }
 
 template <typename C>
 __global__ void __launch_bounds__(256) finish_kernel(const Finish p) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  const int64_t stride = p.slots * p.elements;
   if (e < p.elements) {
-    if (p.dU != nullptr) {
-      C x = p.u >= 0 ? sum_partials<C>(p.partial, p.splits, stride, p.u * p.elements + e) : C(0);
-      if (p.tied >= 0) x -= sum_partials<C>(p.partial, p.splits, stride, p.tied * p.elements + e);
-      store_weight(p.dU, p.U, e, x);
-    }
-    if (p.dV != nullptr) store_weight(p.dV, p.V, e, sum_partials<C>(p.partial, p.splits, stride, p.v * p.elements + e));
-    if (p.dP != nullptr)
-      store_weight(p.dP, p.P, e, -sum_partials<C>(p.partial, p.splits, stride, p.p * p.elements + e));
+    const auto place = [&](int slot) { return slot >= 0 ? slot * p.elements + e : -1; };
+    // dP and what a tied dU takes are one sum
+    const int64_t at[3] = {place(p.dU != nullptr ? p.u : -1), place(p.dV != nullptr ? p.v : -1),
+                           place(p.dP != nullptr   ? p.p
+                                 : p.dU != nullptr ? p.tied
+                                                   : -1)};
+    C sum[3];
+    sum_partials(p.partial, p.splits, p.slots * p.elements, at, sum);
+    if (p.dU != nullptr) store_weight(p.dU, p.U, e, p.tied >= 0 ? sum[0] - sum[2] : sum[0]);
+    if (p.dV != nullptr) store_weight(p.dV, p.V, e, sum[1]);
+    if (p.dP != nullptr) store_weight(p.dP, p.P, e, -sum[2]);
   }
-  if (e < p.r) {
-    if (p.db != nullptr) store_weight(p.db, p.b, e, sum_partials<C>(p.vectors, p.splits, 2 * p.r, e));
-    if (p.dc != nullptr) store_weight(p.dc, p.c, e, -sum_partials<C>(p.vectors, p.splits, 2 * p.r, p.r + e));
+  if (e < p.r && (p.db != nullptr || p.dc != nullptr)) {
+    const int64_t at[2] = {e, p.r + e};
+    C sum[2];
+    sum_partials(p.vectors, p.splits, 2 * static_cast<int64_t>(p.r), at, sum);
+    if (p.db != nullptr) store_weight(p.db, p.b, e, sum[0]);
+    if (p.dc != nullptr) store_weight(p.dc, p.c, e, -sum[1]);
   }
 }
 

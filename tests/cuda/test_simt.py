@@ -134,6 +134,13 @@ def test_edit_of_rows_apart(kwargs, runner, tmp_path):
         assert all(torch.equal(got[name], there[name]) for name in got)
 
 
+def test_rows_without_elements_have_vectors_of_zeros(runner, tmp_path):
+    """The memory of the vectors' gradients is given as it comes, and there is nothing else to do."""
+    got = Edit(method="noreft", d=0, n=3).run(runner, tmp_path)
+    for name in ("db", "dc"):
+        assert torch.equal(got[name], torch.zeros(4))
+
+
 ACTS = (
     "relu gelu gelu_new silu sigmoid tanh relu2 relu6 leaky_relu quick_gelu mish laplace gelu_10 hardswish sqrtsoftplus"
 )
