@@ -15,7 +15,7 @@ constexpr int kExpandSteps = Backward ? (Rank > 8 ? Rank / 8 : 1) : (Rank > 16 ?
 
 // What a row's owner needs to know of coordinate k beside its sums.
 struct Known {
-  bool live = false;   // the row is there and is edited
+  int live = 0;        // whether the row is there and is edited; a whole register: bytes are put together one by one
   float z = 0, a = 0;  // of the forward; 0 where they are not needed
 };
 
@@ -33,13 +33,15 @@ struct Cta {
   int warp, lane, columns;       // this warp, and how many columns it has
   int tile_size;                 // elements
   int sums, depth;               // of a row: sums of all matrices, coordinates that expand (padded to mma's 16)
-  int parts, shift;              // of the columns in a shrink; of own_rows
+  int items, parts, shift;       // of a shrink, of its columns; of own_rows
   int owned;                     // rows of a tile whose coordinates this rank works out
   int shrink_from, expand_from;  // the first matrix that is there
   int k;                         // the coordinate that this lane adds up and works out, of every row it does
 
   __device__ __forceinline__ Cta(const Pass& p, const FusedShape& s, int rank) : p(p), s(s), rank(rank) {
-    const FusedLayout at = fused_layout(s);
+    FusedShape shape = s;
+    shape.rank = Rank;  // what is known when the kernel is compiled is not divided by when it runs
+    const FusedLayout at = fused_layout(shape);
     char* shared = shared_memory();
     pitch = static_cast<int>(at.pitch);
     coordinate_pitch = static_cast<int>(at.coordinate_pitch);
@@ -55,7 +57,8 @@ struct Cta {
     tile_size = s.rows * pitch;
     sums = s.shrinks * Rank;
     depth = s.expands * Rank > 16 ? s.expands * Rank : 16;
-    parts = shrink_parts(s);
+    items = shrink_items(shape);
+    parts = shrink_parts(shape);
     shift = own_shift(s);
     const int left = s.rows - (rank << shift);
     owned = left <= 0 ? 0 : left < 1 << shift ? left : 1 << shift;
@@ -140,7 +143,7 @@ struct Cta {
     constexpr int Eights = Rank > 8 ? 2 : 1, PerMatrix = Groups / Eights;
     const int quarter = s.width / 4;
     const int log_parts = parts >> 1, quarters = 4 >> log_parts;  // parts is 1, 2 or 4
-    for (int work = warp; work < shrink_items(s) * parts; work += kFusedWarps) {
+    for (int work = warp; work < items * parts; work += kFusedWarps) {
       const int part = work & (parts - 1), item = work >> log_parts;
       const int group = s.shrinks > 1 ? item % (2 * PerMatrix) : item % PerMatrix;
       const int first = (s.shrinks > 1 ? item / (2 * PerMatrix) : item / PerMatrix) * 16 * Blocks;
@@ -211,8 +214,8 @@ struct Cta {
     Known it;
     if (unit >= units()) return it;
     const int64_t i = first + row_of(unit);
-    it.live = listed_row(p.index, i, p.n, p.total) >= 0;
-    if (!Backward || !it.live || k >= p.r) return it;
+    it.live = listed_row(p.index, i, p.n, p.total) >= 0 ? 1 : 0;
+    if (!Backward || it.live == 0 || k >= p.r) return it;
     const bool linear = p.act == Act::identity;
     const float* z = static_cast<const float*>(p.z) + i * (linear ? p.r : 2 * p.r) + k;
     if (wants_z) it.z = z[0];
@@ -246,7 +249,7 @@ struct Cta {
         s1 = s0;
         s0 = 0;
       }
-      const bool there = k < p.r && it.live;
+      const bool there = k < p.r && it.live != 0;
       const float a = there ? s0 + b : 0.f, z = there ? act_value(p.act, a) - s1 - c : 0.f;
       if (p.z != nullptr && lane < 8 && k < p.r && i < p.n) {
         const bool linear = p.act == Act::identity;
@@ -268,7 +271,7 @@ struct Cta {
       const int m = row_of(unit);
       const int64_t i = first + m;
       const float sum = add_ranks(unit / Groups, 0);
-      const float gz = it.live && k < p.r ? sum : 0.f;
+      const float gz = it.live != 0 && k < p.r ? sum : 0.f;
       const float gp = p.act == Act::identity ? gz : gz * act_slope(p.act, it.a);
       for (int q = 0; q < s.expands; ++q) give(m, q * Rank, q + expand_from == 1 ? -gz : gp);
       if constexpr (Extra) {

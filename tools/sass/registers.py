@@ -33,13 +33,13 @@ class Registers:
 
     def __init__(self, banks: dict[int, bytes]):
         self.banks = banks
+        # Nothing depends on what nobody has written; but flags kept in one register are set bit by bit.
         self.file = {
-            "R": np.full((256, 32), UNKNOWN, dtype=np.int64),
-            "UR": np.full((64, 32), UNKNOWN, dtype=np.int64),
-            "P": np.full((8, 32), UNKNOWN, dtype=np.int64),
-            "UP": np.full((8, 32), UNKNOWN, dtype=np.int64),
+            "R": np.zeros((256, 32), dtype=np.int64),
+            "UR": np.zeros((64, 32), dtype=np.int64),
+            "P": np.zeros((8, 32), dtype=np.int64),
+            "UP": np.zeros((8, 32), dtype=np.int64),
         }
-        self.file["R"][255] = self.file["UR"][63] = 0
         self.file["P"][7] = self.file["UP"][7] = 1
         self.special: dict[str, Value] = {}
 
