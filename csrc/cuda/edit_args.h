@@ -38,6 +38,8 @@ struct Pass {
 struct Fused {
   Pass pass;
   FusedShape shape;
+  FusedLayout at;     // of the shape
+  ShrinkWork shrink;  // likewise
   int64_t tiles = 0;
   int64_t clusters = 0;  // that edit; CTAs behind them copy
 };

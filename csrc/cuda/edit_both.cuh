@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) both_kernel(const __grid_con
   const FusedShape& s = both.f.shape;
   if (blockIdx.x >= both.f.clusters * s.cluster)
     return copy_unlisted<T, 8, kFusedThreads>(p, blockIdx.x - both.f.clusters * s.cluster);
-  const Cta<T, Rank> cta(p, s, s.cluster > 1 ? cluster_rank() : 0);
+  const Cta<T, Rank> cta(both.f, s.cluster > 1 ? cluster_rank() : 0);
   const int pitch = cta.pitch, coordinate_pitch = cta.coordinate_pitch;
   const int64_t cluster = blockIdx.x / s.cluster, clusters = both.f.clusters;
   const int64_t slice = static_cast<int64_t>(cta.rank) * s.width, column = cta.column(slice);
@@ -52,12 +52,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1) both_kernel(const __grid_con
     cta.shrink_tile(cta.whole(2 * stage), [&](int row, int coordinate, int part, const float (&four)[4]) {
       cta.send_sums(row, coordinate, part, four);
     });
-    const Known next = cta.template known<true>(first, cta.warp, true);
+    const Known next = cta.template known<true>(first, cta.first_unit(), true);
     cta.wait_for_sums(parity);
     cta.template backward_coordinates<true>(first, next);
     cta.wait_for_coordinates(parity, chunks);
 
-    const T* rows = cta.coordinates + cta.depth;
+    const T* rows = cta.coordinates() + cta.depth;
     if (cta.rank == 0 && threadIdx.x < Rank) {
 #pragma unroll 8
       for (int m = 0; m < s.rows; ++m) vector += to_float(rows[m * coordinate_pitch + Depth + threadIdx.x]);

@@ -22,53 +22,52 @@ struct Known {
 template <typename T, int Rank>
 struct Cta {
   static constexpr int Groups = Rank / 8;  // of 8 coordinates
+  // The rows whose coordinates a rank works out are dealt in units of a row and 8 coordinates. Where there are few, a
+  // warp takes one and each quarter of it a quarter of the ranks' sums; where there are many, 8 lanes take one.
+  static constexpr int UnitLanes = Rank > 16 ? 8 : 32, UnitsAtOnce = kFusedThreads / UnitLanes;
   const Pass& p;
   const FusedShape& s;
-  int pitch, coordinate_pitch;  // of a slice and a tile, of the coordinates
-  T *shrink, *expand, *tiles;   // in shared memory, as FusedLayout says
-  float* received;
-  T* coordinates;
-  Arrivals* arrivals;            // of the sums, of the coordinates
+  const FusedLayout& at;
+  const ShrinkWork& work;
   int rank;                      // in the cluster
   int warp, lane, columns;       // this warp, and how many columns it has
+  int pitch, coordinate_pitch;   // of a slice and a tile, of the coordinates
   int tile_size;                 // elements
   int sums, depth;               // of a row: sums of all matrices, coordinates that expand (padded to mma's 16)
-  int items, parts, shift;       // of a shrink, of its columns; of own_rows
   int owned;                     // rows of a tile whose coordinates this rank works out
   int shrink_from, expand_from;  // the first matrix that is there
   int k;                         // the coordinate that this lane adds up and works out, of every row it does
 
-  __device__ __forceinline__ Cta(const Pass& p, const FusedShape& s, int rank) : p(p), s(s), rank(rank) {
-    FusedShape shape = s;
-    shape.rank = Rank;  // what is known when the kernel is compiled is not divided by when it runs
-    const FusedLayout at = fused_layout(shape);
-    char* shared = shared_memory();
-    pitch = static_cast<int>(at.pitch);
-    coordinate_pitch = static_cast<int>(at.coordinate_pitch);
-    shrink = reinterpret_cast<T*>(shared + at.shrink);
-    expand = reinterpret_cast<T*>(shared + at.expand);
-    tiles = reinterpret_cast<T*>(shared + at.tiles);
-    received = reinterpret_cast<float*>(shared + at.received);
-    coordinates = reinterpret_cast<T*>(shared + at.coordinates);
-    arrivals = reinterpret_cast<Arrivals*>(shared + at.arrivals);
+  __device__ __forceinline__ Cta(const Fused& f, int rank)
+      : p(f.pass), s(f.shape), at(f.at), work(f.shrink), rank(rank) {
     warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
     columns = s.width / kFusedWarps;
+    pitch = static_cast<int>(at.pitch);
+    coordinate_pitch = static_cast<int>(at.coordinate_pitch);
     tile_size = s.rows * pitch;
     sums = s.shrinks * Rank;
     depth = s.expands * Rank > 16 ? s.expands * Rank : 16;
-    items = shrink_items(shape);
-    parts = shrink_parts(shape);
-    shift = own_shift(s);
-    const int left = s.rows - (rank << shift);
-    owned = left <= 0 ? 0 : left < 1 << shift ? left : 1 << shift;
+    const int own = 1 << work.own_shift, left = s.rows - rank * own;
+    owned = left <= 0 ? 0 : left < own ? left : own;
     shrink_from = only_second(p.shrink);
     expand_from = only_second(p.expand);
-    k = warp % Groups * 8 + lane % 8;
+    k = threadIdx.x / UnitLanes % Groups * 8 + lane % 8;
+  }
+
+  // The parts of shared memory, as FusedLayout says.
+  __device__ __forceinline__ T* shrink() const { return reinterpret_cast<T*>(shared_memory() + at.shrink); }
+  __device__ __forceinline__ T* expand() const { return reinterpret_cast<T*>(shared_memory() + at.expand); }
+  __device__ __forceinline__ T* tiles() const { return reinterpret_cast<T*>(shared_memory() + at.tiles); }
+  __device__ __forceinline__ float* received() const { return reinterpret_cast<float*>(shared_memory() + at.received); }
+  __device__ __forceinline__ T* coordinates() const { return reinterpret_cast<T*>(shared_memory() + at.coordinates); }
+  // Of the sums, and behind them of the coordinates.
+  __device__ __forceinline__ Arrivals* arrivals() const {
+    return reinterpret_cast<Arrivals*>(shared_memory() + at.arrivals);
   }
 
   // The i-th tile in shared memory, and the warp's columns of it.
-  __device__ __forceinline__ T* whole(int i) const { return tiles + i * tile_size; }
+  __device__ __forceinline__ T* whole(int i) const { return tiles() + i * tile_size; }
   __device__ __forceinline__ T* tile(int i) const { return whole(i) + warp * columns; }
 
   // Where they begin in global memory, of a slice that begins at `slice` there.
@@ -89,7 +88,7 @@ struct Cta {
     const bool fp32 =
         all_fp32(p.shrink + shrink_from, 2 - shrink_from) && all_fp32(p.expand + expand_from, 2 - expand_from);
     for (int which = shrinks ? 0 : 1; which < (expands ? 2 : 1); ++which) {
-      T* to = which == 0 ? shrink : expand;
+      T* to = which == 0 ? shrink() : expand();
       const Matrix2* matrices = which == 0 ? p.shrink + shrink_from : p.expand + expand_from;
       const int count = which == 0 ? 2 - shrink_from : 2 - expand_from, rows = which == 0 ? sums : depth;
       if (fp32) {
@@ -101,27 +100,27 @@ struct Cta {
   }
 
   // What arrives in a tile, in bytes.
-  __device__ __forceinline__ int sums_bytes() const { return owned * sums * parts * s.cluster * 4; }
+  __device__ __forceinline__ int sums_bytes() const { return (owned * sums * s.cluster * 4) << work.log_parts; }
   __device__ __forceinline__ int coordinates_bytes(int chunks) const { return s.rows * Rank * 2 * chunks; }
 
   // Before the first tile; a cluster_sync must follow. `chunks`: of Rank coordinates that a row is sent.
   __device__ __forceinline__ void begin(int chunks) const {
     // Padding is zeros for as long as the CTA lives.
-    for (int e = threadIdx.x; e < s.rows * coordinate_pitch; e += kFusedThreads) coordinates[e] = rounded<T>(0.f);
+    for (int e = threadIdx.x; e < s.rows * coordinate_pitch; e += kFusedThreads) coordinates()[e] = rounded<T>(0.f);
     if (threadIdx.x != 0) return;
-    arrivals_init(arrivals);
-    arrivals_init(arrivals + 1);
-    arrivals_expect(arrivals, sums_bytes());
-    arrivals_expect(arrivals + 1, coordinates_bytes(chunks));
+    arrivals_init(arrivals());
+    arrivals_init(arrivals() + 1);
+    arrivals_expect(arrivals(), sums_bytes());
+    arrivals_expect(arrivals() + 1, coordinates_bytes(chunks));
   }
   __device__ __forceinline__ void wait_for_sums(int parity) const {
     if (owned == 0) return;
-    arrivals_wait(arrivals, parity);
-    if (threadIdx.x == 0) arrivals_expect(arrivals, sums_bytes());
+    arrivals_wait(arrivals(), parity);
+    if (threadIdx.x == 0) arrivals_expect(arrivals(), sums_bytes());
   }
   __device__ __forceinline__ void wait_for_coordinates(int parity, int chunks) const {
-    arrivals_wait(arrivals + 1, parity);
-    if (threadIdx.x == 0) arrivals_expect(arrivals + 1, coordinates_bytes(chunks));
+    arrivals_wait(arrivals() + 1, parity);
+    if (threadIdx.x == 0) arrivals_expect(arrivals() + 1, coordinates_bytes(chunks));
   }
 
   // The products of a tile with the matrices, 4 neighbouring coordinates of a row at a time: deliver(row, coordinate,
@@ -141,14 +140,13 @@ struct Cta {
   template <int Blocks, typename F>
   __device__ __forceinline__ void shrink_items_of(const T* whole, const F& deliver) const {
     constexpr int Eights = Rank > 8 ? 2 : 1, PerMatrix = Groups / Eights;
-    const int quarter = s.width / 4;
-    const int log_parts = parts >> 1, quarters = 4 >> log_parts;  // parts is 1, 2 or 4
-    for (int work = warp; work < items * parts; work += kFusedWarps) {
-      const int part = work & (parts - 1), item = work >> log_parts;
+    const int quarter = s.width / 4, parts = 1 << work.log_parts, quarters = 4 >> work.log_parts;
+    for (int mine = warp; mine < work.items * parts; mine += kFusedWarps) {
+      const int part = mine & (parts - 1), item = mine >> work.log_parts;
       const int group = s.shrinks > 1 ? item % (2 * PerMatrix) : item % PerMatrix;
       const int first = (s.shrinks > 1 ? item / (2 * PerMatrix) : item / PerMatrix) * 16 * Blocks;
       const T* a = whole + first * pitch + part * quarters * quarter;
-      const T* b = shrink + group * 8 * Eights * pitch + part * quarters * quarter;
+      const T* b = shrink() + group * 8 * Eights * pitch + part * quarters * quarter;
       float sum[Blocks][Eights][4] = {}, half[Blocks][Eights][4] = {};
       for (int q = 0; q < quarters; ++q, a += quarter, b += quarter) {
         float own[Blocks][Eights][4] = {};
@@ -181,39 +179,56 @@ struct Cta {
 
   // A row's four sums to the rank that owns it.
   __device__ __forceinline__ void send_sums(int row, int coordinate, int part, const float (&four)[4]) const {
-    const int own = row & ((1 << shift) - 1);
-    float* to = received + ((((rank * parts + part) << shift) + own) * sums + coordinate);
-    send(to, make_uint4(as_bits(four[0]), as_bits(four[1]), as_bits(four[2]), as_bits(four[3])), arrivals,
-         row >> shift);
+    const int own = row & ((1 << work.own_shift) - 1), from = (rank << work.log_parts) + part;
+    send(received() + ((from << work.own_shift) + own) * sums + coordinate,
+         make_uint4(as_bits(four[0]), as_bits(four[1]), as_bits(four[2]), as_bits(four[3])), arrivals(),
+         row >> work.own_shift);
   }
 
-  // The sum of coordinate k of matrix q for an owned row: a lane of 4 adds up every 4th rank's, and they meet.
+  // The sum of coordinate k of matrix q for an owned row: ((r0 + r4) + (r1 + r5)) + ((r2 + r6) + (r3 + r7)) of the
+  // ranks'.
   __device__ __forceinline__ float add_ranks(int own, int q) const {
-    const int next = sums << shift;  // to the next part
-    const float* from = received + own * sums + q * Rank + k;
-    float total = 0;
+    const int next = sums << work.own_shift;  // to the next part
+    const int parts = next << work.log_parts;
+    const float* x = received() + own * sums + q * Rank + k;
+    const auto of_rank = [&](int other) {
+      const float* part = x + other * parts;
+      float sum = part[0];
+      if (work.log_parts > 0) sum += part[next];
+      if (work.log_parts > 1) sum += part[2 * next] + part[3 * next];
+      return sum;
+    };
+    if constexpr (UnitLanes == 32) {
+      float total = 0;
 #pragma unroll 2
-    for (int other = lane / 8; other < s.cluster; other += 4) {
-      const float* x = from + other * parts * next;
-      float sum = x[0];
-      if (parts > 1) sum += x[next];
-      if (parts > 2) sum += x[2 * next] + x[3 * next];
-      total += sum;
+      for (int other = lane / 8; other < s.cluster; other += 4) total += of_rank(other);
+      total += __shfl_xor_sync(0xffffffffu, total, 8);
+      return total + __shfl_xor_sync(0xffffffffu, total, 16);
+    } else {
+      float total[4] = {};
+      for (int other = 0; other < s.cluster; other += 4) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[i] += other + i < s.cluster ? of_rank(other + i) : 0.f;
+      }
+      return (total[0] + total[1]) + (total[2] + total[3]);
     }
-    total += __shfl_xor_sync(0xffffffffu, total, 8);
-    return total + __shfl_xor_sync(0xffffffffu, total, 16);
   }
 
-  // The rows whose coordinates this rank works out are dealt to the warps in units of a row and 8 coordinates.
+  // Lanes without a unit work on the last row's and keep it to themselves.
   __device__ __forceinline__ int units() const { return owned * Groups; }
-  __device__ __forceinline__ int row_of(int unit) const { return (rank << shift) + unit / Groups; }
+  __device__ __forceinline__ int first_unit() const { return warp * (32 / UnitLanes); }
+  __device__ __forceinline__ bool takes(int base) const { return base + lane / UnitLanes < units(); }
+  __device__ __forceinline__ int own_row(int base) const {
+    return takes(base) ? (base + lane / UnitLanes) / Groups : owned - 1;
+  }
+  __device__ __forceinline__ int row_of(int own) const { return (rank << work.own_shift) + own; }
 
-  // What is known of a unit's coordinate before its sums have arrived.
+  // What is known of a lane's coordinate before its sums have arrived.
   template <bool Backward>
-  __device__ __forceinline__ Known known(int64_t first, int unit, bool wants_z) const {
+  __device__ __forceinline__ Known known(int64_t first, int base, bool wants_z) const {
     Known it;
-    if (unit >= units()) return it;
-    const int64_t i = first + row_of(unit);
+    if (!takes(base)) return it;
+    const int64_t i = first + row_of(own_row(base));
     it.live = listed_row(p.index, i, p.n, p.total) >= 0 ? 1 : 0;
     if (!Backward || it.live == 0 || k >= p.r) return it;
     const bool linear = p.act == Act::identity;
@@ -223,26 +238,30 @@ struct Cta {
     return it;
   }
 
-  // Eight neighbouring coordinates, one of each of 8 lanes, in every lane.
+  // Eight neighbouring coordinates, one of each of a unit's 8 lanes, in all of them.
   __device__ __forceinline__ uint4 together(float x) const {
     const float y = __shfl_xor_sync(0xffffffffu, x, 1);
     const uint32_t two = lane % 2 == 0 ? pack<T>(x, y) : pack<T>(y, x);
-    return make_uint4(__shfl_sync(0xffffffffu, two, 0), __shfl_sync(0xffffffffu, two, 2),
-                      __shfl_sync(0xffffffffu, two, 4), __shfl_sync(0xffffffffu, two, 6));
+    const int unit = lane / 8 * 8;
+    return make_uint4(__shfl_sync(0xffffffffu, two, unit), __shfl_sync(0xffffffffu, two, unit + 2),
+                      __shfl_sync(0xffffffffu, two, unit + 4), __shfl_sync(0xffffffffu, two, unit + 6));
   }
   // They to every rank, `offset` coordinates into row m's.
-  __device__ __forceinline__ void give(int m, int offset, float x) const {
+  __device__ __forceinline__ void give(bool takes, int m, int offset, float x) const {
     const uint4 eight = together(x);
-    if (lane < s.cluster) send(coordinates + m * coordinate_pitch + offset + k / 8 * 8, eight, arrivals + 1, lane);
+    if (!takes) return;
+    for (int other = lane % UnitLanes; other < s.cluster; other += UnitLanes)
+      send(coordinates() + m * coordinate_pitch + offset + k / 8 * 8, eight, arrivals() + 1, other);
   }
 
   // The forward's coordinates of the rows that this rank owns, from what the ranks sent, to every rank. `b`, `c`: of
-  // coordinate k; `next`: known of this warp's first unit.
+  // coordinate k; `next`: known of this lane's first unit.
   __device__ __forceinline__ void forward_coordinates(int64_t first, Known next, float b, float c) const {
-    for (int unit = warp; unit < units(); unit += kFusedWarps) {
+    const bool linear = p.act == Act::identity;
+    for (int base = first_unit(); base < units(); base += UnitsAtOnce) {
       const Known it = next;
-      next = known<false>(first, unit + kFusedWarps, false);
-      const int m = row_of(unit), own = unit / Groups;
+      next = known<false>(first, base + UnitsAtOnce, false);
+      const int own = own_row(base), m = row_of(own);
       const int64_t i = first + m;
       float s0 = add_ranks(own, 0), s1 = s.shrinks > 1 ? add_ranks(own, 1) : 0.f;
       if (shrink_from > 0) {
@@ -250,14 +269,16 @@ struct Cta {
         s0 = 0;
       }
       const bool there = k < p.r && it.live != 0;
-      const float a = there ? s0 + b : 0.f, z = there ? act_value(p.act, a) - s1 - c : 0.f;
-      if (p.z != nullptr && lane < 8 && k < p.r && i < p.n) {
-        const bool linear = p.act == Act::identity;
+      const float a = there ? s0 + b : 0.f;
+      float z = a;
+      if (!linear) z = act_value(p.act, a);
+      z = there ? z - s1 - c : 0.f;
+      if (p.z != nullptr && takes(base) && lane % UnitLanes < 8 && k < p.r && i < p.n) {
         float* to = static_cast<float*>(p.z) + i * (linear ? p.r : 2 * p.r) + k;
         to[0] = z;
         if (!linear) to[p.r] = a;
       }
-      give(m, 0, z);
+      give(takes(base), m, 0, z);
     }
   }
 
@@ -265,48 +286,49 @@ struct Cta {
   template <bool Extra>
   __device__ __forceinline__ void backward_coordinates(int64_t first, Known next) const {
     const bool wants_z = Extra || p.packed != nullptr;
-    for (int unit = warp; unit < units(); unit += kFusedWarps) {
+    for (int base = first_unit(); base < units(); base += UnitsAtOnce) {
       const Known it = next;
-      next = known<true>(first, unit + kFusedWarps, wants_z);
-      const int m = row_of(unit);
-      const int64_t i = first + m;
-      const float sum = add_ranks(unit / Groups, 0);
+      next = known<true>(first, base + UnitsAtOnce, wants_z);
+      const int own = own_row(base), m = row_of(own);
+      const float sum = add_ranks(own, 0);
       const float gz = it.live != 0 && k < p.r ? sum : 0.f;
-      const float gp = p.act == Act::identity ? gz : gz * act_slope(p.act, it.a);
-      for (int q = 0; q < s.expands; ++q) give(m, q * Rank, q + expand_from == 1 ? -gz : gp);
+      float gp = gz;
+      if (p.act != Act::identity) gp = gz * act_slope(p.act, it.a);
+      for (int q = 0; q < s.expands; ++q) give(takes(base), m, q * Rank, q + expand_from == 1 ? -gz : gp);
       if constexpr (Extra) {
-        give(m, depth, it.z);
-        give(m, depth + both_depth(Rank), gp);
+        give(takes(base), m, depth, it.z);
+        give(takes(base), m, depth + both_depth(Rank), gp);
       } else if (p.packed != nullptr) {
-        keep_packed(i, it.z, gp, gz);
+        keep_packed(takes(base), first + m, it.z, gp, gz);
       }
     }
   }
 
   // Eight coordinates of row i for sums_kernel, whose depth is 16 at least: zeros follow where Rank is less.
-  __device__ __forceinline__ void keep_packed(int64_t i, float z, float gp, float gz) const {
+  __device__ __forceinline__ void keep_packed(bool takes, int64_t i, float z, float gp, float gz) const {
     const uint4 eights[3] = {together(z), together(gp), together(gz)};
-    if (i >= p.n || lane >= 3) return;
-    T* to = static_cast<T*>(p.packed) + (i * 3 + lane) * p.packed_depth + k / 8 * 8;
-    *reinterpret_cast<uint4*>(to) = lane == 0 ? eights[0] : lane == 1 ? eights[1] : eights[2];
+    const int which = lane % UnitLanes;
+    if (!takes || i >= p.n || which >= 3) return;
+    T* to = static_cast<T*>(p.packed) + (i * 3 + which) * p.packed_depth + k / 8 * 8;
+    *reinterpret_cast<uint4*>(to) = which == 0 ? eights[0] : which == 1 ? eights[1] : eights[2];
     if (p.packed_depth > Rank) *reinterpret_cast<uint4*>(to + 8) = make_uint4(0, 0, 0, 0);
   }
 
   // The coordinates times the matrices' slices, added to the warp's columns of the tile.
   template <bool Backward>
   __device__ __forceinline__ void expand_tile(T* mine) const {
-    constexpr int Steps = kExpandSteps<Rank, Backward>;
-    constexpr bool One = Backward && Rank > 16;  // block of 16 rows at a time: registers
-    const T* slice = expand + warp * columns;
-    if (One || s.rows == 16) {
-      for (int m = 0; m < s.rows; m += 16)
-        expand_rows<T, Steps, 1>(mine + m * pitch, coordinates + m * coordinate_pitch, coordinate_pitch, slice, pitch,
-                                 columns, depth / 16);
-      return;
+    constexpr int Blocks = Backward && Rank > 16 ? 1 : 2;  // of 16 rows at a time, as many as registers allow
+    if (s.rows >= 16 * Blocks) {
+      for (int m = 0; m < s.rows; m += 16 * Blocks) expand_blocks<Backward, Blocks>(mine, m);
+    } else {
+      expand_blocks<Backward, 1>(mine, 0);
     }
-    for (int m = 0; m < s.rows; m += 32)
-      expand_rows<T, Steps, 2>(mine + m * pitch, coordinates + m * coordinate_pitch, coordinate_pitch, slice, pitch,
-                               columns, depth / 16);
+  }
+  template <bool Backward, int Blocks>
+  __device__ __forceinline__ void expand_blocks(T* mine, int m) const {
+    expand_rows<T, kExpandSteps<Rank, Backward>, Blocks>(mine + m * pitch, coordinates() + m * coordinate_pitch,
+                                                         coordinate_pitch, expand() + warp * columns, pitch, columns,
+                                                         depth / 16);
   }
 };
 

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank)) fused_ker
   const FusedShape& s = f.shape;
   if (blockIdx.x >= f.clusters * s.cluster)
     return copy_unlisted<T, 8, kFusedThreads>(p, blockIdx.x - f.clusters * s.cluster);
-  const Cta<T, Rank> cta(p, s, s.cluster > 1 ? cluster_rank() : 0);
+  const Cta<T, Rank> cta(f, s.cluster > 1 ? cluster_rank() : 0);
   const int64_t cluster = blockIdx.x / s.cluster, clusters = f.clusters;
   const int64_t slice = static_cast<int64_t>(cta.rank) * s.width, column = cta.column(slice);
   const bool writes = p.out.p != nullptr, wants_z = Backward && p.packed != nullptr;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank)) fused_ker
     cta.shrink_tile(cta.whole(stage), [&](int row, int coordinate, int part, const float (&four)[4]) {
       cta.send_sums(row, coordinate, part, four);
     });
-    const Known next = cta.template known<Backward>(first, cta.warp, wants_z);
+    const Known next = cta.template known<Backward>(first, cta.first_unit(), wants_z);
     if (!Backward && p.saved != nullptr) cta.store(mine, Rows{p.saved, 1, p.d, 0}, first, true, column);
 
     cta.wait_for_sums(parity);

@@ -81,6 +81,8 @@ inline Fused fused_of(const Pass& p, const FusedPlan& plan) {
   Fused f;
   f.pass = p;
   f.shape = plan.shape;
+  f.at = fused_layout(plan.shape);
+  f.shrink = shrink_work(plan.shape);
   f.tiles = plan.tiles;
   f.clusters = plan.clusters;
   return f;

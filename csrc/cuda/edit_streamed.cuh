@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank))
   const Pass& p = f.pass;
   const FusedShape& s = f.shape;
   if (blockIdx.x >= f.clusters) return copy_unlisted<T, 8, kFusedThreads>(p, blockIdx.x - f.clusters);
-  const Cta<T, Rank> cta(p, s, 0);
+  const Cta<T, Rank> cta(f, 0);
   const bool writes = p.out.p != nullptr;
   const int last = s.pieces - 1,
             turns = writes ? 2 * s.pieces - 1 : s.pieces;  // the last piece forth is the first back
@@ -54,14 +54,15 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank))
       cta.load_slices(true, false, slice);
       __syncthreads();  // (A) the slice and all columns of the piece are there; nobody reads `received` any more
       cta.shrink_tile(cta.whole(stage), [&](int row, int coordinate, int part, const float (&four)[4]) {
-        float* sums = cta.received + ((part << cta.shift) + row) * cta.sums + coordinate;  // this very lane's
+        float* sums =
+            cta.received() + ((part << cta.work.own_shift) + row) * cta.sums + coordinate;  // this very lane's
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[i] = turn > 0 ? sums[i] + four[i] : four[i];
       });
       if (!Backward && p.saved != nullptr) cta.store(mine, Rows{p.saved, 1, p.d, 0}, first, true, column);
       __syncthreads();  // (B) nobody reads the slice or the piece any more; with the last, `received` is whole
       if (turn == last) {
-        const Known next = cta.template known<Backward>(first, cta.warp, wants_z);
+        const Known next = cta.template known<Backward>(first, cta.first_unit(), wants_z);
         if constexpr (Backward) {
           cta.template backward_coordinates<false>(first, next);
         } else {

@@ -97,12 +97,12 @@ __device__ __forceinline__ TileRows tile_rows(const Pass& p, const Rows& rows, i
   return tile;
 }
 
-// f(element of the tile, element of a row in global memory, whether there is such a row) for every 8 elements of a
-// warp's columns of a tile, which begin at `column` of `d`: 8 lanes a row, 4 rows at a time, so that what moves is
-// whole lines of 128 bytes.
-template <typename T, typename G, typename F>
+// For every 8 elements of a warp's columns of a tile, which begin at `column` of `d`, 4 times 4 rows at a time: first
+// read(q, element of the tile) for q = 0 .. 3, then move(q, element of the tile, element of the row in global memory,
+// whether there is such a row). 8 lanes take a row, so that what moves is whole lines of 128 bytes.
+template <typename T, typename G, typename Read, typename Move>
 __device__ __forceinline__ void each_eight(T* tile, G* global, const TileRows& rows, int count, int pitch, int columns,
-                                           int64_t column, int64_t d, const F& f) {
+                                           int64_t column, int64_t d, const Read& read, const Move& move) {
   const int lane = threadIdx.x % 32, own = lane / 8, step = 4 * pitch;
   for (int j0 = 0; j0 < columns; j0 += 64) {
     const int j = j0 + lane % 8 * 8;
@@ -114,18 +114,23 @@ __device__ __forceinline__ void each_eight(T* tile, G* global, const TileRows& r
       const int left = inside ? rows.count - own : 0;
       from += rows.first + own * rows.stride;
 #pragma unroll 1
-      for (int m = 0; m < count; m += 16) {
+      for (int m = 0; m < count; m += 16, there += 4 * step) {
 #pragma unroll
-        for (int q = 0; q < 16; q += 4, there += step, from += 4 * rows.stride) f(there, from, m + q < left);
+        for (int q = 0; q < 4; ++q) read(q, there + q * step);
+#pragma unroll
+        for (int q = 0; q < 4; ++q, from += 4 * rows.stride) move(q, there + q * step, from, m + 4 * q < left);
       }
     } else {
 #pragma unroll 1
-      for (int m = 0; m < count; m += 16) {
+      for (int m = 0; m < count; m += 16, there += 4 * step) {
+        int64_t offset[4];
 #pragma unroll
-        for (int q = 0; q < 16; q += 4, there += step) {
-          const int64_t offset = rows.of(m + q + own);
-          if (mine) f(there, from + offset, inside && offset >= 0);
-        }
+        for (int q = 0; q < 4; ++q) offset[q] = rows.of(m + 4 * q + own);
+        if (!mine) continue;
+#pragma unroll
+        for (int q = 0; q < 4; ++q) read(q, there + q * step);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) move(q, there + q * step, from + offset[q], inside && offset[q] >= 0);
       }
     }
   }
@@ -135,18 +140,22 @@ __device__ __forceinline__ void each_eight(T* tile, G* global, const TileRows& r
 template <typename T>
 __device__ __forceinline__ void load_tile(T* to, const void* from, const TileRows& rows, int count, int pitch,
                                           int columns, int64_t column, int64_t d) {
-  each_eight(to, static_cast<const T*>(from), rows, count, pitch, columns, column, d,
-             [](T* there, const T* here, bool valid) { copy_async(there, here, valid); });
+  each_eight(
+      to, static_cast<const T*>(from), rows, count, pitch, columns, column, d, [](int, T*) {},
+      [](int, T* there, const T* here, bool valid) { copy_async(there, here, valid); });
 }
 
 // The warp's columns of a tile, from shared memory to global rows.
 template <typename T>
 __device__ __forceinline__ void store_tile(void* to, const T* from, const TileRows& rows, int count, int pitch,
                                            int columns, int64_t column, int64_t d) {
-  each_eight(from, static_cast<T*>(to), rows, count, pitch, columns, column, d,
-             [](const T* here, T* there, bool valid) {
-               if (valid) store_streaming(there, *reinterpret_cast<const Pack<T, 8>*>(here));
-             });
+  Pack<T, 8> x[4];
+  each_eight(
+      from, static_cast<T*>(to), rows, count, pitch, columns, column, d,
+      [&](int q, const T* here) { x[q] = *reinterpret_cast<const Pack<T, 8>*>(here); },
+      [&](int q, const T*, T* there, bool valid) {
+        if (valid) store_streaming(there, x[q]);
+      });
 }
 
 // sums (16 Blocks x 8 Eights) = rows of a tile times a matrix's rows, over `columns` columns from where both begin.
@@ -157,7 +166,7 @@ __device__ __forceinline__ void shrink_rows(float (&sums)[Blocks][Eights][4], co
   const T* a_row = tile + lane % 16 * pitch + lane / 16 * 8;
   // Lanes 16-31 address the next 8 coordinates; with 8 in all they repeat the first.
   const T* b_row = matrix + (lane % 8 + (Eights > 1 ? lane / 16 * 8 : 0)) * pitch + lane / 8 % 2 * 8;
-#pragma unroll 2
+#pragma unroll 4
   for (int j = 0; j < columns; j += 16) {
     uint32_t b[4];
     load_matrices(b, b_row + j);
@@ -171,7 +180,54 @@ __device__ __forceinline__ void shrink_rows(float (&sums)[Blocks][Eights][4], co
   }
 }
 
-// 16 Blocks rows of the tile += coordinates times the matrices' slices, over the warp's columns, in place.
+// 16 Blocks rows and 16 Wide columns of the tile += coordinates (a) times the matrices' slices, in place. All of the
+// tile is loaded before any of it is stored.
+template <typename T, int Steps, int Blocks, int Wide>
+__device__ __forceinline__ void expand_block(T* tile, const uint32_t (&a)[Blocks][Steps][4], const T* matrices,
+                                             int pitch, int steps) {
+  const int lane = threadIdx.x % 32, at = lane % 16 * pitch + lane / 16 * 8;
+  float sum[Wide][Blocks][2][4];  // begins as the tile itself: load_matrices' layout is the products'
+#pragma unroll
+  for (int w = 0; w < Wide; ++w) {
+#pragma unroll
+    for (int m = 0; m < Blocks; ++m) {
+      uint32_t x[4];
+      load_matrices(x, tile + m * 16 * pitch + w * 16 + at);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const float2 two = unpack<T>(x[q]);
+        sum[w][m][q / 2][q % 2 * 2] = two.x;
+        sum[w][m][q / 2][q % 2 * 2 + 1] = two.y;
+      }
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < Steps; ++s) {
+    if (s >= steps) continue;
+#pragma unroll
+    for (int w = 0; w < Wide; ++w) {
+      uint32_t b[4];
+      load_matrices_transposed(b, matrices + s * 16 * pitch + w * 16 + at);
+#pragma unroll
+      for (int m = 0; m < Blocks; ++m) {
+        multiply(sum[w][m][0], a[m][s], b[0], b[1], T{});
+        multiply(sum[w][m][1], a[m][s], b[2], b[3], T{});
+      }
+    }
+  }
+#pragma unroll
+  for (int w = 0; w < Wide; ++w) {
+#pragma unroll
+    for (int m = 0; m < Blocks; ++m) {
+      uint32_t x[4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) x[q] = pack<T>(sum[w][m][q / 2][q % 2 * 2], sum[w][m][q / 2][q % 2 * 2 + 1]);
+      store_block(tile + m * 16 * pitch + w * 16, pitch, x);
+    }
+  }
+}
+
+// The same for all of the warp's columns.
 template <typename T, int Steps, int Blocks>
 __device__ __forceinline__ void expand_rows(T* tile, const T* coordinates, int coordinate_pitch, const T* matrices,
                                             int pitch, int columns, int steps) {
@@ -185,38 +241,9 @@ __device__ __forceinline__ void expand_rows(T* tile, const T* coordinates, int c
         load_matrices(a[m][s], coordinates + (m * 16 + lane % 16) * coordinate_pitch + s * 16 + lane / 16 * 8);
     }
   }
-  for (int j = 0; j < columns; j += 16) {
-    float sum[Blocks][2][4];  // begins as the tile itself: load_matrices' layout is the products'
-#pragma unroll
-    for (int m = 0; m < Blocks; ++m) {
-      uint32_t x[4];
-      load_matrices(x, tile + (m * 16 + lane % 16) * pitch + j + lane / 16 * 8);
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const float2 two = unpack<T>(x[q]);
-        sum[m][q / 2][q % 2 * 2] = two.x;
-        sum[m][q / 2][q % 2 * 2 + 1] = two.y;
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < Steps; ++s) {
-      if (s >= steps) continue;
-      uint32_t b[4];
-      load_matrices_transposed(b, matrices + (s * 16 + lane % 16) * pitch + j + lane / 16 * 8);
-#pragma unroll
-      for (int m = 0; m < Blocks; ++m) {
-        multiply(sum[m][0], a[m][s], b[0], b[1], T{});
-        multiply(sum[m][1], a[m][s], b[2], b[3], T{});
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < Blocks; ++m) {
-      uint32_t x[4];
-#pragma unroll
-      for (int q = 0; q < 4; ++q) x[q] = pack<T>(sum[m][q / 2][q % 2 * 2], sum[m][q / 2][q % 2 * 2 + 1]);
-      store_block(tile + m * 16 * pitch + j, pitch, x);
-    }
-  }
+  int j = 0;
+  for (; j + 32 <= columns; j += 32) expand_block<T, Steps, Blocks, 2>(tile + j, a, matrices + j, pitch, steps);
+  if (j < columns) expand_block<T, Steps, Blocks, 1>(tile + j, a, matrices + j, pitch, steps);
 }
 
 // sums (Depth x 16 Pairs) += coordinates^T (Depth x 16 rows) times 16 rows of a tile, over the warp's columns.

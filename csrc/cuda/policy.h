@@ -67,28 +67,26 @@ struct FusedShape {
   int pieces = 1;  // of that width; more than one where the matrices are streamed (edit_streamed.cuh)
 };
 
-// log2 of the rows of a tile whose coordinates one CTA of the cluster works out: as few as a power of two allows, so
-// that the last CTAs may have none.
-FASTREFT_HOST_DEVICE inline int own_shift(const FusedShape& s) {
-  int shift = 0;
-  while ((s.cluster << shift) < s.rows) ++shift;
-  return shift;
-}
-
 // A shrink's work is cut into items of 16 or 32 rows and 8 or 16 coordinates over one, two or four parts of the
 // columns, so that all 8 warps have one where there are so few. What is added up to what in which order does not depend
 // on the number of parts: see Cta::shrink_tile.
-FASTREFT_HOST_DEVICE inline int shrink_item_rows(const FusedShape& s) { return s.rank > 16 && s.rows > 16 ? 32 : 16; }
-FASTREFT_HOST_DEVICE constexpr int shrink_item_coordinates(int rank) { return rank > 8 ? 16 : 8; }
-FASTREFT_HOST_DEVICE inline int shrink_items(const FusedShape& s) {
-  return s.rows / shrink_item_rows(s) * (s.shrinks * s.rank / shrink_item_coordinates(s.rank));
-}
-FASTREFT_HOST_DEVICE inline int shrink_parts(const FusedShape& s) {
-  const int items = shrink_items(s);
-  return items >= kFusedWarps ? 1 : items >= kFusedWarps / 2 ? 2 : 4;
+struct ShrinkWork {
+  int items = 0, log_parts = 0;
+  int own_shift = 0;  // log2 of the rows of a tile whose coordinates one CTA works out; the last CTAs may have none
+};
+constexpr int shrink_item_rows(int rank, int rows) { return rank > 16 && rows > 16 ? 32 : 16; }
+constexpr int shrink_item_coordinates(int rank) { return rank > 8 ? 16 : 8; }
+
+inline ShrinkWork shrink_work(const FusedShape& s) {
+  ShrinkWork work;
+  work.items = s.rows / shrink_item_rows(s.rank, s.rows) * (s.shrinks * s.rank / shrink_item_coordinates(s.rank));
+  while (work.log_parts < 2 && work.items << work.log_parts < kFusedWarps) ++work.log_parts;
+  while ((s.cluster << work.own_shift) < s.rows) ++work.own_shift;
+  return work;
 }
 
-FASTREFT_HOST_DEVICE inline FusedLayout fused_layout(const FusedShape& s) {
+inline FusedLayout fused_layout(const FusedShape& s) {
+  const ShrinkWork work = shrink_work(s);
   FusedLayout at;
   at.pitch = s.width + 8;
   const int64_t row = at.pitch * 2;
@@ -98,7 +96,7 @@ FASTREFT_HOST_DEVICE inline FusedLayout fused_layout(const FusedShape& s) {
   at.tiles = at.expand + depth * row;
   at.received = at.tiles + s.stages * s.inputs * s.rows * row;
   at.coordinates =
-      at.received + (static_cast<int64_t>(s.cluster) * shrink_parts(s) << own_shift(s)) * s.shrinks * s.rank * 4;
+      at.received + (static_cast<int64_t>(s.cluster) << (work.log_parts + work.own_shift)) * s.shrinks * s.rank * 4;
   at.arrivals = at.coordinates + s.rows * at.coordinate_pitch * 2;
   at.bytes = at.arrivals + 2 * 8;
   return at;

@@ -74,7 +74,7 @@ def test_edit_on_tensor_cores(kwargs, runner, tmp_path):
 
 # Where the matrices do not stay in shared memory.
 STREAM = dict(dtype=BF16, d=896, r=8, n=150, device=(8, 6, 2, 101376, 1))  # 7 pieces, 5 tiles for 4 CTAs
-STREAM_12 = dict(dtype=BF16, d=512, r=64, n=100, act="gelu", method="untied", device=(12, 0, 3, 101376, 8))
+STREAM_12 = dict(dtype=BF16, d=512, r=64, n=100, act="gelu", method="untied", device=(12, 0, 3, 101376, 1))
 STREAMED = [
     STREAM,
     STREAM_12,
