@@ -65,11 +65,11 @@ Plan make_plan(const EditGradArgs& args, const Pass& p, const Device& device) {
   switch (plan.road) {
     case Road::one_pass: plan.splits = static_cast<int>(plan.fused.clusters); break;
     case Road::two_passes:
-      plan.grad = plan_grad(args.n, args.d, args.r, kSumsColumns, args.r, device);
+      plan.grad = plan_grad(args.n, args.d, args.r, kSumsColumns, args.r, sums_per_sm(depth, device), device);
       plan.partial = round_up(args.n * 3 * depth * 2, 256);
       break;
     default:
-      plan.grad = plan_grad(args.n, args.d, args.r, kGradThreads, kGradChunk, device);
+      plan.grad = plan_grad(args.n, args.d, args.r, kGradThreads, kGradChunk, kGradPerSm, device);
       plan.gp = coordinates;
       plan.partial = plan.gp + (linear(args) ? 0 : coordinates);
   }

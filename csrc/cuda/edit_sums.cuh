@@ -20,7 +20,8 @@ __device__ __forceinline__ void store_one_sum(const Gradient& p, const float (&s
 }
 
 template <typename T, int Depth>
-__global__ void __launch_bounds__(kFusedThreads, Depth > 32 ? 1 : 2) sums_kernel(const __grid_constant__ Gradient p) {
+__global__ void __launch_bounds__(kFusedThreads, sums_compiled_per_sm(Depth))
+    sums_kernel(const __grid_constant__ Gradient p) {
   constexpr SumsLayout at = sums_layout(Depth);
   constexpr int Stages = sums_stages(Depth);
   T* stages = reinterpret_cast<T*>(shared_memory());

@@ -255,7 +255,7 @@ inline SimplePlan plan_simple(int64_t n, int64_t r, int64_t size, const Device& 
 
 // ---- sums over rows: the weights' gradients -----------------------------------------------------------------------
 
-constexpr int kGradThreads = 128, kGradRows = 16, kGradChunk = 8;
+constexpr int kGradThreads = 128, kGradRows = 16, kGradChunk = 8, kGradPerSm = 2;
 
 constexpr int64_t grad_shared(int64_t size) { return 3 * kGradRows * kGradChunk * size + kGradRows * 8; }
 
@@ -266,18 +266,21 @@ struct GradPlan {
   int chunks = 0;  // of coordinates
 };
 
-// Ranges of rows such that about two CTAs a multiprocessor are at work; at most 64, whose partial sums are then added.
-inline GradPlan plan_grad(int64_t n, int64_t d, int64_t r, int64_t columns, int64_t coordinates, const Device& device) {
+// Ranges of rows such that the CTAs fill the places there are, `per_sm` on a multiprocessor, once: a few more than that
+// would take the time of twice as many. At most 64, whose partial sums are then added.
+inline GradPlan plan_grad(int64_t n, int64_t d, int64_t r, int64_t columns, int64_t coordinates, int per_sm,
+                          const Device& device) {
   GradPlan plan;
   plan.column_blocks = ceil_div(d, columns);
   plan.chunks = static_cast<int>(ceil_div(r, coordinates));
-  int64_t splits = ceil_div(2 * device.multiprocessors, plan.column_blocks * plan.chunks);
+  const int64_t blocks = plan.column_blocks * plan.chunks;
+  if (n <= 0 || blocks == 0) return plan;
+  int64_t splits = per_sm * device.multiprocessors / blocks;
+  if (splits < 1) splits = 1;
   if (splits > 64) splits = 64;
   if (splits > ceil_div(n, kGradRows)) splits = ceil_div(n, kGradRows);
-  if (splits > 0) {
-    plan.range = round_up(ceil_div(n, splits), kGradRows);
-    plan.splits = static_cast<int>(ceil_div(n, plan.range));
-  }
+  plan.range = round_up(ceil_div(n, splits), kGradRows);
+  plan.splits = static_cast<int>(ceil_div(n, plan.range));
   return plan;
 }
 
@@ -303,6 +306,13 @@ FASTREFT_HOST_DEVICE constexpr SumsLayout sums_layout(int depth) {
 }
 constexpr int64_t sums_shared(int depth) {
   return static_cast<int64_t>(sums_stages(depth)) * sums_layout(depth).stage * 2;
+}
+
+// CTAs of a multiprocessor: as compiled, the sums of 64 coordinates taking more than half of the registers, and as
+// shared memory allows.
+constexpr int sums_compiled_per_sm(int depth) { return depth > 32 ? 1 : 2; }
+constexpr int sums_per_sm(int depth, const Device& device) {
+  return sums_shared(depth) > half_of_shared(device.shared) ? 1 : sums_compiled_per_sm(depth);
 }
 
 // ---- retraction (retract.cu) --------------------------------------------------------------------------------------

@@ -75,14 +75,16 @@ inline void bind_policy(pybind11::module_& module) {
   policy.def(
       "sums",
       [](int64_t n, int64_t d, int64_t r, bool tensor_cores, const Device& device) {
-        const GradPlan plan = tensor_cores ? plan_grad(n, d, r, kSumsColumns, r, device)
-                                           : plan_grad(n, d, r, kGradThreads, kGradChunk, device);
+        const int per_sm = tensor_cores ? sums_per_sm(both_depth(padded_rank(r)), device) : kGradPerSm;
+        const GradPlan plan = tensor_cores ? plan_grad(n, d, r, kSumsColumns, r, per_sm, device)
+                                           : plan_grad(n, d, r, kGradThreads, kGradChunk, per_sm, device);
         py::dict out;
         out["range"] = plan.range;
         out["splits"] = plan.splits;
         out["column_blocks"] = plan.column_blocks;
         out["columns"] = tensor_cores ? kSumsColumns : kGradThreads;
         out["chunks"] = plan.chunks;
+        out["per_sm"] = per_sm;
         out["coordinates"] = tensor_cores ? r : kGradChunk;
         out["shared"] = tensor_cores ? sums_shared(both_depth(padded_rank(r))) : grad_shared(8);
         return out;

@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from test_nvcc import CSRC, nvcc
 
 HERE = Path(__file__).resolve().parent

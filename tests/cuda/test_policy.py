@@ -156,6 +156,24 @@ def test_sums(tensor_cores, device):
         assert (plan["chunks"] - 1) * plan["coordinates"] < r <= plan["chunks"] * plan["coordinates"]
         assert (plan["splits"] - 1) * plan["range"] < n <= plan["splits"] * plan["range"]  # every range has rows
         assert plan["splits"] <= 64 and plan["range"] % 16 == 0
+        ctas = plan["splits"] * plan["column_blocks"] * plan["chunks"]
+        assert plan["splits"] == 1 or ctas <= plan["per_sm"] * device.multiprocessors  # one wave
+        assert plan["per_sm"] * (plan["shared"] + 1024) <= device.shared + 1024 or plan["per_sm"] == 1
+
+
+def test_sums_fill_an_h200_once():
+    """Of 132 multiprocessors, two CTAs each, or one where 64 coordinates are summed."""
+    h200 = policy.Device(9, 0, *DEVICES[9, 0])
+    for r, per_sm, splits in ((8, 2, 8), (16, 2, 8), (64, 1, 4)):
+        plan = policy.sums(32768, 4096, r, True, h200)
+        assert (plan["column_blocks"], plan["per_sm"], plan["splits"]) == (32, per_sm, splits)
+    assert policy.sums(0, 4096, 8, True, h200)["splits"] == policy.sums(9, 0, 8, False, h200)["splits"] == 0
+
+
+def test_code_that_is_older_than_its_device_is_planned_for_as_what_it_was_compiled_for():
+    """Clusters from 9.0 on are in the code or not, whatever the device has."""
+    for device, ptx, usable in ((9, 90, 9), (9, 80, 8), (10, 90, 9), (12, 86, 8), (8, 80, 8), (8, 86, 8), (10, 100, 10)):
+        assert policy.usable_major(device, ptx) == usable
 
 
 def test_retraction(device):
