@@ -172,7 +172,15 @@ def test_sums_fill_an_h200_once():
 
 def test_code_that_is_older_than_its_device_is_planned_for_as_what_it_was_compiled_for():
     """Clusters from 9.0 on are in the code or not, whatever the device has."""
-    for device, ptx, usable in ((9, 90, 9), (9, 80, 8), (10, 90, 9), (12, 86, 8), (8, 80, 8), (8, 86, 8), (10, 100, 10)):
+    for device, ptx, usable in (
+        (9, 90, 9),
+        (9, 80, 8),
+        (10, 90, 9),
+        (12, 86, 8),
+        (8, 80, 8),
+        (8, 86, 8),
+        (10, 100, 10),
+    ):
         assert policy.usable_major(device, ptx) == usable
 
 
