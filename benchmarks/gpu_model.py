@@ -122,25 +122,30 @@ class Looked:
 
 def look(
     program: Path, folder: Path, gpu: Gpu, kernel: str, asked: list[tuple[Call, int]], a: Assumptions
-) -> list[Looked]:
-    """The launches of one kernel, compiled once."""
-    found, code = [], None
+) -> list[Looked | str]:
+    """The launches of one kernel, compiled once; why not, where its way through the code cannot be followed."""
+    found: list[Looked | str] = []
+    code = None
     for call, which in asked:
         launch = calls.launches(program, call, gpu.device)[which]
         code = code or toolkit.compiled(kernel, folder, gpu.arch)
         load = a.far_load if call.what == "step" else a.near_load
         latency = Latency({**a.latencies, "LDG": load, "LD": a.near_load})
-        cost = costs(program, call, gpu.device, which, code, latency, WARPS)
+        try:
+            cost = costs(program, call, gpu.device, which, code, latency, WARPS)
+        except RuntimeError as error:
+            found.append(f"{kernel} cannot be followed: {str(error).split(': ', 1)[-1]}")
+            continue
         found.append(Looked(launch, cost.tile, cost.rest, code.registers, per_sm(code, launch)))
     return found
 
 
 def look_at_all(
     gpus: Mapping[str, Gpu], a: Assumptions, folder: Path, jobs: int
-) -> dict[tuple[str, Call, int], Looked]:
+) -> dict[tuple[str, Call, int], Looked | str]:
     """Everything that the GPUs' works launch. Two GPUs with one device and one code are looked at once."""
     program = calls.build(folder)
-    found: dict[tuple[str, Call, int], Looked] = {}
+    found: dict[tuple[str, Call, int], Looked | str] = {}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         running = []
         done: dict[tuple[Device, int], str] = {}
@@ -240,9 +245,9 @@ def predicted(looked: Looked, gpu: Gpu, a: Assumptions, moved: float) -> Predict
     waves = max(1, -(-waves // 1) if tiled else waves)  # CTAs without tiles differ: what ends early makes room
     us = a.launch_us + waves * (rest + each * one) / gpu.clock / 1e3
     main = of_tile if each * one > rest else of_rest
-    plan = f"{looked.registers} registers, {ctas} CTAs, {at_once} an SM" + (
-        f", clusters of {launch.cluster}" if launch.cluster > 1 else ""
-    )
+    plan = f"{looked.registers} registers, {ctas} CTAs, {at_once} an SM"
+    if launch.cluster > 1:
+        plan += f", clusters of {launch.cluster}"
     if launch.tiles.count:
         plan += f", {max(each, 1)} tiles of {launch.tiles.rows}"
     return Predicted(
@@ -258,14 +263,18 @@ def predicted(looked: Looked, gpu: Gpu, a: Assumptions, moved: float) -> Predict
 
 
 def line_of(
-    name: str, gpu: Gpu, work: Work, looked: dict[tuple[str, Call, int], Looked], a: Assumptions
+    name: str, gpu: Gpu, work: Work, looked: dict[tuple[str, Call, int], Looked | str], a: Assumptions
 ) -> dict[str, object]:
     parts = []
     for call in work.calls:
         launched = sorted((key for key in looked if key[:2] == (name, call)), key=lambda key: key[2])
         # An optimizer's launches share its bytes; sums of partial sums come from the L2.
         moved = work.bytes / len(launched) if call.what == "step" else 0.0
-        parts += [predicted(looked[key], gpu, a, moved) for key in launched]
+        for key in launched:
+            one = looked[key]
+            if isinstance(one, str):
+                return {"gpu": name, "what": work.name, "r": work.r, "why not": one}
+            parts.append(predicted(one, gpu, a, moved))
     floor = work.bytes / gpu.copy / 1e6
     us = max(sum(part.us for part in parts) + a.drain_us, floor)
     return {"gpu": name, "what": work.name, "r": work.r, "us": us, "% of copy": 100 * floor / us, "launches": parts}
@@ -284,6 +293,9 @@ def markdown(lines: list[dict], gpus: Mapping[str, Gpu]) -> str:
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for line in (line for line in lines if line["gpu"] == name):
+            if "why not" in line:
+                out.append(f"| {line['what']} | {line['r']} | not predicted | | {line['why not']} | | | | |")
+                continue
             for i, part in enumerate(line["launches"]):
                 share = f"{line['% of copy']:.0f}" if "rows" not in line["what"] else ""
                 head = f"| {line['what']} | {line['r']} | **{line['us']:.1f}** | {share} " if i == 0 else "| | | | "
@@ -300,7 +312,12 @@ def markdown(lines: list[dict], gpus: Mapping[str, Gpu]) -> str:
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--gpu", choices=GPUS, action="append", help="one of them; all by default")
+    asked.add_argument(
+        "--gpu",
+        choices=GPUS,
+        action="append",
+        help="one of them; all but the A100 by default, whose way through the pieces takes minutes to follow",
+    )
     asked.add_argument("--json", type=Path, help="write the figures and the assumptions there")
     asked.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     options = asked.parse_args()
@@ -315,7 +332,10 @@ def main() -> None:
     if options.json:
         assumed = {"assumptions": asdict(a)}
         assumed["gpus"] = {name: {"clock": g.clock, "copy": g.copy, "note": g.note} for name, g in gpus.items()}
-        made = [line | {"launches": [asdict(part) for part in line["launches"]]} for line in lines]
+        made = [
+            line if "why not" in line else line | {"launches": [asdict(part) for part in line["launches"]]}
+            for line in lines
+        ]
         options.json.write_text(json.dumps(assumed | {"predicted, not measured": made}, indent=1) + "\n")
 
 

@@ -14,11 +14,11 @@ STEP = 16  # bytes of an instruction
 
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;?\s*/\* 0x[0-9a-f]{16} \*/")
 UPPER = re.compile(r"^\s*/\* (0x[0-9a-f]{16}) \*/")
-LABEL = re.compile(r"^(\.L_\w+):")
+LABEL = re.compile(r"^(\.L_\w+|\$[\w$.]+):")  # a place, or a routine that the compiler adds
 SECTION = re.compile(r"^\s*\.section\s+\.text\.([^,\s]+)")
 SOURCE = re.compile(r'//## File "([^"]+)", line (\d+)( inlined at)?')
 GUARD = re.compile(r"^@(!?U?P[0-9T]+)\s+")
-NAMED = re.compile(r"`\((\.L_\w+)\)")
+NAMED = re.compile(r"`\((\.L_\w+|\$[\w$.]+)\)")
 TABLE = re.compile(r'\(\*"BRANCH_TARGETS ([^"]*)"\*\)')
 OPERANDS = re.compile(r",\s*(?![^\[(]*[\])])")
 
