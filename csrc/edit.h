@@ -127,11 +127,20 @@ struct StepArgs {
   Weight live_lr;  // fp32 or fp64, in the parameters' memory: what lr is multiplied by; or none
 };
 
+// A product rounded by itself: nvcc may make one instruction, with one rounding, of a product and what is added to it.
+FASTREFT_HOST_DEVICE inline double rounded_product(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // 1 - beta^t by multiplications alone: the same bits on every device.
 FASTREFT_HOST_DEVICE inline double bias_correction(double beta, int64_t t) {
   double power = 1;
-  for (; t > 0; t >>= 1, beta *= beta)
-    if (t & 1) power *= beta;
+  for (; t > 0; t >>= 1, beta = rounded_product(beta, beta))
+    if (t & 1) power = rounded_product(power, beta);
   return 1 - power;
 }
 

@@ -317,37 +317,56 @@ constexpr int sums_per_sm(int depth, const Device& device) {
 
 // ---- retraction (retract.cu) --------------------------------------------------------------------------------------
 
+constexpr int kRetractCluster = 8;               // CTAs at most
+constexpr int64_t kRetractHead = 128 + 256 * 8;  // bytes: what a CTA works with, and sums across warps
+
 struct RetractPlan {
   int cluster = 1;
-  int terms = 1024;            // columns staged at a time
+  int terms = 1024;            // columns of a chunk
   int64_t shared_entries = 0;  // r x r entries that shared memory has room for
-  int64_t chunk_bytes = 0;
-  int64_t shared = 0;
+  int64_t chunk_bytes = 0;     // of two chunks, [r, pitch] each
+  int64_t room = 0;            // that chunk_bytes may grow to, for a CTA's columns to stay in shared memory
 };
 
-constexpr int64_t kRetractGroup = 256 * 8;
-
-inline int64_t retract_shared(int64_t entries, int64_t chunk_bytes) {
-  return kRetractGroup + chunk_bytes + 2 * entries * 8;
+constexpr int64_t retract_shared(int64_t entries, int64_t chunk_bytes) {
+  return kRetractHead + chunk_bytes + 2 * entries * 8;
 }
 
-// For `matrices` matrices of which the largest have r rows and d columns; `wide`: one of them is fp64.
+// Columns of each CTA of a cluster, the last one's fewer: whole quads of every type.
+FASTREFT_HOST_DEVICE constexpr int64_t retract_columns(int64_t d, int cluster) {
+  return cluster > 1 ? ((d + cluster - 1) / cluster + 7) / 8 * 8 : d;
+}
+// Elements of `size` bytes from one row of a chunk to the next: 16 bytes, and 16 more than a multiple of 128 where
+// there are that many, so that the same 16 bytes of 8 neighbouring rows lie in different banks.
+FASTREFT_HOST_DEVICE constexpr int64_t retract_pitch(int64_t columns, int size) {
+  const int64_t bytes = (columns * size + 15) / 16 * 16;
+  return (bytes < 128 ? bytes : (bytes + 127) / 128 * 128 + 16) / size;
+}
+FASTREFT_HOST_DEVICE constexpr int64_t retract_chunks(int64_t r, int64_t columns, int size) {
+  return 2 * r * retract_pitch(columns, size) * size;
+}
+
+// For `matrices` matrices of which the largest have r rows and d columns; `wide`: they are fp64.
 inline RetractPlan plan_retract(int64_t r, int64_t d, int64_t matrices, bool wide, const Device& device) {
   RetractPlan plan;
-  const auto chunk = [&](int terms) { return round_up(2 * r * (terms + 1) * (wide ? 8 : 4), 16); };
+  const int size = wide ? 8 : 4;
   // Chunks of about 4096 elements: enough for every thread to have several loads on their way.
   while (plan.terms > 32 && r * plan.terms > (wide ? 2048 : 4096)) plan.terms /= 2;
   plan.shared_entries = r * r;
-  if (retract_shared(plan.shared_entries, chunk(plan.terms)) <= device.shared) {
-    while (plan.cluster < 8 && plan.cluster < device.largest_cluster &&
+  if (retract_shared(plan.shared_entries, retract_chunks(r, plan.terms, size)) <= device.shared) {
+    while (plan.cluster < kRetractCluster && plan.cluster < device.largest_cluster &&
            2 * plan.cluster * matrices <= 2 * device.multiprocessors && d >= 512 * plan.cluster)
       plan.cluster *= 2;
   } else {
     plan.shared_entries = 0;
-    while (plan.terms > 1 && retract_shared(0, chunk(plan.terms)) > device.shared) plan.terms /= 2;
+    while (plan.terms > 16 / size && retract_shared(0, retract_chunks(r, plan.terms, size)) > device.shared)
+      plan.terms /= 2;
   }
-  plan.chunk_bytes = chunk(plan.terms);
-  plan.shared = retract_shared(plan.shared_entries, plan.chunk_bytes);
+  plan.chunk_bytes = retract_chunks(r, plan.terms, size);
+  // Half a multiprocessor's memory where two CTAs share it; fp64's have one for themselves.
+  const bool two = !wide && plan.cluster * matrices > device.multiprocessors;
+  const int64_t limit = two ? half_of_shared(device.shared) : device.shared;
+  plan.room = limit - retract_shared(plan.shared_entries, 0);
   return plan;
 }
 

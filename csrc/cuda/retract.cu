@@ -4,17 +4,21 @@
 // plain parameter is cut into pieces of kPiece elements. The list travels as a kernel parameter: nothing is copied to
 // the device beforehand, and a captured graph holds it.
 //
-// The step of an orthonormal R (r, d), see retract_common.cuh for the pieces:
+// The step of an orthonormal R (r, d), see retract_common.cuh and retract_chunk.cuh for the pieces:
 //     A = G R^T; g = G - 1/2 (A + A^T) R; Adam; Y = R - lr U; S = Y Y^T = L L^T; R = L^-1 Y; polish where S was skewed
-// Y lies in R's own memory, or in scratch where R has 16 bits.
+// Where a CTA's columns of R and G fit into shared memory they stay there from A to the last product, and each byte
+// moves once. Else Y lies in R's own memory, or in scratch where R has 16 bits.
 #include <vector>
 
 #include "../kernels.h"
 #include "launch.h"
 #include "retract_common.cuh"
+#include "retract_step.cuh"
 
 namespace fastreft {
 namespace {
+
+static_assert(sizeof(Place) + kRetractThreads * sizeof(double) <= kRetractHead && sizeof(Place) % 8 == 0);
 
 constexpr int kItems = 128;       // a launch's list: 11 KB of kernel parameters, of 32 there are from CUDA 12.1 on
 constexpr int64_t kPiece = 8192;  // elements of a plain parameter a CTA takes
@@ -40,133 +44,132 @@ __device__ __forceinline__ double least_pivot() {
   return sizeof(C) == 8 ? 1e-13 : 1e-6;
 }
 
-// What one AdamW element reads besides its parameter.
-template <typename C>
-struct Moments {
-  C g, m, v;
-};
+// What the matrix is multiplied with next: something made of its gradient's product with it, or of its own.
+enum class Turn { tangent, factor, polish };
 
-// The direction U (before the learning rate) that moments m and v give.
+// The step Y = R - lr U had dependent rows: Y <- Y + by U, back towards R.
 template <typename C>
-__device__ __forceinline__ C adam_direction(const StepArgs& a, const C m, const C v) {
-  const C root = sqrt(v) / static_cast<C>(sqrt(a.correction2)) + static_cast<C>(a.eps);
-  return m / static_cast<C>(a.correction1) / root;
-}
-// The moments of one element move; returns its direction.
-template <typename C>
-__device__ __forceinline__ C adam(const StepArgs& a, const StepItem& item, int64_t e, const Moments<C>& old, C g) {
-  const C m = old.m + (g - old.m) * static_cast<C>(1 - a.beta1);
-  const C v = static_cast<C>(a.beta2) * old.v + static_cast<C>(1 - a.beta2) * g * g;
-  static_cast<C*>(item.m)[e] = m;
-  static_cast<C*>(item.v)[e] = v;
-  return adam_direction(a, m, v);
-}
-template <typename C>
-__device__ __forceinline__ Moments<C> load_moments(const StepItem& item, int64_t e) {
-  return {load_weight<C>(Weight{item.g, item.param.type}, e), static_cast<const C*>(item.m)[e],
-          static_cast<const C*>(item.v)[e]};
-}
-
-template <typename C>
-__device__ __forceinline__ void plain_step(const StepArgs& a, const StepItem& item, int64_t piece) {
-  constexpr int Batch = 4;
-  const int64_t elements = item.param.r * item.param.d;
-  const int64_t end = (piece + 1) * kPiece < elements ? (piece + 1) * kPiece : elements;
-  for (int64_t e0 = piece * kPiece + threadIdx.x; e0 < end; e0 += Batch * kRetractThreads) {
-    Moments<C> moments[Batch] = {};
-    C p[Batch] = {};
-#pragma unroll
-    for (int q = 0; q < Batch; ++q) {
-      const int64_t e = e0 + q * kRetractThreads;
-      if (e >= end) continue;
-      moments[q] = load_moments<C>(item, e);
-      p[q] = load_weight<C>(Weight{item.param.p, item.param.type}, e);
-    }
-#pragma unroll
-    for (int q = 0; q < Batch; ++q) {
-      const int64_t e = e0 + q * kRetractThreads;
-      if (e >= end) continue;
-      const C u = adam(a, item, e, moments[q], moments[q].g);
-      store_weight(item.param.p, item.param.type, e,
-                   p[q] * static_cast<C>(1 - a.lr * a.weight_decay) - static_cast<C>(a.lr) * u);
-    }
+__device__ __forceinline__ void shorten(const Place& at, const StepItem& item, const StepArgs& a, C* Y, int64_t pitch,
+                                        double by) {
+  const Adam<C> adam(a);
+  const int r = at.r;
+  const int64_t d = at.d;
+  __syncthreads();
+#pragma unroll 1
+  for (Walk walk(r, static_cast<int>(at.end - at.begin)); walk.there(); walk.next()) {
+    const int64_t e = walk.row * d + at.begin + walk.column;
+    Y[walk.row * pitch + walk.column] +=
+        static_cast<C>(by) * adam.direction(static_cast<C*>(item.m)[e], static_cast<C*>(item.v)[e]);
   }
 }
 
-// The whole treatment of one matrix by its cluster; returns what was found, the same in every thread.
+// The whole treatment of one matrix by its cluster; returns what was found, the same in every thread. Y: the matrix in
+// memory as C, between the step and the retraction. Each turn goes over the columns twice: for a Gram matrix, and to
+// multiply with what was made of it.
 template <typename C, bool Step>
-__device__ __forceinline__ Found orthonormal(const StepArgs& a, const StepItem& item, const Place& at, C* Y) {
-  const int r = static_cast<int>(item.param.r);
-  const int64_t d = item.param.d;
+__device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepItem& item, const Place& at, C* chunk,
+                                             C* Y) {
   const DType type = item.param.type;
-  const Weight R{item.param.p, type};
   const bool apart = static_cast<const void*>(Y) != item.param.p;
-  const auto old = [&](int i, int64_t j) { return load_weight<C>(R, i * d + j); };
-  const auto moved = [&](int i, int64_t j) { return Y[i * d + j]; };
-  const auto nothing = [](int, int64_t) { return 0; };
-  const auto store = [&](int i, int64_t j, C x, int) { store_weight(item.param.p, type, i * d + j, x); };
   const double least = least_pivot<C>();
   const double floor = Step ? 1 : 0;  // a step starts from rows of length 1: one that all but vanished is noise
 
-  if constexpr (Step) {
-    const Weight G{item.g, type};
-    const auto gradient = [&](int i, int64_t j) { return load_weight<C>(G, i * d + j); };
-    gram<C, false>(at, r, gradient, old);
-    if (!all_finite(at, r)) return Found::not_finite;
-    C* T = reinterpret_cast<C*>(at.part);
-    for (int e = threadIdx.x; e < r * r; e += kRetractThreads)
-      T[e] = static_cast<C>(0.5 * (at.S[e] + at.S[e % r * r + e / r]));
-    struct Element {
-      Moments<C> moments;
-      C R;
-    };
-    apply<C>(
-        at, r, old, [&](int i, int64_t j) { return Element{load_moments<C>(item, i * d + j), old(i, j)}; },
-        [&](int i, int64_t j, C radial, const Element& was) {
-          const int64_t e = i * d + j;
-          Y[e] = was.R - static_cast<C>(a.lr) * adam(a, item, e, was.moments, was.moments.g - radial);
-        });
-  } else if (apart) {
-    for (int i = 0; i < r; ++i)
-      for (int64_t j = at.begin + threadIdx.x; j < at.end; j += kRetractThreads) Y[i * d + j] = old(i, j);
-  }
-
-  gram<C, true>(at, r, moved, moved);
-  if (!all_finite(at, r)) return Found::not_finite;
-  Pivots pivots = cholesky(at, r, least, floor);
-  Found found = pivots.full_rank ? Found::fine : Found::deficient;
-  if constexpr (Step) {
-    // Y = R - lr U has dependent rows: go half way back, again and again.
-    double taken = a.lr;
-    for (int shorter = 0; shorter < kShortenings && !pivots.full_rank; ++shorter) {
-      taken /= 2;
-      __syncthreads();
-      for (int i = 0; i < r; ++i) {
-        for (int64_t j = at.begin + threadIdx.x; j < at.end; j += kRetractThreads) {
-          const int64_t e = i * d + j;
-          Y[e] += static_cast<C>(taken) * adam_direction(a, static_cast<C*>(item.m)[e], static_cast<C*>(item.v)[e]);
-        }
+  C* now = chunk;                      // the matrix as it is
+  C* other = chunk + at.r * at.pitch;  // the gradient, then what comes out of a product
+  Weight stored{item.param.p, type};   // the matrix in memory, for chunks that do not stay
+  Found found = Found::fine;
+  Turn turn = Step ? Turn::tangent : Turn::factor;
+  bool multiply = false, last = false, here = false;  // here: the chunk that stays has been fetched
+  int shortenings = 0;
+  while (true) {
+    const bool tangent = Step && turn == Turn::tangent;
+#pragma unroll 1
+    for (int64_t j0 = at.begin; j0 < at.end; j0 += at.terms) {
+      const int valid = static_cast<int>(at.end - j0 < at.terms ? at.end - j0 : at.terms);
+      __syncthreads();  // nobody uses the chunks any more, and what others have worked out is there
+      if (!here) {
+        fill<C>(at, j0, valid, stored.type, stored.p, tangent ? item.g : nullptr, now, other);
+        here = at.resident;
+        __syncthreads();
       }
-      gram<C, true>(at, r, moved, moved);
-      pivots = cholesky(at, r, least, floor);
+      if (!multiply) {
+        gram_of_chunk<C>(at, valid, tangent ? other : now, now, j0 == at.begin);
+        continue;
+      }
+      product(at, valid, now, other, tangent);
+      __syncthreads();
+      const Walk walk = walk_memory<C>(at, valid);
+      if (tangent) {
+        const Adam<C> adam(step_of(given, item));
+        C* const to = at.resident ? nullptr : Y + j0;
+        at.vector ? chunk_step<kVector<C>>(at.pitch, walk, adam, item, j0, at.d, now, other, to)
+                  : chunk_step<1>(at.pitch, walk, adam, item, j0, at.d, now, other, to);
+      } else if (last || !at.resident) {
+        by_stored<C>(type, [&](auto kept) {
+          using T = decltype(kept);
+          T* const to = static_cast<T*>(item.param.p) + j0;
+          at.vector ? keep<T, kVector<C>>(at.pitch, walk, other, to, at.d)
+                    : keep<T, 1>(at.pitch, walk, other, to, at.d);
+        });
+      }
     }
-  }
-  if (!pivots.full_rank) {
-    cluster_sync(at.cluster);  // all of Y is there
+
+    if (multiply) {
+      if (last) return found;
+      if (at.resident) {
+        C* const swapped = now;
+        now = other;
+        other = swapped;
+      }
+      if (tangent) stored = {Y, sizeof(C) == 8 ? DType::f64 : DType::f32};
+      turn = tangent ? Turn::factor : Turn::polish;
+      multiply = false;
+      continue;
+    }
+    sum_over_cluster(at);
+    multiply = true;
+    if (shortenings == 0 && !all_finite(at)) return Found::not_finite;
+    if (tangent) {
+      symmetric<C>(at);
+      continue;
+    }
+    if (turn == Turn::polish) {
+      polish<C>(at);
+      last = true;
+      continue;
+    }
+    const Pivots pivots = cholesky(at, least, floor);
+    if (pivots.full_rank) {
+      last = pivots.spread <= 4 || apart;
+      invert<C>(at);
+      continue;
+    }
+    found = Found::deficient;
+    C* const y = at.resident ? now : Y + at.begin;
+    const int64_t pitch = at.resident ? at.pitch : at.d;
+    if (Step && shortenings < kShortenings) {  // go half way back, again and again
+      ++shortenings;
+      const StepArgs a = step_of(given, item);
+      shorten(at, item, a, y, pitch, a.lr / static_cast<double>(1 << shortenings));
+      multiply = false;
+      continue;
+    }
+    if (at.resident || (!Step && apart)) {  // all of Y has to be in memory
+#pragma unroll 1
+      for (Walk walk(at.r, static_cast<int>(at.end - at.begin)); walk.there(); walk.next()) {
+        const int64_t e = walk.row * at.d + at.begin + walk.column;
+        Y[e] = at.resident ? y[walk.row * pitch + walk.column] : load_weight<C>(stored, e);
+      }
+    }
+    cluster_sync(at.cluster);
     if (at.rank == 0) {
-      gram_schmidt<C>(at, r, d, Y, sizeof(C) == 8 ? 1e-12 : 1e-5);
-      for (int64_t e = threadIdx.x; apart && e < r * d; e += kRetractThreads) store_weight(item.param.p, type, e, Y[e]);
+      gram_schmidt<C>(at.r, at.d, Y, sizeof(C) == 8 ? 1e-12 : 1e-5);
+#pragma unroll 1
+      for (int64_t e = threadIdx.x; apart && e < at.r * at.d; e += kRetractThreads)
+        store_weight(item.param.p, type, e, Y[e]);
     }
     return found;
   }
-  invert<C>(at, r);
-  apply<C>(at, r, moved, nothing, store);
-  if (pivots.spread > 4 && !apart) {
-    gram<C, true>(at, r, old, old);
-    polish<C>(at, r);
-    apply<C>(at, r, old, nothing, store);
-  }
-  return found;
 }
 
 template <typename C, bool Step>
@@ -184,35 +187,40 @@ __global__ void __launch_bounds__(kRetractThreads, sizeof(C) == 8 ? 1 : 2)
     }
   }
   const StepItem& item = list.item[low];
-  const StepArgs step = Step ? step_of(list.step, item) : list.step;
   int* status = list.status + list.place[low];
+  const bool narrow = item.param.type == DType::bf16 || item.param.type == DType::f16;
+  const uintptr_t quad = narrow ? 8 : 16;  // bytes of a quad of the parameter's type
+  const auto aligned = [](const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  const bool quads = aligned(item.param.p, quad) && aligned(item.g, quad) && aligned(item.m, 16) && aligned(item.v, 16);
   if (Step && !item.orthonormal) {
-    plain_step<C>(step, item, static_cast<int64_t>(which - list.first[low]) * list.cluster + rank);
+    const int64_t begin = (static_cast<int64_t>(which - list.first[low]) * list.cluster + rank) * kPiece;
+    const int64_t elements = item.param.r * item.param.d;
+    plain_step<C>(step_of(list.step, item), item, begin, begin + kPiece < elements ? begin + kPiece : elements, quads);
     if (which == list.first[low] && rank == 0 && threadIdx.x == 0) *status = 0;
     return;
   }
-  const int64_t entries = item.param.r * item.param.r;
-  const int64_t columns = (item.param.d + list.cluster - 1) / list.cluster;
   char* scratch = list.scratch[low] >= 0 ? list.scratch_base + list.scratch[low] : nullptr;
-  Place at;
-  at.cluster = list.cluster;
-  at.rank = rank;
-  at.begin = columns * rank < item.param.d ? columns * rank : item.param.d;
-  at.end = at.begin + columns < item.param.d ? at.begin + columns : item.param.d;
-  at.terms = list.terms;
-  at.group = reinterpret_cast<double*>(shared_memory());
-  at.chunk = reinterpret_cast<char*>(at.group + kRetractThreads);
-  if (entries <= list.shared_entries) {
-    at.S = reinterpret_cast<double*>(at.chunk + list.chunk_bytes);
+  const int64_t entries = item.param.r * item.param.r, columns = retract_columns(item.param.d, list.cluster);
+  Place& at = *reinterpret_cast<Place*>(shared_memory());
+  char* const chunk = shared_memory() + kRetractHead;
+  if (threadIdx.x == 0) {
+    at.cluster = list.cluster;
+    at.rank = rank;
+    at.r = static_cast<int>(item.param.r);
+    at.d = item.param.d;
+    at.begin = columns * rank < item.param.d ? columns * rank : item.param.d;
+    at.end = at.begin + columns < item.param.d ? at.begin + columns : item.param.d;
+    at.resident = retract_chunks(item.param.r, columns, sizeof(C)) <= list.chunk_bytes;
+    at.terms = at.resident ? static_cast<int>(columns) : list.terms;
+    at.pitch = static_cast<int>(retract_pitch(at.terms, sizeof(C)));
+    at.vector = quads && item.param.d % kVector<C> == 0;
+    at.S = reinterpret_cast<double*>(entries <= list.shared_entries ? chunk + list.chunk_bytes : scratch);
     at.part = at.S + entries;
-  } else {
-    at.S = reinterpret_cast<double*>(scratch);
-    at.part = at.S + entries;
-    scratch += 2 * entries * static_cast<int64_t>(sizeof(double));
   }
-  const bool narrow = item.param.type == DType::bf16 || item.param.type == DType::f16;
-  const Found found =
-      orthonormal<C, Step>(step, item, at, static_cast<C*>(narrow ? static_cast<void*>(scratch) : item.param.p));
+  __syncthreads();
+  if (entries > list.shared_entries) scratch += 2 * entries * static_cast<int64_t>(sizeof(double));
+  void* const Y = narrow ? static_cast<void*>(scratch) : item.param.p;
+  const Found found = orthonormal<C, Step>(list.step, item, at, reinterpret_cast<C*>(chunk), static_cast<C*>(Y));
   if (rank == 0 && threadIdx.x == 0) *status = static_cast<int>(found);
 }
 
@@ -237,6 +245,11 @@ int64_t plan(List& list, const StepItem* items, int count, bool wide, int& next,
   list.terms = policy.terms;
   list.shared_entries = policy.shared_entries;
   list.chunk_bytes = policy.chunk_bytes;
+  for (int i = 0; i < list.count; ++i) {  // the largest of those whose columns may stay in shared memory
+    const Matrix& matrix = list.item[i].param;
+    const int64_t stays = retract_chunks(matrix.r, retract_columns(matrix.d, list.cluster), wide ? 8 : 4);
+    if (list.item[i].orthonormal && stays <= policy.room && stays > list.chunk_bytes) list.chunk_bytes = stays;
+  }
   int64_t bytes = 0, clusters = 0;
   for (int i = 0; i < list.count; ++i) {
     const Matrix& matrix = list.item[i].param;

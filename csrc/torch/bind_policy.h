@@ -99,7 +99,10 @@ inline void bind_policy(pybind11::module_& module) {
         out["cluster"] = plan.cluster;
         out["terms"] = plan.terms;
         out["in_shared"] = plan.shared_entries >= r * r;
-        out["shared"] = plan.shared;
+        const int64_t slice = retract_chunks(r, retract_columns(d, plan.cluster), wide ? 8 : 4);
+        out["resident"] = slice <= plan.room;
+        const int64_t chunks = slice <= plan.room && slice > plan.chunk_bytes ? slice : plan.chunk_bytes;
+        out["shared"] = retract_shared(plan.shared_entries, chunks);
         return out;
       },
       py::arg("r"), py::arg("d"), py::arg("matrices"), py::arg("wide"), py::arg("device"), "A retraction.");
