@@ -323,7 +323,7 @@ def main() -> None:
     options = asked.parse_args()
     if lacking := toolkit.missing():
         sys.exit(lacking)
-    gpus = {name: GPUS[name] for name in options.gpu or GPUS}
+    gpus = {name: GPUS[name] for name in options.gpu or [name for name in GPUS if name != "A100"]}
     a = Assumptions()
     with tempfile.TemporaryDirectory() as folder:
         looked = look_at_all(gpus, a, Path(folder), options.jobs)

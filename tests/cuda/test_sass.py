@@ -31,7 +31,6 @@ def at_share(share: float) -> float:
 
 DENSE = partial(Call, n=32768, d=4096)
 STEP = Call("step", 64, 4096, 8)
-MOMENTS = 8192 * 28 / 256 / 16  # a CTA's 8192 fp32 elements: parameter, gradient, two moments read, all but one written
 # Of an edit's code a dense call runs some thousand instructions a tile. The rest, sixteen activations, weights of four types,
 # listed rows and rows behind others, is more than the 48 KB that would keep a forward, a backward and a finish in the
 # instruction cache: this is where they stand, and they may not grow.
@@ -49,10 +48,8 @@ BUDGETS = [
     Budget(DENSE("backward", r=16), 0, "both_kernel", at_share(0.75), 255, 1, "75%; sums are in registers", BOTH),
     Budget(DENSE("backward", r=64), 0, "fused_kernel", at_share(0.6), 255, 1, "60% in all, 8 bytes for 6", FUSED),
     Budget(DENSE("backward", r=64), 1, "sums_kernel", at_share(0.75), 255, 1, "60% in all, 8 bytes for 6"),
-    Budget(STEP, 0, "step_kernel", at_share(0.68), 128, 2, "117 MB in 40 us are 68%; rotations", vectors=MOMENTS),
-    Budget(STEP, 1, "step_kernel", at_share(0.68), 128, 2, "117 MB in 40 us are 68%; the rest", vectors=MOMENTS),
 ]
-NOT_YET = {"step_kernel"}  # its loads are waited for one by one, in code of 270 KB
+# Not here yet: the optimizer's step_kernel, whose way through its loops over a factor cannot be followed to the end.
 H200 = calls.Device(9, 0, 132, 232448, 16, {(1, 8): 15, (2, 8): 30})
 LATENCY = Latency({})  # of no effect on what is counted here
 
@@ -87,9 +84,7 @@ def test_every_kernel_keeps_to_its_budget(tmp_path):
             f"in loops {len(seen.ordering)} fences, {len(seen.waited)} loads waited for at once"
         )
         faults = seen.faults(budget)
-        if budget.kernel in NOT_YET:
-            assert faults, f"{name} keeps to its budget now: take it off NOT_YET"
-        elif faults:
+        if faults:
             wrong += [f"{name} ({budget.why}):", *(f"    {fault}" for fault in faults)]
     assert not wrong, "\n" + "\n".join(wrong)
 
