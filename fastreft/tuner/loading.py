@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -53,44 +53,55 @@ def layers_of(model: nn.Module) -> list[ReftLayer]:
 
 
 @contextmanager
-def unharmed(model: nn.Module) -> Iterator[None]:
-    """Within it a ReFT adapter is attached and loaded: whatever goes wrong, the model is afterwards as it was."""
-    names = {layer: set(layer.specs) for layer in layers_of(model)}
-    active = {layer: (layer._active_adapter, layer._disable_adapters) for layer in names}
+def unharmed(model: nn.Module, over: Sequence[str] = ()) -> Iterator[None]:
+    """Within it a ReFT adapter is attached and loaded: whatever goes wrong, the model is afterwards as it was.
+
+    ``over`` names the adapters that are there and may be loaded over, whose tensors are kept for as long.
+    """
+    layers = {layer: set(layer.specs) for layer in layers_of(model)}
+    active = {layer: (layer._active_adapter, layer._disable_adapters) for layer in layers}
     wrapped = {id(module) for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     attributes = {*model.__dict__}
     mark = model.__dict__.get("_hf_peft_config_loaded")  # Transformers' own
     held = dict(_configs_of(model))
+    tensors = {key: t.clone() for key, t in model.state_dict().items() if _is_of(key, over)} if over else {}
     try:
         yield
     except BaseException as error:
-        made = [layer for layer in layers_of(model) if set(layer.specs) != names.get(layer, set())]
+        made = [layer for layer in layers_of(model) if set(layer.specs) != layers.get(layer, set())]
         added = [name for name, config in _configs_of(model).items() if name not in held and config.peft_type == "REFT"]
-        if not made and not added:
+        if not made and not added and not layers:
             raise
         for layer in made:
-            for name in set(layer.specs) - names.get(layer, set()):
+            for name in set(layer.specs) - layers.get(layer, set()):
                 layer.forget(name)
-            if layer not in names:
+            if layer not in layers:
                 layer.detach()
         for shared in {id(layer._shared): layer._shared for layer in made}.values():
             if not shared.layers:
                 shared.take_off()
         for layer, (was_active, disabled) in active.items():
             layer._active_adapter, layer._disable_adapters = was_active, disabled  # type: ignore[assignment]
-        restore_wrapped(model, lambda module: id(module) not in wrapped)
         for p, flag in flags:
             p.requires_grad_(flag)
-        for name in added:
-            _configs_of(model).pop(name, None)
-        for name in {*model.__dict__} - attributes:
-            del model.__dict__[name]
-        if mark is not None:
-            model.__dict__["_hf_peft_config_loaded"] = mark
+        model.load_state_dict(tensors, strict=False)
+        if made or added:
+            restore_wrapped(model, lambda module: id(module) not in wrapped)
+            for name in added:
+                _configs_of(model).pop(name, None)
+            for name in {*model.__dict__} - attributes:
+                del model.__dict__[name]
+            if mark is not None:
+                model.__dict__["_hf_peft_config_loaded"] = mark
         if isinstance(error, KeyError):  # PEFT's, for a tensor that the file lacks
             raise ValueError(f"the adapter lacks the weights {error.args[0] if error.args else error}") from error
         raise
+
+
+def _is_of(key: str, adapters: Sequence[str]) -> bool:
+    """Is a tensor one of these adapters', by PEFT's rule?"""
+    return any(f".{name}." in f"{key}." for name in adapters)
 
 
 def _configs_of(model: nn.Module) -> dict[str, Any]:
@@ -128,10 +139,11 @@ def _load_adapter(inner: Any) -> Any:
         held = self.peft_config.get(adapter_name)
         if held is not None and held.peft_type == "REFT" and not getattr(_within, "load", False):
             _check_same(self, held, model_id, adapter_name, kwargs)
-        with unharmed(_base_of(self)):
+        beside = _saved_beside(self, model_id) if held is not None and held.peft_type != "REFT" else {}
+        with unharmed(_base_of(self), over=[adapter_name, *beside] if layers_of(self) and held is not None else ()):
             loaded = inner(self, model_id, adapter_name, *args, **kwargs)
-        if held is not None and held.peft_type != "REFT":
-            _load_beside(self, model_id, adapter_name)
+            for name, path in beside.items():
+                set_peft_model_state_dict(self, load_peft_weights(path, device="cpu"), adapter_name=name)
         return loaded
 
     return load_adapter
@@ -154,17 +166,11 @@ def _plain(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, (list, tuple, set)) else value
 
 
-def _load_beside(model: Any, folder: Any, adapter_name: str) -> None:
-    """The ReFT adapters that were injected beside another method's and saved with it are loaded with it, as Trainer does for
-    the best of several checkpoints: one without the other would be a model that nobody evaluated."""
-    for name, config in model.peft_config.items():
-        path = os.path.join(str(folder), name)
-        if (
-            name != adapter_name
-            and config.peft_type == "REFT"
-            and os.path.isfile(os.path.join(path, "adapter_config.json"))
-        ):
-            set_peft_model_state_dict(model, load_peft_weights(path, device="cpu"), adapter_name=name)
+def _saved_beside(model: Any, folder: Any) -> dict[str, str]:
+    """Name -> folder of the ReFT adapters injected beside another method's and saved with it. They are loaded with it, as
+    Trainer does for the best of several checkpoints: one without the other would be a model that nobody evaluated."""
+    paths = {name: os.path.join(str(folder), name) for name, c in model.peft_config.items() if c.peft_type == "REFT"}
+    return {name: path for name, path in paths.items() if os.path.isfile(os.path.join(path, "adapter_config.json"))}
 
 
 def _add_adapter(inner: Any) -> Any:

@@ -227,7 +227,7 @@ class ReftModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's, but an adapter of another shape of model is refused and not left active, where PEFT warns."""
+        """PEFT's, but an adapter of another shape of model is refused, where PEFT warns."""
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         ours = rf"\.reft\.reft_\w+\.{re.escape(adapter_name)}\."
         wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if re.search(ours, k)}
@@ -242,9 +242,6 @@ class ReftModel(BaseTuner):
         if problem is None:
             weights.refuse_strangers(state_dict, set(model.state_dict()), _embeddings_of(_bare(model)))
             return state_dict | weights.checked({k: v for k, v in state_dict.items() if k in given}, "loading")
-        for module in model.modules():
-            if isinstance(module, ReftLayer):
-                module.set_adapter([name for name in module.active_adapters if name != adapter_name])
         raise ValueError(f"the adapter does not fit this {type(_bare(model)).__name__}: {problem}")
 
 
