@@ -20,7 +20,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..settings import ReftSettings
-from . import weights
 from .layer import ReftLayer
 
 PROMPTS = (
@@ -201,32 +200,14 @@ def _set_adapter(inner: Any) -> Any:
     return set_adapter
 
 
-def wrap() -> None:
-    """Wrap PEFT's methods, and Transformers' ``load_adapter``; once."""
-    from transformers.integrations.peft import PeftAdapterMixin
-
-    if hasattr(PeftModel.load_adapter, "__wrapped__") and getattr(PeftModel, "_fastreft", False):
+def wrap(*others: Callable[[], None]) -> None:
+    """Wrap PEFT's methods, and what the others wrap; once."""
+    if getattr(PeftModel, "_fastreft", False):
         return
     PeftModel._fastreft = True  # type: ignore[attr-defined]
     PeftModel.from_pretrained = classmethod(_from_pretrained(PeftModel.from_pretrained.__func__))  # type: ignore[assignment, attr-defined]
     PeftModel.load_adapter = _load_adapter(PeftModel.load_adapter)  # type: ignore[method-assign]
     PeftModel.add_adapter = _add_adapter(PeftModel.add_adapter)  # type: ignore[method-assign]
     PeftModel.set_adapter = _set_adapter(PeftModel.set_adapter)  # type: ignore[method-assign]
-    theirs = PeftAdapterMixin.load_adapter
-
-    @wraps(theirs)
-    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with unharmed(self):
-            known = {layer: set(layer.specs) for layer in layers_of(self)}
-            loaded = theirs(self, *args, **kwargs)
-            for layer in layers_of(self):  # which has its own way to put a file's tensors into a model
-                for name in set(layer.specs) - known.get(layer, set()):
-                    held = layer.interventions(name)
-                    tensors = {
-                        f"{layer.name}.{i}.{k}": t for i, m in enumerate(held) for k, t in m.state_dict().items()
-                    }
-                    for key, mended in weights.checked(tensors, "loading").items():
-                        tensors[key].copy_(mended)
-            return loaded
-
-    PeftAdapterMixin.load_adapter = load_adapter  # type: ignore[method-assign]
+    for other in others:
+        other()

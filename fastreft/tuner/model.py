@@ -25,7 +25,7 @@ from ..models import blocks, layouts
 from ..models.components import COMPONENTS
 from ..plan.forward import Shared
 from ..plan.report import ReftReport, report
-from . import columns, loading, weights
+from . import columns, embeddings, loading, mixin, weights
 from .config import ReftConfig
 from .layer import NO_MERGE, ReftLayer
 
@@ -230,7 +230,8 @@ class ReftModel(BaseTuner):
         """PEFT's, but an adapter of another shape of model is refused, where PEFT warns."""
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         ours = rf"\.reft\.reft_\w+\.{re.escape(adapter_name)}\."
-        wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if re.search(ours, k)}
+        held = model.state_dict()
+        wanted = {k: tuple(v.shape) for k, v in held.items() if re.search(ours, k)}
         given = {k: tuple(v.shape) for k, v in state_dict.items() if ".reft.reft_" in k}
         problem = None
         if wanted.keys() != given.keys():
@@ -240,24 +241,16 @@ class ReftModel(BaseTuner):
             key = next(key for key in wanted if wanted[key] != given[key])
             problem = f"its {key.rsplit('.', 1)[-1]} has shape {given[key]}, the model wants {wanted[key]}"
         if problem is None:
-            weights.refuse_strangers(state_dict, set(model.state_dict()), _embeddings_of(_bare(model)))
-            return state_dict | weights.checked({k: v for k, v in state_dict.items() if k in given}, "loading")
+            base = _bare(model)
+            tables = weights.refuse_strangers(state_dict, adapter_name, held, embeddings.names_of(base))
+            mended = weights.checked({k: v for k, v in state_dict.items() if k in given}, "loading")
+            new = {k: embeddings.with_new_rows(k, held[own], state_dict[k], base) for k, own in tables.items()}
+            return state_dict | mended | new
         raise ValueError(f"the adapter does not fit this {type(_bare(model)).__name__}: {problem}")
 
 
 def _bare(model: Any) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _embeddings_of(model: Any) -> list[str]:
-    """The names of the embeddings that PEFT may save with an adapter, as where the vocabulary has grown."""
-    if not hasattr(model, "get_output_embeddings"):
-        return []
-    try:
-        tables = model.get_input_embeddings(), model.get_output_embeddings()
-    except NotImplementedError:  # CANINE's: Transformers cannot name them, so a file that holds them is refused
-        return []
-    return [name for name, module in model.named_modules() if any(module is table for table in tables)]
 
 
 def _listing(keys: Any) -> str:
@@ -302,4 +295,4 @@ def get_reft_model(model: nn.Module, config: ReftConfig, adapter_name: str = "de
 PEFT_TYPE_TO_CONFIG_MAPPING[ReftConfig().peft_type] = ReftConfig  # type: ignore[index]
 PEFT_TYPE_TO_TUNER_MAPPING[ReftConfig().peft_type] = ReftModel  # type: ignore[index]
 PEFT_TYPE_TO_PREFIX_MAPPING[ReftConfig().peft_type] = ReftModel.prefix  # type: ignore[index]
-loading.wrap()
+loading.wrap(mixin.wrap)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor
@@ -36,10 +36,7 @@ def checked(tensors: dict[str, Tensor], doing: str) -> dict[str, Tensor]:
     mended = dict(tensors)
     off: list[str] = []
     for key, value in tensors.items():
-        if value.dtype not in FLOATS:
-            raise ValueError(
-                f"{doing} the adapter: {key} is {value.dtype}; it must be float32, bfloat16, float16 or float64"
-            )
+        refuse_dtypes({key: value.dtype}, doing)
         if value.is_meta or type(value) not in (Tensor, torch.nn.Parameter):
             continue
         if not bool(value.isfinite().all()):
@@ -63,9 +60,29 @@ def checked(tensors: dict[str, Tensor], doing: str) -> dict[str, Tensor]:
     return mended
 
 
-def refuse_strangers(keys: Iterable[str], own: set[str], embeddings: list[str]) -> None:
-    """``ValueError`` for keys of a file that are neither an adapter's, nor of modules saved with it, nor the embeddings'."""
+def refuse_dtypes(dtypes: dict[str, torch.dtype], doing: str = "loading") -> None:
+    """``ValueError`` for a dtype that holds no weights."""
+    for key, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            raise ValueError(f"{doing} the adapter: {key} is {dtype}; it must be float32, bfloat16, float16 or float64")
+
+
+def refuse_strangers(
+    keys: Iterable[str], adapter_name: str, own: Container[str], embeddings: list[str]
+) -> dict[str, str]:
+    """``ValueError`` for keys of a file that are neither an adapter's, nor of modules saved with it, nor the embeddings', and
+    for those that the model has no place for. The embeddings' keys, and what the model calls them."""
+    tables = {}
     for key in keys:
-        ours = ".reft.reft_" in key or ".modules_to_save." in key or ".trainable_tokens_" in key
-        if not ours and key in own and not any(f"{name}." in key for name in embeddings):
+        bare = key.removeprefix("base_model.model.")
+        if key not in own and bare not in own:
+            raise ValueError(f"loading the adapter: it holds {key}, which the model has no place for")
+        if f".reft_edit.{adapter_name}." in key or f".reft_suffix.{adapter_name}." in key:
+            continue
+        whole = ".modules_to_save." in key or ".trainable_tokens_" in key
+        if whole and f".{adapter_name}." in f"{key}.":
+            continue
+        if whole or not any(bare.startswith(f"{name}.") for name in embeddings):
             raise ValueError(f"loading the adapter: it holds {key}, which is the base model's own and no adapter's")
+        tables[key] = key if key in own else bare
+    return tables

@@ -84,6 +84,16 @@ DAMAGES = {
         lambda t: t.update({"base_model.model.model.layers.9.reft.reft_edit.W": torch.ones(3, 32)})
     ),
     "the base's weights": rewritten(lambda t: t.update({"base_model.model.model.norm.weight": torch.zeros(32)})),
+    "the base's embeddings": rewritten(
+        lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(61, 32)})
+    ),
+    "the base's head": rewritten(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(61, 32)})),
+    "LoRA's weights": rewritten(
+        lambda t: t.update({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 32)})
+    ),
+    "a head that is trained by none": rewritten(
+        lambda t: t.update({"base_model.model.lm_head.modules_to_save.weight": torch.ones(61, 32)})
+    ),
     "another rank": config(r=2),
     "a rank too large": config(r=99),
     "no such layer": config(layers_to_transform=[77]),

@@ -37,7 +37,7 @@ def test_a_load_that_fails_leaves_the_base_as_it_was(damage, folder):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("damage", ["truncated", "missing", "NaN", "R random", "another shape", "a rank too large"])
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("by", ["PEFT", "Transformers"])
 def test_a_second_adapter_that_fails_is_not_there(damage, by, folder):
     DAMAGES[damage](folder)
