@@ -30,7 +30,7 @@ def unbroken(tmp_path_factory):
 
 def test_killed_trainings_end_where_an_unbroken_one_ends(unbroken, tmp_path, counts):
     dice, (wanted, _) = random.Random(SEED + 4), unbroken
-    for i in range(max(CASES // 20, 1)):
+    for i in range(max(CASES // 40, 1)):
         folder = tmp_path / f"run{i}"
         folder.mkdir()
         trained.write_records(folder / "train.jsonl")
@@ -62,7 +62,7 @@ def test_trainings_whose_disk_is_full(unbroken, tmp_path, counts):
     assert trained.finish(tmp_path, "--seed", "1", "--save_strategy", "no") == 0
     old = adapter_in(tmp_path)
     assert old and old != wanted
-    for i in range(max(CASES // 20, 2)):
+    for i in range(max(CASES // 40, 1)):
         flags = dice.choice(((), ("--save_strategy", "no")))
         code = trained.finish(tmp_path, *flags, limit=int(dice.uniform(0, 1.1) ** 2 * largest))
         said = trained.said(tmp_path)
