@@ -150,7 +150,7 @@ struct Cta {
       float sum[Blocks][Eights][4] = {}, half[Blocks][Eights][4] = {};
       for (int q = 0; q < quarters; ++q, a += quarter, b += quarter) {
         float own[Blocks][Eights][4] = {};
-        shrink_rows(own, a, b, pitch, quarter);
+        shrink_rows<Rank == 32 ? 1 : 4>(own, a, b, pitch, quarter);  // 32: both_kernel has no registers left
 #pragma unroll
         for (int e = 0; e < Blocks * Eights * 4; ++e) {
           float &x = sum[e / (Eights * 4)][e / 4 % Eights][e % 4], &y = half[e / (Eights * 4)][e / 4 % Eights][e % 4];

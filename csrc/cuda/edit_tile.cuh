@@ -159,14 +159,14 @@ __device__ __forceinline__ void store_tile(void* to, const T* from, const TileRo
 }
 
 // sums (16 Blocks x 8 Eights) = rows of a tile times a matrix's rows, over `columns` columns from where both begin.
-template <typename T, int Blocks, int Eights>
+template <int Unroll, typename T, int Blocks, int Eights>
 __device__ __forceinline__ void shrink_rows(float (&sums)[Blocks][Eights][4], const T* tile, const T* matrix, int pitch,
                                             int columns) {
   const int lane = threadIdx.x % 32;
   const T* a_row = tile + lane % 16 * pitch + lane / 16 * 8;
   // Lanes 16-31 address the next 8 coordinates; with 8 in all they repeat the first.
   const T* b_row = matrix + (lane % 8 + (Eights > 1 ? lane / 16 * 8 : 0)) * pitch + lane / 8 % 2 * 8;
-#pragma unroll 4
+#pragma unroll(Unroll)
   for (int j = 0; j < columns; j += 16) {
     uint32_t b[4];
     load_matrices(b, b_row + j);
@@ -241,9 +241,11 @@ __device__ __forceinline__ void expand_rows(T* tile, const T* coordinates, int c
         load_matrices(a[m][s], coordinates + (m * 16 + lane % 16) * coordinate_pitch + s * 16 + lane / 16 * 8);
     }
   }
+  constexpr int Wide = Blocks == 1 && Steps == 4 ? 1 : 2;  // both_kernel at rank 32 has no registers left
   int j = 0;
-  for (; j + 32 <= columns; j += 32) expand_block<T, Steps, Blocks, 2>(tile + j, a, matrices + j, pitch, steps);
-  if (j < columns) expand_block<T, Steps, Blocks, 1>(tile + j, a, matrices + j, pitch, steps);
+  for (; j + 16 * Wide <= columns; j += 16 * Wide)
+    expand_block<T, Steps, Blocks, Wide>(tile + j, a, matrices + j, pitch, steps);
+  if (Wide > 1 && j < columns) expand_block<T, Steps, Blocks, 1>(tile + j, a, matrices + j, pitch, steps);
 }
 
 // sums (Depth x 16 Pairs) += coordinates^T (Depth x 16 rows) times 16 rows of a tile, over the warp's columns.

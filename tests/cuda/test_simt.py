@@ -235,7 +235,7 @@ def test_a_barrier_or_wait_left_out_is_noticed(plant, kwargs, runner, tmp_path):
     "patches",
     [
         {"edit_cta.cuh": ("+ lane % 4 / 2 * 4, part, four", "+ (lane + 2) % 4 / 2 * 4, part, four")},
-        {"edit_cta.cuh": ("(shared + at.coordinates)", "(shared + at.coordinates + 32)")},
+        {"edit_cta.cuh": ("(shared_memory() + at.coordinates)", "(shared_memory() + at.coordinates + 32)")},
     ],
     ids=["a coordinate", "past the end of shared memory"],
 )
