@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..settings import ReftSettings
+from . import names
 from .layer import ReftLayer
 
 PROMPTS = (
@@ -32,18 +33,6 @@ _EDIT = (
     *("layers_to_transform", "target_modules", "exclude_modules", "modules_to_save"),
 )
 _within = threading.local()  # is this thread in PeftModel.from_pretrained, which loads over the name it has just made?
-
-
-# PEFT tells the tensors of a file apart by looking for adapters' names in theirs, so these are not free.
-_TAKEN = {"R", "W", "P", "b", "c", "act", "weight", "reft", "reft_edit", "reft_suffix", "base_model", "model"}
-
-
-def check_name(adapter_name: Any) -> None:
-    """``ValueError`` for a name that would make saving other adapters lose tensors, or is none."""
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name is {adapter_name!r}; it must be a name without dots")
-    if adapter_name in _TAKEN:
-        raise ValueError(f"adapter_name is {adapter_name!r}; it must be none of {', '.join(sorted(_TAKEN))}")
 
 
 def layers_of(model: nn.Module) -> list[ReftLayer]:
@@ -178,8 +167,9 @@ def _add_adapter(inner: Any) -> Any:
         if getattr(peft_config, "is_prompt_learning", False) and layers_of(self):
             raise ValueError(PROMPTS.format(peft_config.peft_type.value))
         if getattr(peft_config, "peft_type", None) != "REFT":
+            names.check_beside(self, adapter_name)
             return inner(self, adapter_name, peft_config, *args, **kwargs)
-        check_name(adapter_name)
+        names.check(adapter_name)
         with unharmed(_base_of(self)):
             return inner(self, adapter_name, peft_config, *args, **kwargs)
 

@@ -26,6 +26,7 @@ from ..models.components import COMPONENTS
 from ..plan.forward import Shared
 from ..plan.report import ReftReport, report
 from . import columns, embeddings, loading, mixin, weights
+from . import names as adapter_names
 from .config import ReftConfig
 from .layer import NO_MERGE, ReftLayer
 
@@ -65,7 +66,7 @@ class ReftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's; ``ValueError`` for a name that would make saving other adapters lose tensors."""
-        loading.check_name(adapter_name)
+        adapter_names.check(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -102,13 +103,9 @@ class ReftModel(BaseTuner):
                 f"target_modules is {config.target_modules!r} and exclude_modules {config.exclude_modules!r}; "
                 f"that leaves no module of this {type(self.model).__name__} to edit"
             )
-        parts = {part for name in (*self._targets, *(config.modules_to_save or ())) for part in name.split(".")}
-        for held in self.peft_config:
-            if held in parts:
-                raise ValueError(
-                    f"adapter_name is {held!r}, a part of the name of a module that is edited or saved, by which PEFT could no "
-                    "longer tell the adapters' tensors apart; give another"
-                )
+        names_of_new = adapter_names.parts_to_come(config, self._targets)
+        for name in (name for name, held in self.peft_config.items() if held is config):
+            adapter_names.check_beside(self, name, names_of_new)
         for name in sorted(self._targets):
             self._check_width(config, name)
         return peft_config
@@ -174,11 +171,15 @@ class ReftModel(BaseTuner):
         was_active = adapter_name in self.active_adapters
         left = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
-        left = left or list(self.peft_config)[:1]
+        left = left or [name for name, config in self.peft_config.items() if config.peft_type == "REFT"][:1]
         if was_active and left:
             self.set_adapter(left if len(left) > 1 else left[0])
 
     def _check_merge_allowed(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    def unmerge_adapter(self) -> None:
+        """Always a ``ValueError``, as there is no merging."""
         raise ValueError(NO_MERGE)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -213,7 +214,8 @@ class ReftModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """PEFT's; ``ValueError`` before anything is written for weights that are not finite."""
+        """PEFT's; ``ValueError`` before anything is written for weights that are not finite, or would be left out."""
+        adapter_names.check_saved(model, adapter_name, unwanted_adapter_names)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         ours = {key: value for key, value in found.items() if ".reft.reft_" in key}
         return found | weights.checked(ours, "saving")
@@ -286,7 +288,7 @@ def _matches(config: ReftConfig, targets: list[str] | str, name: str) -> Any:
 
 def get_reft_model(model: nn.Module, config: ReftConfig, adapter_name: str = "default", **kwargs: Any) -> PeftModel:
     """``peft.get_peft_model`` for a :class:`ReftConfig`; the model's weights are frozen and its blocks get hooks."""
-    loading.check_name(adapter_name)
+    adapter_names.check(adapter_name)
     with warnings.catch_warnings():  # PEFT asks by a name that Transformers is giving up
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
