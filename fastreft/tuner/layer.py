@@ -125,12 +125,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         del block._modules["reft"]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always a ``ValueError``: a weight acts on every token, an edit on chosen ones."""
-        raise ValueError(NO_MERGE)
+        """Nothing: another method's tuner merges its own layers and passes by, and ReFT's refuses before it begins."""
 
     def unmerge(self) -> None:
-        """Always a ``ValueError``, as there is no merging."""
-        raise ValueError(NO_MERGE)
+        """Nothing, as there is no merging."""
 
 
 # What the hooks call: functions that find the layer through the module, so that copies and replicas use their own.

@@ -25,7 +25,7 @@ from ..models import blocks, layouts
 from ..models.components import COMPONENTS
 from ..plan.forward import Shared
 from ..plan.report import ReftReport, report
-from . import columns, embeddings, loading, mixin, weights
+from . import beside, columns, embeddings, loading, mixin, weights
 from . import names as adapter_names
 from .config import ReftConfig
 from .layer import NO_MERGE, ReftLayer
@@ -297,4 +297,4 @@ def get_reft_model(model: nn.Module, config: ReftConfig, adapter_name: str = "de
 PEFT_TYPE_TO_CONFIG_MAPPING[ReftConfig().peft_type] = ReftConfig  # type: ignore[index]
 PEFT_TYPE_TO_TUNER_MAPPING[ReftConfig().peft_type] = ReftModel  # type: ignore[index]
 PEFT_TYPE_TO_PREFIX_MAPPING[ReftConfig().peft_type] = ReftModel.prefix  # type: ignore[index]
-loading.wrap(mixin.wrap)
+loading.wrap(mixin.wrap, beside.wrap)

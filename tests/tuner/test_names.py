@@ -40,6 +40,17 @@ def test_a_name_is_refused_whichever_comes_first(settings, name):
         assert list(second.peft_config) == [name]
 
 
+@pytest.mark.parametrize(("settings", "name"), CLASHES)
+def test_of_an_injected_lora_too(settings, name):
+    first = model_of(**settings)
+    if "modules_to_save" in settings:
+        return  # the adapter's file has whole modules by another rule
+    lora = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=f"adapter_name is '{name}', a part of the name"):
+        peft.inject_adapter_in_model(lora, first.get_base_model(), name)
+    assert not any("lora_" in key for key, _ in first.named_parameters()) and list(first.peft_config) == ["default"]
+
+
 def test_a_reft_that_has_the_name_of_a_lora_part():
     outer = peft.get_peft_model(make("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="adapter_name is 'lora_A', a part of the name"):
