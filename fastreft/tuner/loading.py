@@ -15,12 +15,11 @@ from functools import wraps
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..settings import ReftSettings
-from . import names
+from . import names, pairs
 from .layer import ReftLayer
 
 PROMPTS = (
@@ -110,13 +109,34 @@ def _base_of(model: Any) -> nn.Module:
 
 def _from_pretrained(inner: Any) -> Any:
     @wraps(inner)
-    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        outer, _within.load = getattr(_within, "load", False), True
+    def from_pretrained(
+        cls: Any,
+        model: Any,
+        model_id: Any,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        base, outer = _base_of(model), getattr(_within, "load", False)
+        flags = [(p, p.requires_grad) for p in base.parameters()]
+        folder = os.path.join(str(model_id), kwargs.get("subfolder") or "")
+        _within.load = True
         try:
-            with unharmed(_base_of(model)):
-                return inner(cls, model, model_id, *args, **kwargs)
+            with unharmed(base):
+                loaded = inner(cls, model, model_id, adapter_name, is_trainable, *args, **kwargs)
+            try:
+                with unharmed(base):
+                    pairs.attach(loaded, folder, is_trainable)
+            except BaseException:
+                loaded.unload()
+                for p, flag in flags:
+                    p.requires_grad_(flag)
+                raise
         finally:
             _within.load = outer
+        pairs.warn_of_left(loaded, folder, adapter_name, within=False)
+        return loaded
 
     return from_pretrained
 
@@ -124,14 +144,17 @@ def _from_pretrained(inner: Any) -> Any:
 def _load_adapter(inner: Any) -> Any:
     @wraps(inner)
     def load_adapter(self: Any, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
-        held = self.peft_config.get(adapter_name)
-        if held is not None and held.peft_type == "REFT" and not getattr(_within, "load", False):
+        held, within = self.peft_config.get(adapter_name), getattr(_within, "load", False)
+        if held is not None and held.peft_type == "REFT" and not within:
             _check_same(self, held, model_id, adapter_name, kwargs)
-        beside = _saved_beside(self, model_id) if held is not None and held.peft_type != "REFT" else {}
+        folder = os.path.join(str(model_id), kwargs.get("subfolder") or "")
+        beside = {} if held is None else pairs.held_of(self, folder, adapter_name, beside=not within)
         with unharmed(_base_of(self), over=[adapter_name, *beside] if layers_of(self) and held is not None else ()):
             loaded = inner(self, model_id, adapter_name, *args, **kwargs)
             for name, path in beside.items():
-                set_peft_model_state_dict(self, load_peft_weights(path, device="cpu"), adapter_name=name)
+                pairs.load(self, name, path)
+        if not within:
+            pairs.warn_of_left(self, folder, adapter_name, within=True)
         return loaded
 
     return load_adapter
@@ -152,13 +175,6 @@ def _check_same(model: Any, held: Any, model_id: Any, adapter_name: str, kwargs:
 
 def _plain(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, (list, tuple, set)) else value
-
-
-def _saved_beside(model: Any, folder: Any) -> dict[str, str]:
-    """Name -> folder of the ReFT adapters injected beside another method's and saved with it. They are loaded with it, as
-    Trainer does for the best of several checkpoints: one without the other would be a model that nobody evaluated."""
-    paths = {name: os.path.join(str(folder), name) for name, c in model.peft_config.items() if c.peft_type == "REFT"}
-    return {name: path for name, path in paths.items() if os.path.isfile(os.path.join(path, "adapter_config.json"))}
 
 
 def _add_adapter(inner: Any) -> Any:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from . import embeddings, weights
+from . import embeddings, pairs, weights
 from .layer import ReftLayer
 from .loading import layers_of, unharmed
 
@@ -23,6 +23,8 @@ def wrap() -> None:
 
     @wraps(theirs)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = args[0] if args else kwargs.get("peft_model_id")
+        name = args[1] if len(args) > 1 else kwargs.get("adapter_name")
         with unharmed(self):
             known = {layer: set(layer.specs) for layer in layers_of(self)}
             before = [(module, name, p) for module in self.modules() for name, p in module._parameters.items()]
@@ -35,8 +37,9 @@ def wrap() -> None:
                 if any(added.values()):
                     replaced = _given_back(before)
             if any(added.values()):
-                _check(self, loaded, added, replaced, args[0] if args else kwargs.get("peft_model_id"))
-            return loaded
+                _check(self, loaded, added, replaced, folder)
+        pairs.warn_of_left(self, folder, str(name or "default"), within=True)
+        return loaded
 
     PeftAdapterMixin.load_adapter = load_adapter  # type: ignore[method-assign]
 
