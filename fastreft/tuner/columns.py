@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 from torch import nn
 
+from ..joining import join
 from ..plan.asked import OURS
 
 
@@ -17,11 +19,19 @@ class _Column(str):
         return part != "label" and str.__contains__(self, part)
 
 
+@cache
+def _follow_trainer() -> None:
+    """Have Trainer, imported or to be, keep our columns. Not before there is a model: Trainer's own import brings PEFT, which
+    brings us, while there is no Trainer yet."""
+    join("transformers.trainer", "fastreft.tuner.batches")
+
+
 def accept(model: nn.Module) -> None:
     """Have the signature of the forward of a model's class name :data:`OURS`, which hooks take off before it is called.
 
     It is said at the class, once, as a function that a model has for itself would be shared by its copies and replicas.
     """
+    _follow_trainer()
     forward: Any = getattr(type(model), "forward", None)
     if type(forward).__name__ != "function":
         return

@@ -1,12 +1,15 @@
 """Columns of a data set that are ours reach the model through Trainer, which drops what a forward does not name."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
 from datasets import Dataset
 from tiny import batch, make
-from transformers import Trainer, TrainingArguments, default_data_collator
+from torch import nn
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, default_data_collator
 from transformers.utils.generic import find_labels
 
 from fastreft import ReftConfig, get_reft_model
@@ -52,3 +55,72 @@ def test_the_signature_names_them_once_and_generate_is_unharmed():
     first.generate(**batch(), max_new_tokens=1)
     with pytest.raises(ValueError, match="not_an_argument"):
         first.generate(**batch(), max_new_tokens=1, not_an_argument=1)
+
+
+class Around(nn.Module):
+    """Somebody's module, which hands on what it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.lm = model
+
+    def forward(self, input_ids, labels=None, **others):
+        return self.lm(input_ids=input_ids, labels=labels, **others)
+
+
+class Deaf(Around):
+    """One that knows nothing of others' arguments."""
+
+    def forward(self, input_ids, labels=None):
+        return self.lm(input_ids=input_ids, labels=labels)
+
+
+def trainer_of(model, folder, collator=default_data_collator, table=True, **columns):
+    torch.manual_seed(0)
+    ids = torch.randint(1, 61, (ROWS, 9))
+    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist(), **columns})
+    data = data if table else [*data]
+    arguments = TrainingArguments(
+        folder, per_device_train_batch_size=ROWS, max_steps=1, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    return Trainer(model, arguments, train_dataset=data, eval_dataset=data, data_collator=collator)
+
+
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize("run", ["train", "evaluate"])
+def test_a_column_arrives_in_a_model_within_a_module(table, run, tmp_path):
+    model = get_reft_model(make("llama"), ReftConfig(r=2, positions="f2+l3"))
+    getattr(trainer_of(Around(model), tmp_path, table=table, reft_positions=[[1, 4]] * ROWS), run)()
+    assert model.reft_report().edits[0].columns == [[1, 4]] * ROWS
+    with pytest.raises(TypeError, match="reft_positions"):
+        getattr(trainer_of(Deaf(model), tmp_path, table=table, reft_positions=[[1, 4]] * ROWS), run)()
+
+
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize(
+    ("column", "value"), [("reft_positions", [1, 4]), ("reft_prompt_lengths", 3), ("reft_labels", [-100] * 5 + [7] * 4)]
+)
+def test_a_collator_that_leaves_a_column_out(column, value, table, tmp_path):
+    model = get_reft_model(make("llama"), ReftConfig(r=2, positions="f2+l3"))
+    given = {column: [value] * ROWS}
+    trainer = trainer_of(model, tmp_path, DataCollatorWithFlattening(), table, **given)
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(
+            ValueError, match=f"{column} is a column of the data set, and DataCollatorWithFlattening leaves"
+        ):
+            run()
+    trainer_of(make("llama"), tmp_path, DataCollatorWithFlattening(), table, **given).evaluate()  # not ours to say
+    assert type(trainer.data_collator) is DataCollatorWithFlattening
+
+
+@pytest.mark.parametrize(
+    "first", ["from transformers import Trainer", "import fastreft, peft", "import fastreft.tuner.model"]
+)
+def test_whichever_is_imported_first(first):
+    code = (
+        f"{first}\nfrom fastreft import ReftConfig, get_reft_model\nimport transformers\n"
+        "shape = dict(vocab_size=9, n_embd=8, n_head=2, n_layer=1)\n"
+        "get_reft_model(transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)), ReftConfig(r=1))\n"
+        "assert hasattr(transformers.Trainer._get_dataloader, '__wrapped__')"
+    )
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
