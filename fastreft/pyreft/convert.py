@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..models.blocks import hidden_size
@@ -17,7 +18,7 @@ from ..tuner.model import ReftLayer, get_reft_model
 from . import checkpoint, components, format
 from .checkpoint import Entry
 from .format import CheckpointError
-from .model import ReftModel
+from .model import ReftModel, model_weights
 
 
 def load(
@@ -54,6 +55,13 @@ def load(
         dtype=dtype,
         orthonormalise=orthonormalise,
     )
+    trained = sorted(model_weights(path, base))
+    if trained:
+        warnings.warn(
+            f"'{path}' holds weights of the base model that were trained, too, such as {trained[0]}; an adapter of ours does "
+            "not: load them into the base first, as fastreft.pyreft.ReftModel.load does with include_model=True",
+            stacklevel=2,
+        )
     groups, side = _group(base, entries)
     tied = len(groups) == 1
     first = entries[0].intervention
@@ -151,7 +159,8 @@ def save(
 
     pyreft saves NoReFT and NoDiReFT but cannot build them again, so they are written as the LoReFT and the DiReFT that make
     the same edit; ``keep_type`` writes them as they are. Positions, act_fn and dropout have no place in pyreft's files: a
-    warning says so of an act_fn, as pyreft's load takes linear. ``ValueError`` for a model without a ReFT adapter.
+    warning says so of an act_fn, as pyreft's load takes linear. ``ValueError`` for a model without a ReFT adapter, and for
+    one with modules that were trained whole (``modules_to_save``).
     """
     entries = model.entries() if isinstance(model, ReftModel) else _entries(model, adapter_name)
     act_fns = {entry.intervention.act_fn for entry in entries} - {None, "linear"}
@@ -173,6 +182,13 @@ def _entries(model: nn.Module, adapter_name: str | None) -> list[Entry]:
     if active is None or not any(active in layer.reft_edit for _, layer in layers):
         raise ValueError(f"adapter_name is {adapter_name!r}; this {type(model).__name__} has no such ReFT adapter")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = [(name, module) for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    whole = [name for name, module in modules if active in module._adapters]
+    if whole:
+        raise ValueError(
+            f"modules_to_save: the adapter {active!r} has {', '.join(whole)} trained whole, for which pyreft's files have no "
+            "place, and without which the model is another one"
+        )
     held = [(name, layer, layer.interventions(active)) for name, layer in layers]
     entries = []
     for i in range(max(len(interventions) for _, _, interventions in held)):

@@ -187,7 +187,7 @@ class ReftModel(nn.Module):
         """Weights of a folder into the interventions there are; nothing changes where they do not fit."""
         kinds = {format.kind_of(intervention) for intervention in self.interventions.values()}
         entries = checkpoint.read(load_directory, intervention_type=kinds.pop() if len(kinds) == 1 else None)
-        weights = _model_weights(load_directory, self.model) if include_model else {}
+        weights = model_weights(load_directory, self.model) if include_model else {}
         mine = {components.locate(self.model, r.layer, r.component): [] for r in self.representations}  # type: ignore[var-annotated]
         for representation, intervention in zip(self.representations, self.interventions.values(), strict=True):
             mine[components.locate(self.model, representation.layer, representation.component)].append(intervention)
@@ -240,7 +240,7 @@ class ReftModel(nn.Module):
             dtype=dtype,
             orthonormalise=orthonormalise,
         )
-        weights = _model_weights(load_directory, model) if include_model else {}
+        weights = model_weights(load_directory, model) if include_model else {}
         representations = []
         for entry in entries:
             component = components.unflatten(model, entry.component) if entry.flat else entry.component
@@ -264,7 +264,7 @@ def _shape(intervention: Intervention) -> tuple[Any, ...]:
     return format.kind_of(intervention), shapes
 
 
-def _model_weights(folder: str | os.PathLike, model: nn.Module) -> dict[str, Tensor]:
+def model_weights(folder: str | os.PathLike, model: nn.Module) -> dict[str, Tensor]:
     """The base model's weights of a checkpoint, checked against the model; none where there is no such file."""
     path = checkpoint.find(folder) / checkpoint.MODEL_WEIGHTS
     if not path.is_file():

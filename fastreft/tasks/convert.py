@@ -15,7 +15,7 @@ from fastreft import pyreft
 
 from .errors import UserError, user_errors
 from .flags.convert import ConvertArguments
-from .models import BROKEN, adapter_config, own_code, save_adapter
+from .models import BROKEN, adapter_config, adapter_keys, own_code, save_adapter
 from .places import ADAPTER_CONFIG, find_model
 
 
@@ -56,7 +56,7 @@ def from_pyreft(arguments: ConvertArguments) -> str:
             intervention_type=arguments.intervention_type,
             orthonormalise=arguments.orthonormalise,
         )
-    notes = [f"note: {warning.message}\n" for warning in said if "orthonormal" in str(warning.message)]
+    notes = [f"note: {w.message}\n" for w in said if any(word in str(w.message) for word in ("orthonormal", "trained"))]
     config: Any = model.peft_config["default"]
     config.base_model_name_or_path = find_model(arguments.model)[0]
     save_adapter(model, None, arguments.model, arguments.output_dir)
@@ -73,6 +73,12 @@ def to_pyreft(arguments: ConvertArguments) -> str:
     name = arguments.model or config.base_model_name_or_path
     if name is None:
         raise UserError("give the base model with --model: the adapter does not name it")
+    strange = sorted(key for key in adapter_keys(arguments.source) if ".reft.reft_" not in key)
+    if strange:
+        raise UserError(
+            f"the adapter in '{arguments.source}' holds more than edits, see {strange[0]} (modules_to_save, or words that the "
+            "base lacks), for which pyreft's files have no place"
+        )
     base = skeleton(name)
     with user_errors(*BROKEN, prefix=f"the adapter in '{arguments.source}' does not fit '{name}': "):
         model = PeftModel.from_pretrained(base, str(Path(arguments.source).expanduser()), torch_device="cpu")

@@ -86,16 +86,21 @@ def adapter_config(adapter: str) -> PeftConfig:
         return PeftConfig.from_pretrained(str(path))
 
 
+def adapter_keys(adapter: str) -> set[str]:
+    """The names of the tensors in an adapter's folder."""
+    path = Path(adapter).expanduser() / ADAPTER_WEIGHTS
+    with (
+        user_errors(OSError, SafetensorError, prefix=f"cannot read the adapter in '{adapter}': "),
+        safe_open(path, framework="pt") as file,
+    ):
+        return set(file.keys())
+
+
 def load_adapter(base: Any, adapter: str) -> PeftModel:
     """``base`` with the adapter of a folder, in eval mode; an adapter made for another model is an error."""
     path = Path(adapter).expanduser()
     misfit = f"the adapter in '{adapter}' does not fit the model '{base.name_or_path}': "
-    unreadable = f"cannot read the adapter in '{adapter}': "
-    with (
-        user_errors(OSError, SafetensorError, prefix=unreadable),
-        safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file,
-    ):
-        saved = set(file.keys())
+    saved = adapter_keys(adapter)
     with user_errors(*BROKEN, prefix=misfit):
         model = PeftModel.from_pretrained(base, str(path))
     # PEFT only warns of weights that the model lacks or the file lacks; the text would be silently wrong.

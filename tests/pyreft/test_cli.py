@@ -98,3 +98,23 @@ def test_a_drifted_rotation_is_noted(tmp_path, base, capsys):
     assert "note: 1 of the 1 interventions" in capsys.readouterr().out
     assert main([*named, "--orthonormalise"]) == 0
     assert "note:" not in capsys.readouterr().out
+
+
+def test_what_pyrefts_files_have_no_place_for(theirs, tmp_path, base, capsys):
+    config = fastreft.ReftConfig(task_type="CAUSAL_LM", r=2, modules_to_save=["lm_head"])
+    model = fastreft.get_reft_model(load_base(MODEL), config)
+    model.peft_config["default"].base_model_name_or_path = MODEL
+    model.save_pretrained(tmp_path / "head", save_embedding_layers=False)
+    given = ["convert", "--source", str(tmp_path / "head"), "--output_dir", str(tmp_path / "out")]
+    fails(main(given), capsys, "holds more than edits", "lm_head", "modules_to_save")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="modules_to_save: the adapter 'default' has lm_head trained whole"):
+        fastreft.pyreft.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trained_base_in_a_pyreft_checkpoint_is_noted(theirs, tmp_path, base, capsys):
+    torch.save({"model.norm.weight": base.model.norm.weight.detach() + 1}, theirs / "pytorch_model.bin")
+    given = ["convert", "--source", str(theirs), "--model", MODEL, "--output_dir", str(tmp_path / "ours")]
+    assert main(given) == 0
+    assert "note: " in (out := capsys.readouterr().out) and "trained, too, such as model.norm.weight" in out
