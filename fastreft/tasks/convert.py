@@ -15,7 +15,7 @@ from fastreft import pyreft
 
 from .errors import UserError, user_errors
 from .flags.convert import ConvertArguments
-from .models import BROKEN, adapter_config, adapter_keys, own_code, save_adapter
+from .models import BROKEN, adapter_keys, own_code, reft_config, save_adapter
 from .places import ADAPTER_CONFIG, find_model
 
 
@@ -69,7 +69,7 @@ def from_pyreft(arguments: ConvertArguments) -> str:
 
 def to_pyreft(arguments: ConvertArguments) -> str:
     """Write a pyreft checkpoint; a line about it."""
-    config: Any = adapter_config(arguments.source)
+    config = reft_config(arguments.source)
     name = arguments.model or config.base_model_name_or_path
     if name is None:
         raise UserError("give the base model with --model: the adapter does not name it")
@@ -94,8 +94,6 @@ def to_pyreft(arguments: ConvertArguments) -> str:
 def run(arguments: ConvertArguments) -> int:
     """Convert in the direction that the source's folder tells."""
     back = (Path(arguments.source).expanduser() / ADAPTER_CONFIG).is_file()
-    if back and not isinstance(adapter_config(arguments.source), pyreft.convert.ReftConfig):
-        raise UserError(f"the adapter in '{arguments.source}' is not a ReFT adapter")
     line = to_pyreft(arguments) if back else from_pyreft(arguments)
     print(f"{line}\nwrote {arguments.output_dir}")
     return 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
 from .data import prompt_ids
 from .errors import UserError
-from .models import adapter_config, load_adapter, load_base, load_tokenizer
+from .models import load_adapter, load_base, load_tokenizer, reft_config
 
 
 def marked(tokens: Sequence[str], columns: Sequence[int]) -> str:
@@ -20,7 +19,7 @@ def marked(tokens: Sequence[str], columns: Sequence[int]) -> str:
 
 def lines(adapter: str, model: str | None, prompts: Sequence[str]) -> Iterator[str]:
     """For each prompt: its length, and the text as it is edited, once for all layers that edit the same tokens of it."""
-    config: Any = adapter_config(adapter)
+    config = reft_config(adapter)
     name = model or config.base_model_name_or_path
     if not name:
         raise UserError(f"the adapter in '{adapter}' names no base model; give --model")

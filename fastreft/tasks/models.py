@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastreft.files import staged
 
+from ..settings import ReftSettings
 from .errors import UserError, user_errors
 from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDED, find_adapter, find_model
 
@@ -84,6 +85,14 @@ def adapter_config(adapter: str) -> PeftConfig:
     path = find_adapter(adapter)
     with user_errors(*BROKEN, prefix=f"'{adapter}/{ADAPTER_CONFIG}' is not an adapter's: "):
         return PeftConfig.from_pretrained(str(path))
+
+
+def reft_config(adapter: str) -> Any:
+    """The configuration of an adapter of ours."""
+    config = adapter_config(adapter)
+    if not isinstance(config, ReftSettings):
+        raise UserError(f"the adapter in '{adapter}' is not a ReFT adapter")
+    return config
 
 
 def adapter_keys(adapter: str) -> set[str]:

@@ -16,6 +16,8 @@ def find_model(model: str) -> tuple[str, dict[str, Any]]:
 
     A folder that exists is never looked up on a hub; a name that can only be a path must exist.
     """
+    if not model:
+        raise UserError("model is empty; give a folder, a name on a hub, or 'embedded'")
     if model in (EMBEDDED, str(EMBEDDED_PATH)):
         return str(EMBEDDED_PATH), {"local_files_only": True}
     path = Path(model).expanduser()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def find_checkpoint(training: TrainingArguments, output_dir: str) -> str | None:
     return str(wanted)
 
 
+def with_answers(pad: Any, records: Any) -> Any:
+    """A batch whose labels Trainer takes off it for the loss, with a copy that tells the model where the prompts end."""
+    batch = pad(records)
+    batch["reft_labels"] = batch["labels"]
+    return batch
+
+
 def _save(model: Any, tokenizer: Any, base: str, output_dir: str) -> None:
     """The adapter into ``output_dir``, and where that has become impossible, somewhere: a training is not lost for it."""
     try:
@@ -81,6 +89,7 @@ def run(flags: Sequence[str]) -> int:
         eval_data, eval_cut = load_dataset(data_arguments.eval_file, tokenizer, data_arguments, max_length)
     with user_errors(ValueError, TypeError):
         model = fastreft.get_reft_model(base, config)
+    pad = DataCollatorForSeq2Seq(tokenizer)
     with user_errors(ValueError, RuntimeError, ImportError):
         optimizer = fastreft.ReftAdamW(
             fastreft.param_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay),
@@ -92,7 +101,7 @@ def run(flags: Sequence[str]) -> int:
             args=training,
             train_dataset=train_data,
             eval_dataset=eval_data,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            data_collator=partial(with_answers, pad) if training.label_smoothing_factor else pad,
             processing_class=tokenizer,
             optimizers=(optimizer, None),
         )

@@ -30,6 +30,8 @@ from . import names as adapter_names
 from .config import ReftConfig
 from .layer import NO_MERGE, ReftLayer
 
+HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
+
 
 class ReftModel(BaseTuner):
     """PEFT's tuner for ReFT; made by :func:`get_reft_model` or ``peft.get_peft_model``.
@@ -106,9 +108,22 @@ class ReftModel(BaseTuner):
         names_of_new = adapter_names.parts_to_come(config, self._targets)
         for name in (name for name, held in self.peft_config.items() if held is config):
             adapter_names.check_beside(self, name, names_of_new)
+        self._check_modules_to_save(config)
         for name in sorted(self._targets):
             self._check_width(config, name)
         return peft_config
+
+    def _check_modules_to_save(self, config: ReftConfig) -> None:
+        """``ValueError`` for a name that no module's ends in; PEFT itself adds the names that heads of a task may have."""
+        wanted = set(config.modules_to_save or ())
+        if config.task_type in HEADS:
+            wanted -= HEADS[config.task_type]
+        names = [name for name, _ in self.model.named_modules()]
+        for missing in sorted(end for end in wanted if not any(name.endswith(end) for name in names)):
+            raise ValueError(
+                f"modules_to_save is {config.modules_to_save!r}; this {type(self.model).__name__} has no module whose name "
+                f"ends in {missing!r}"
+            )
 
     def _check_width(self, config: ReftConfig, name: str) -> None:
         """``ValueError`` where a module's width is known and does not fit; else its first forward tells."""

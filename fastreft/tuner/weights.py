@@ -39,8 +39,7 @@ def checked(tensors: dict[str, Tensor], doing: str) -> dict[str, Tensor]:
         refuse_dtypes({key: value.dtype}, doing)
         if value.is_meta or type(value) not in (Tensor, torch.nn.Parameter):
             continue
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{doing} the adapter: {key} holds values that are not finite numbers")
+        refuse_unfinite(key, value, doing)
         if not _is_R(key) or value.dim() != 2 or (distance := _off(value)) <= OFF:
             continue
         if distance > FAR:
@@ -65,6 +64,12 @@ def refuse_dtypes(dtypes: dict[str, torch.dtype], doing: str = "loading") -> Non
     for key, dtype in dtypes.items():
         if dtype not in FLOATS:
             raise ValueError(f"{doing} the adapter: {key} is {dtype}; it must be float32, bfloat16, float16 or float64")
+
+
+def refuse_unfinite(key: str, value: Tensor, doing: str) -> None:
+    """``ValueError`` for a tensor with values that are not finite."""
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{doing} the adapter: {key} holds values that are not finite numbers")
 
 
 def refuse_strangers(

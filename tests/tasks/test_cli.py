@@ -176,6 +176,13 @@ def test_an_adapter_in_output_dir_stays_until_the_new_one_is_whole(settings, tmp
         ({"output_dir": ""}, ["output_dir"]),
         ({"resume_from_checkpoint": True}, ["no checkpoint in"]),
         ({"eval_strategy": "sometimes"}, ["sometimes"]),
+        ({"optim": "sgd"}, ["optim is 'sgd'", "ReftAdamW"]),
+        ({"optim": "adamw_bnb_8bit"}, ["optim is 'adamw_bnb_8bit'"]),
+        ({"optim_args": "a=1"}, ["optim_args is 'a=1'"]),
+        ({"max_steps": 0}, ["max_steps is 0; it must be at least 1, or -1"]),
+        ({"max_steps": -5}, ["max_steps is -5"]),
+        ({"modules_to_save": ["nope"]}, ["modules_to_save is ['nope']", "no module whose name ends in 'nope'"]),
+        ({"model": ""}, ["model is empty"]),
     ],
 )
 def test_bad_settings(settings, tmp_path, capsys, monkeypatch, change, parts):
@@ -183,6 +190,33 @@ def test_bad_settings(settings, tmp_path, capsys, monkeypatch, change, parts):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fails(train(settings | change, tmp_path), capsys, *parts)
     assert not (tmp_path / "out").exists()
+
+
+def test_label_smoothing_keeps_the_labels_for_the_prompt(settings, tmp_path, monkeypatch):
+    reports = []
+    monkeypatch.setattr("fastreft.tasks.train._save", lambda model, *_: reports.append(model.reft_report()))
+    del settings["eval_file"]
+    for smoothing in (0, 0.1):
+        assert train(settings | {"label_smoothing_factor": smoothing, "max_steps": 1}, tmp_path) == 0
+    plain, smoothed = reports
+    assert plain == smoothed and max(map(max, plain.edits[0].columns)) < max(plain.prompt_lengths)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "name"),
+    [
+        ("convert", ["--source", "{}", "--output_dir", ""], "output_dir"),
+        ("convert", ["--source", "", "--output_dir", "out"], "source"),
+        ("inspect", ["--path", ""], "path"),
+        ("inspect", ["--adapter", ""], "adapter"),
+        ("generate", ["--adapter", "", "--prompt", "x"], "adapter"),
+        ("demo", ["--output_dir", ""], "output_dir"),
+    ],
+)
+def test_an_empty_name_is_not_the_current_folder(command, flags, name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(main([command, *(flag.format(tmp_path) for flag in flags)]), capsys, f"{name} is empty; give a folder")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_train_files(settings, tmp_path, capsys):

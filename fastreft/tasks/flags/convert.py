@@ -9,7 +9,7 @@ from pathlib import Path
 from ...plan.spec import parse as parse_positions
 from ..errors import UserError, user_errors
 from ..places import find_model
-from .parser import Parser
+from .parser import Parser, refuse_empty
 
 
 @dataclass
@@ -47,6 +47,7 @@ def parse(argv: Sequence[str]) -> ConvertArguments:
         description="Convert a pyreft checkpoint to an adapter of ours, or one of ours to pyreft's.",
     )
     (arguments,) = parser.parse(argv)
+    refuse_empty(arguments, "source", "output_dir")
     source, target = Path(arguments.source).expanduser(), Path(arguments.output_dir).expanduser()
     if target.exists() and (not target.is_dir() or target.resolve() == source.resolve()):
         raise UserError(f"output_dir '{arguments.output_dir}' is a file or the source itself; give another folder")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..places import EMBEDDED, find_model
-from .parser import Parser
+from .parser import Parser, refuse_empty
 
 
 @dataclass
@@ -26,6 +26,7 @@ def parse(argv: Sequence[str]) -> DemoArguments:
     """:class:`UserError` for what is wrong."""
     parser = Parser([DemoArguments], command="fastreft demo", description="What ReFT does, in under two minutes.")
     (arguments,) = parser.parse(argv)
+    refuse_empty(arguments, "output_dir")
     if arguments.steps < 1 or arguments.memory_steps < 1:
         raise UserError("--steps and --memory_steps must be at least 1")
     if arguments.output_dir and Path(arguments.output_dir).is_file():

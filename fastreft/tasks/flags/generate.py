@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..errors import UserError
 from ..places import find_adapter, find_model
-from .parser import Parser
+from .parser import Parser, refuse_empty
 
 
 @dataclass
@@ -39,6 +39,7 @@ def parse(argv: Sequence[str]) -> GenerateArguments:
     """:class:`UserError` for what is wrong."""
     parser = Parser([GenerateArguments], command="fastreft generate", description="Write text with a trained adapter.")
     (arguments,) = parser.parse(argv)
+    refuse_empty(arguments, "adapter")
     if not arguments.prompt and not arguments.prompt_file:
         raise UserError(NO_PROMPT)
     find_adapter(arguments.adapter)

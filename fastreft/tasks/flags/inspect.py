@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..errors import UserError
-from .parser import Parser
+from .parser import Parser, refuse_empty
 
 
 @dataclass
@@ -34,6 +34,7 @@ def parse(argv: Sequence[str]) -> InspectArguments:
         description="Say what a pyreft checkpoint or an adapter of ours holds.",
     )
     (arguments,) = parser.parse(argv)
+    refuse_empty(arguments, "path", "adapter")
     if (arguments.path is None) is (arguments.adapter is None):
         raise UserError("give one folder, with --path or with --adapter")
     if arguments.prompt is None and arguments.model is not None:

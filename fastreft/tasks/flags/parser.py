@@ -79,6 +79,13 @@ class Parser(HfArgumentParser):
         return flags
 
 
+def refuse_empty(arguments: Any, *names: str) -> None:
+    """:class:`UserError` for folders that are given as "", which would be the one that the command is run in."""
+    for name in names:
+        if getattr(arguments, name) == "":
+            raise UserError(f"{name} is empty; give a folder")
+
+
 def _bool_or_word(text: str) -> bool | str:
     """A flag of type ``bool | str``: yes or no in any of the ways that flags take, else the word as it is."""
     try:

@@ -11,7 +11,7 @@ from typing import Any
 from ...settings import ReftSettings
 from ..errors import UserError, user_errors
 from ..places import find_model
-from .parser import Parser, with_flag_types
+from .parser import Parser, refuse_empty, with_flag_types
 from .training import training_arguments
 
 
@@ -74,8 +74,8 @@ def parse(argv: Sequence[str]) -> list[str]:
         if not Path(file).expanduser().exists():
             raise UserError(f"cannot read the data file '{file}': No such file or directory")
     _check_ranges(training)
-    if not training.output_dir:
-        raise UserError("output_dir is empty; give a folder")
+    refuse_empty(training, "output_dir")
+    _check_optimizer(training)
     if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
         raise UserError(f"output_dir '{training.output_dir}' is a file; give a folder")
     return flags
@@ -104,8 +104,23 @@ def _check_ranges(training: Any) -> None:
             wanted = "at least 0 and below 1"
         elif name in _ABOVE_ZERO and not 0 < value < float("inf"):
             wanted = "above 0, and finite"
+        elif name == "max_steps" and value != -1 and not 1 <= value < 2**63:
+            wanted = "at least 1, or -1 for as many as num_train_epochs makes"
         if wanted is not None:
             raise UserError(f"{name} is {value}; it must be {wanted}")
+
+
+def _check_optimizer(training: Any) -> None:
+    """:class:`UserError` where another optimizer is asked for than the one that this command trains with."""
+    optimizer = getattr(training.optim, "value", training.optim)
+    if isinstance(optimizer, str) and optimizer not in ("adamw_torch", "adamw_torch_fused"):
+        raise UserError(
+            f"optim is {optimizer!r}; this command trains with ReftAdamW, which is AdamW and keeps R orthonormal: leave "
+            "it out, or train with Trainer in Python, which takes any"
+        )
+    for name in ("optim_args", "optim_target_modules"):
+        if getattr(training, name, None):
+            raise UserError(f"{name} is {getattr(training, name)!r}; this command's ReftAdamW takes none: leave it out")
 
 
 def settings_of(adapter: Any) -> dict[str, Any]:
