@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FrameType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class Outer(NamedTuple):
     given: Given
     foreign: bool  # within a call of generate, but not one of its own forwards: somebody's callback
     outer: Outer | None
+    frame: FrameType | None  # of the module's call, see Here
 
     def chain(self) -> list[Outer]:
         """From this one outwards."""

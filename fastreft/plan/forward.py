@@ -5,17 +5,21 @@ Knows torch and the calling conventions of Transformers' models (4.57 and 5), no
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import entrances, inputs, positions, silence
 from .asked import Asked, Outer, taken
 from .entrances import LM, Entrance
 from .generation import NO_BATCHES, Generate, Run
+from .here import Here
 from .hooks import PerThread, traced
 from .inputs import Given
 from .past import Past, address
@@ -40,6 +44,7 @@ class Plan:
     began: int | None = None  # autograd's number at the start, where a backward may recompute it
     key: tuple[Any, ...] | None = None  # what tells that another forward has the same input
     outer: Plan | None = None  # of the model within which this forward runs
+    frame: FrameType | None = None  # of its module's call, while that lasts, see Here
 
     def __init__(
         self,
@@ -81,16 +86,6 @@ class Plan:
             wanted = f"({groups}, batch, n), the positions of each intervention in turn" if groups > 1 else "(batch, n)"
             raise ValueError(f"reft_positions has shape {tuple(given.shape)}; with tied={tied!r} it must be {wanted}")
         return [positions.explicit_rows(index, tokens).reshape(-1) for index in parts]
-
-
-class Here:
-    """What a thread is in."""
-
-    def __init__(self) -> None:
-        self.plan: Plan | None = None  # of the forward
-        self.run: Run | None = None  # the call of generate
-        self.outer: Outer | None = None
-        self.latest: dict[nn.Module, Plan] = {}  # the last plans, by the model that made them
 
 
 class Shared:
@@ -143,15 +138,19 @@ class Shared:
         run = here.run
         if run is not None and run.over and kwargs.get("past_key_values") is run.cache:
             return None  # a decode step, to which nothing of it matters
+        if here.plan is not None or here.outer is not None:
+            here.settle(_call())
         given = inputs.by_name(module, args, kwargs)
         foreign = entrance.kind is LM and run is not None and not run.owns(given)
-        here.outer = Outer(module, entrance.kind, taken(given, kwargs), given, foreign, here.outer)
+        here.outer = Outer(module, entrance.kind, taken(given, kwargs), given, foreign, here.outer, _call())
         return args, kwargs
 
     def put_down(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forget it when that forward is over, or has failed."""
         outer = self.local.here.outer
-        if outer is not None and outer.module is module:
+        while outer is not None and outer.module is not module:  # those within it that were stopped
+            outer = outer.outer
+        if outer is not None:
             self.local.here.outer = outer.outer
 
     def begin(
@@ -159,6 +158,8 @@ class Shared:
     ) -> Any:
         """Make the plan of a forward from its inputs."""
         here = self.local.here
+        if here.plan is not None or here.outer is not None:
+            here.settle(_call())
         run, outer_plan = here.run, here.plan
         if run is not None and run.over and kwargs.get("past_key_values") is run.cache:
             if run.step is None or run.step.owner is not module:
@@ -180,16 +181,18 @@ class Shared:
         if not plan.idle:
             shape = inputs.batch_shape(given)
             plan.length = None if shape is None else shape[1]
-        plan.outer = outer_plan
+        plan.outer, plan.frame = outer_plan, _call()
         return args, kwargs
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forget the plan when the forward that made it is over, or has failed."""
         here = self.local.here
         plan = here.plan
-        if plan is None or plan.owner is not module:
+        while plan is not None and plan.owner is not module:  # those within it that were stopped
+            plan = plan.outer
+        if plan is None:
             return
-        here.plan = plan.outer
+        here.plan, plan.frame = plan.outer, None
         if traced() or plan.began is None or output is None:
             return
         plan.over = True
@@ -274,3 +277,8 @@ class Shared:
         """The plan of a forward whose tokens all come after the prompt. Explicit positions of generate are all it edits."""
         only_explicit = run is not None and run.explicit is not None and not in_stacks
         return Plan(module, idle=only_explicit or not self.decodes)
+
+
+def _call() -> FrameType | None:
+    """The frame of the module's call that runs the hook that asks; a compiler's look has none."""
+    return None if is_compiling() else sys._getframe(2)

@@ -8,6 +8,7 @@ device. Knows torch and the calling conventions of Transformers' generation (4.5
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -112,18 +113,19 @@ class Generate:
     def __call__(self, *args: Any, reft_positions: Tensor | None = None, **kwargs: Any) -> Any:
         given = dict(zip(("inputs", "generation_config"), args, strict=False), **kwargs)
         here = self.local.here
+        here.settle(sys._getframe())
         if reft_positions is None and here.run is not None and here.run.model is not self.model:
             reft_positions = here.run.explicit  # a model that has the one within it generate
         run = _run_of(self.model, given, reft_positions)
         run.model = self.model
         # What a module round it was given, labels for one, says nothing of what is written.
-        (outer_run, here.run), (outer, here.outer) = (here.run, run), (here.outer, None)
+        (outer_run, here.run), (outer, here.outer), plan = (here.run, run), (here.outer, None), here.plan
         try:
             if self.inner is not None:
                 return self.inner(*args, **kwargs)
             return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
-            here.run, here.outer = outer_run, outer
+            here.run, here.outer, here.plan = outer_run, outer, plan
 
     def remove(self) -> None:
         """Give the model its own ``generate`` back."""

@@ -19,6 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .. import optim
 from ..models import blocks, layouts
@@ -64,7 +65,16 @@ class ReftModel(BaseTuner):
         # PEFT takes adapter_names off the call and would say nothing where the tuner does not know them.
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names is not supported: a batch is edited by the active adapter, see set_adapter")
-        yield
+        if is_compiling():
+            yield
+            return
+        here = self._shared.local.here
+        plan, outer = here.plan, here.outer
+        try:
+            yield
+        except BaseException:  # Ctrl-C, of which torch tells no hook: a backward may come next
+            here.plan, here.outer = plan, outer
+            raise
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's; ``ValueError`` for a name that would make saving other adapters lose tensors."""

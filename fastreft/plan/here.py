@@ -1,0 +1,39 @@
+"""What a thread is in: forwards within forwards, and a call of ``generate``. Imports torch alone."""
+
+from __future__ import annotations
+
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from torch.compiler import is_compiling
+
+
+class Here:
+    """What a thread is in. Plans and what is handed down know the Python frame of their module's call.
+
+    torch tells a hook of the end of a forward that an ``Exception`` stops, and of none that Ctrl-C does (``KeyboardInterrupt``
+    is none). So whoever begins something settles first what is over: whose frame is on the stack no more.
+    """
+
+    def __init__(self) -> None:
+        self.plan: Any = None  # of the forward
+        self.run: Any = None  # the call of generate
+        self.outer: Any = None  # what the forwards round it hand down
+        self.latest: dict[nn.Module, Any] = {}  # the last plans, by the model that made them
+
+    def settle(self, frame: FrameType | None) -> None:
+        """Forget the forwards that ``frame`` is not within: they were stopped."""
+        if is_compiling():
+            return
+        while self.plan is not None and not _within(frame, self.plan.frame):
+            self.plan = self.plan.outer
+        while self.outer is not None and not _within(frame, self.outer.frame):
+            self.outer = self.outer.outer
+
+
+def _within(frame: FrameType | None, call: FrameType | None) -> bool:
+    """Is a frame within a call? None, which a step of generate has, is as good as any: generate itself tidies up."""
+    while frame is not None and frame is not call and call is not None:
+        frame = frame.f_back
+    return frame is call or call is None
