@@ -25,6 +25,9 @@ class Said(NamedTuple):
 OURS = ("reft_positions", "reft_labels", "reft_prompt_lengths")
 
 
+NAMES = dict(zip(Said._fields, (*OURS, "labels"), strict=True))  # of what was said, as users know it
+
+
 def taken(given: Given, kwargs: Given) -> Said:
     """What is ours, taken off a forward's keywords."""
     explicit, answers, lengths = (kwargs.pop(name, None) for name in OURS)

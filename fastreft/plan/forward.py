@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import entrances, inputs, positions, silence
-from .asked import Asked, Outer, taken
+from .asked import NAMES, Asked, Outer, taken
 from .entrances import LM, Entrance
 from .generation import NO_BATCHES, Generate, Run
 from .here import Here
 from .hooks import PerThread, traced
 from .inputs import Given
-from .past import Past, address
+from .past import FORGOTTEN, Past
 from .positions import Tokens
 from .silence import Silence
 from .spec import Positions, Tied
@@ -42,7 +42,6 @@ class Plan:
     training = False  # is it a forward of training, which must edit something?
     over = False
     began: int | None = None  # autograd's number at the start, where a backward may recompute it
-    key: tuple[Any, ...] | None = None  # what tells that another forward has the same input
     outer: Plan | None = None  # of the model within which this forward runs
     frame: FrameType | None = None  # of its module's call, while that lasts, see Here
 
@@ -179,8 +178,7 @@ class Shared:
             here.plan = self._noted(asked)
         plan = here.plan
         if not plan.idle:
-            shape = inputs.batch_shape(given)
-            plan.length = None if shape is None else shape[1]
+            plan.length = _length(given)
         plan.outer, plan.frame = outer_plan, _call()
         return args, kwargs
 
@@ -196,7 +194,7 @@ class Shared:
         if traced() or plan.began is None or output is None:
             return
         plan.over = True
-        self.local.past.note(plan, plan.began, output, plan.key)
+        self.local.past.note(plan, plan.began, output)
         if plan.training:
             self.silence.after(plan)
 
@@ -204,21 +202,23 @@ class Shared:
 
     def _noted(self, asked: Asked) -> Plan:
         """The plan of a forward that may be recomputed, or of one that recomputes it."""
-        module, given = asked.module, asked.given
+        module, regions = asked.module, self.local.past.regions
         trains = module.training and torch.is_grad_enabled()
-        source = inputs.source_of(given) if module.training or torch.is_grad_enabled() else None
-        key = None if source is None else address(source, inputs.attention_mask(given))
-        again = None if key is None else self.local.past.same(module, key)
-        if again is not None:
-            again.began = torch.autograd._get_sequence_nr()
-            return again
-        plan = self._plan(asked)
-        if trains and plan.idle and not self._all_disabled():
-            raise ValueError(silence.CACHED)
-        plan.training = trains
-        self.local.here.latest[module] = plan
-        if key is not None or torch.is_grad_enabled():
-            plan.key, plan.began = key, torch.autograd._get_sequence_nr()
+        noted = module.training or torch.is_grad_enabled()
+        plan = regions.again(module)
+        if plan is None or plan.length != _length(asked.given):
+            if noted and (wanting := regions.wanting(module, asked.said, [o.said for o in asked.outer])):
+                raise RuntimeError(
+                    FORGOTTEN.format(f"a {type(module).__name__}", ", ".join(NAMES[name] for name in wanting))
+                )
+            plan = self._plan(asked)
+            if trains and plan.idle and not self._all_disabled():
+                raise ValueError(silence.CACHED)
+            plan.training = trains
+            self.local.here.latest[module] = plan
+        regions.enter(plan)
+        if noted:
+            plan.began = torch.autograd._get_sequence_nr()
         return plan
 
     def _plan(self, asked: Asked) -> Plan:
@@ -277,6 +277,12 @@ class Shared:
         """The plan of a forward whose tokens all come after the prompt. Explicit positions of generate are all it edits."""
         only_explicit = run is not None and run.explicit is not None and not in_stacks
         return Plan(module, idle=only_explicit or not self.decodes)
+
+
+def _length(given: Given) -> int | None:
+    """S of the tokens or embeddings given, where there are some."""
+    shape = inputs.batch_shape(given)
+    return None if shape is None else shape[1]
 
 
 def _call() -> FrameType | None:

@@ -16,30 +16,50 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .regions import Regions
+
 KEPT = 8  # as many plans live on by themselves: more do as long as the outputs of their forwards
 
+THREADS = (
+    "{} is recomputed within a backward, and forwards of several threads may be the one it belongs to: run the forwards that "
+    "are recomputed in one thread, or each with its backward after another"
+)
 UNKNOWN = (
     "{} is recomputed within a backward, and the forward that it belongs to is not known: its edit would be lost; keep that "
     "forward's output until the backward is over"
 )
 
+FORGOTTEN = (
+    "{} is recomputed within a backward, and the forward that it belongs to is not known, of which its {} would be needed, "
+    "given to a module round it: give them to the model itself, within what is recomputed"
+)
+
 
 class Forward(NamedTuple):
-    """A forward that is over: the numbers of the nodes it made, ``begin`` up to ``end``, its plan, and what it was given."""
+    """A forward that is over: the numbers of the nodes that its thread made, ``begin`` up to ``end``, and its plan."""
 
     begin: int
     end: int
+    thread: object
     plan: weakref.ref[Any]
-    given: tuple[Any, ...] | None
+    graph: weakref.ref[Any]  # dead once its output's graph is
 
     def holds(self, number: int) -> bool:
         return self.begin <= number < self.end
+
+
+class _Alive:
+    """What the graph of a forward's output holds."""
+
+    def __init__(self, plan: Any):
+        self.plan = plan
 
 
 class _Again(threading.local):
     """What a thread recomputed, for what is recomputed within it: the numbers that its nodes are between, and the plan."""
 
     def __init__(self) -> None:
+        self.thread = object()  # by which it is known: its number may be another's afterwards
         self.done: deque[tuple[int, int, weakref.ref[Any]]] = deque(maxlen=256)
 
 
@@ -56,6 +76,7 @@ class Past:
         self.lock = threading.Lock()
         self.latest: deque[Any] = deque(maxlen=KEPT)
         self.again = _Again()
+        self.regions = Regions()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Past, (self.alone,), {"notes_all": self.notes_all}  # the copy of a model has no past
@@ -68,17 +89,17 @@ class Past:
         """Is there something to do for a block that is run within no forward?"""
         return self.alone is not None or torch._C._current_autograd_node() is not None
 
-    def note(self, plan: Any, begin: int, output: Any, given: tuple[Any, ...] | None = None) -> None:
+    def note(self, plan: Any, begin: int, output: Any) -> None:
         """Keep the plan of a forward that is over, as long as its output's graph lives: the graph holds it."""
-        end = torch.autograd._get_sequence_nr()
+        end, graph = torch.autograd._get_sequence_nr(), _Alive(plan)
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:
                 kept: Any = tensor.grad_fn.metadata  # typed as a method, and a dict
-                kept["fastreft"] = plan
+                kept["fastreft"] = graph
         self.latest.append(plan)
         with self.lock:  # replicas end their forwards side by side
             alive = [forward for forward in self.forwards if forward.plan() is not None]
-            self.forwards = [*alive, Forward(begin, end, weakref.ref(plan), given)]
+            self.forwards = [*alive, Forward(begin, end, self.again.thread, weakref.ref(plan), weakref.ref(graph))]
 
     @torch.compiler.disable  # within a compiled block: torch's compiler knows nothing of backwards
     def find(self, block: nn.Module) -> Any:
@@ -92,9 +113,13 @@ class Past:
                 self.alone = None  # it was said
             return None
         number = node._sequence_nr()
-        # Threads count for themselves: the newest goes before, and of replicas that ran side by side the one with this block.
-        found = [plan for f in reversed(self.forwards) if f.holds(number) and (plan := f.plan()) is not None]
-        plan = next((plan for plan in found if block in getattr(plan, "active", (block,))), found[0] if found else None)
+        # The newest goes before, of those with a graph, and of replicas that ran side by side the one with this block.
+        held = [f for f in reversed(self.forwards) if f.holds(number) and f.plan() is not None]
+        held = [f for f in held if f.graph() is not None] or held
+        held = [f for f in held if block in getattr(f.plan(), "active", (block,))] or held
+        if len({f.thread for f in held}) > 1:  # threads count for themselves
+            raise RuntimeError(THREADS.format(f"a {type(block).__name__}"))
+        plan = held[0].plan() if held else None
         if plan is None:  # its node was made by a recomputation, after the forwards there are
             plan = next((ref() for after, at, ref in self.again.done if after <= number <= at), None)
         if plan is None and not self.notes_all:
@@ -104,25 +129,6 @@ class Past:
         after = max(forward.end for forward in self.forwards)
         self.again.done.append((after, torch.autograd._get_sequence_nr(), weakref.ref(plan)))
         return plan
-
-    def same(self, owner: nn.Module, given: tuple[Any, ...]) -> Any:
-        """The plan of an earlier forward of ``owner`` with the same input, where a whole model is recomputed; None if none."""
-        if torch._C._current_autograd_node() is None:
-            return None
-        plans = (forward.plan() for forward in reversed(self.forwards) if forward.given == given)
-        return next((plan for plan in plans if plan is not None and plan.owner is owner), None)
-
-
-def address(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What tells that tensors are the same: detached from their graph, as some who recompute do, they still are."""
-    return tuple(None if t is None else (_place(t), t.shape, t.stride(), t.dtype) for t in tensors)
-
-
-def _place(t: Tensor) -> int:
-    try:
-        return t.data_ptr()
-    except RuntimeError:  # one that a transform or the compiler has wrapped
-        return id(t)
 
 
 def _tensors(output: Any, deep: int = 3) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from checkpoints import REENTRANT, gradients, labelled, made, same, step
 from drop_in import at, model_of
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import batch, blocks, make
@@ -19,44 +20,7 @@ from transformers import PretrainedConfig
 from fastreft import ReftConfig, get_reft_model
 from fastreft.plan.past import KEPT
 
-REENTRANT = pytest.mark.parametrize("reentrant", [True, False])
 COMPONENTS = pytest.mark.parametrize("component", ["block_output", "block_input", "mlp_output", "attention_output"])
-
-
-def made(component="block_output", kind="llama", **settings):
-    torch.manual_seed(2)
-    base = make(kind)
-    base.enable_input_require_grads()
-    model = get_reft_model(base, ReftConfig(r=3, positions="f2+l3", component=component, **settings))
-    for name, p in model.named_parameters():
-        if name.endswith(".b"):
-            p.data = 3 * torch.randn_like(p)
-    return model.train()
-
-
-def labelled(inputs):
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    labels[:, :-2] = -100
-    return labels
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def same(found, wanted):
-    assert len(found) == len(wanted) and all(
-        name.replace("_checkpoint_wrapped_module.", "") in wanted for name in found
-    )
-    for name, g in found.items():
-        torch.testing.assert_close(g, wanted[name.replace("_checkpoint_wrapped_module.", "")])
-
-
-def step(model, side="left"):
-    inputs = batch(side) if side == "left" else batch(side, (6, 9, 4))
-    return model(**inputs, labels=labelled(inputs), use_cache=False).loss
 
 
 def wrap(model, kind, reentrant):
