@@ -11,27 +11,7 @@ from . import inputs
 from .entrances import LM, MODEL, OTHER, Entrance
 from .generation import Run
 from .inputs import Given
-
-
-class Said(NamedTuple):
-    """What is ours among a forward's arguments, and its labels, which are also the model's."""
-
-    explicit: Tensor | None = None  # reft_positions
-    answers: Tensor | None = None  # reft_labels
-    lengths: Tensor | None = None  # reft_prompt_lengths
-    labels: Tensor | None = None
-
-
-OURS = ("reft_positions", "reft_labels", "reft_prompt_lengths")
-
-
-NAMES = dict(zip(Said._fields, (*OURS, "labels"), strict=True))  # of what was said, as users know it
-
-
-def taken(given: Given, kwargs: Given) -> Said:
-    """What is ours, taken off a forward's keywords."""
-    explicit, answers, lengths = (kwargs.pop(name, None) for name in OURS)
-    return Said(explicit, answers, lengths, given.get("labels"))
+from .said import NAMES, Said
 
 
 class Outer(NamedTuple):
@@ -77,6 +57,27 @@ class Asked(NamedTuple):
         """What the innermost of the forwards says of something; None where none does."""
         values = (getattr(said, name) for said in (self.said, *(o.said for o in self.outer)))
         return next((value for value in values if value is not None), None)
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """``ValueError`` where what counts the tokens of a batch was given to a module round it that has other tokens, as
+        where that puts a prompt of its own before them, or has other tokens than there are."""
+        for name in ("explicit", "lengths"):
+            teller = None if getattr(self.said, name) is not None else self._teller(name)
+            theirs = None if teller is None else inputs.batch_shape(inputs.flattened(teller.given))
+            if teller is not None and theirs is not None and theirs[1] != shape[1]:
+                raise ValueError(
+                    f"{NAMES[name]} counts the {theirs[1]} tokens a sample that the {type(teller.module).__name__} is given, "
+                    f"which runs a {type(self.module).__name__} with {shape[1]}: have it give that model {NAMES[name]} itself"
+                )
+        answers = self.first("answers") if self.continues else None
+        if answers is not None and tuple(answers.shape) != shape:
+            raise ValueError(
+                f"reft_labels has shape {tuple(answers.shape)}; it must have one entry a token, here {shape}"
+            )
+
+    def _teller(self, name: str) -> Outer | None:
+        """The innermost of those round it that was given something."""
+        return next((o for o in self.outer if getattr(o.said, name) is not None), None)
 
     def answers(self, shape: tuple[int, int] | None) -> Tensor | None:
         """Labels (B, S), one a token: ``reft_labels``, else those of a language model, or of somebody's module that computes

@@ -16,20 +16,17 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import entrances, inputs, positions, silence
-from .asked import NAMES, Asked, Outer, taken
+from .asked import Asked, Outer
 from .entrances import LM, Entrance
-from .generation import NO_BATCHES, Generate, Run
+from .generation import NO_BATCHES, NO_LENGTHS, Generate, Run
 from .here import Here
 from .hooks import PerThread, traced
 from .inputs import Given
 from .past import FORGOTTEN, Past
 from .positions import Tokens
+from .said import NAMES, taken
 from .silence import Silence
 from .spec import Positions, Tied
-
-NO_LENGTHS = (
-    "reft_prompt_lengths is given to an encoder-decoder, whose prompt is all of the encoder's input: leave it out"
-)
 
 
 class Plan:
@@ -242,27 +239,39 @@ class Shared:
                 self._check_mask(run.mask)
             return Plan(module, lambda b, s, device: run.tokens(b, s, start, device), explicit)
         if explicit is None and inputs.cached_tokens(cache):
-            if asked.headless and shape is not None and shape[1] > 1:
-                raise ValueError(silence.HEADLESS)
+            if lengths is not None:
+                raise ValueError(silence.LENGTHS_AFTER_CACHE)
+            if shape is not None and shape[1] > 1:
+                if asked.headless:
+                    raise ValueError(silence.HEADLESS)
+                if run is None and not traced():
+                    self.silence.chunk(self.specs)
             return self._decoding(module, None, in_stacks)
         mask, marks = asked.mask(shape), asked.marks(shape)
         self._check_mask(mask)
-        if shape is not None:
-            if explicit is not None:
-                positions.check_explicit(explicit, shape)
-            if lengths is not None:
-                positions.check_lengths(lengths, shape)
+        if shape is not None and not in_stacks:
+            asked.check(shape)
+        if shape is not None and explicit is not None:
+            positions.check_explicit(explicit, shape)
 
         def tokens(b: int, s: int, device: torch.device) -> Tokens:
-            if explicit is not None:
-                return Tokens((b, s))
             shown = mask if shape is not None else inputs.shortened(module, mask, s)
+            if lengths is not None:
+                positions.check_lengths(lengths, (b, s))
             labels = answers if lengths is None else positions.labels_of(lengths, shown, (b, s), device)
-            return positions.tokens_of((b, s), shown, labels, *inputs.packing(shown, marks, (b, s)))
+            if explicit is not None:  # of masks and labels that do not fit it needs none
+                return Tokens((b, s), positions.fitting(shown, (b, s)), positions.fitting(labels, (b, s)))
+            starts, sequences = inputs.packing(shown, marks, (b, s))
+            if lengths is not None and starts is not None and not traced() and bool(starts[:, 1:].any()):
+                raise ValueError(positions.PACKED)
+            return positions.tokens_of((b, s), shown, labels, starts, sequences)
 
+        if shape is not None and lengths is not None:
+            tokens(*shape, lengths.device if isinstance(lengths, Tensor) else torch.device("cpu"))  # says what is wrong
         if explicit is None and run is None and not traced():
             unanswered = answers is None and lengths is None and asked.continues
-            self.silence.before(module, self.specs, answers, unanswered, tokens)
+            answered = shape if answers is not None or lengths is not None else None
+            self.silence.before(module, self.specs, answers, unanswered, answered, tokens)
         return Plan(module, tokens, explicit)
 
     def _check_mask(self, mask: Tensor | None) -> None:

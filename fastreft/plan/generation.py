@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import inputs, positions
 from .positions import Tokens
+from .said import taken
 
 NO_BATCHES = (
     "continuous batching runs the tokens of several requests in one forward, and no token says whether it is a prompt's: "
@@ -27,6 +28,13 @@ NO_GUIDANCE = (
     "leave use_cache at True"
 )
 
+NO_LENGTHS = (
+    "reft_prompt_lengths is given to an encoder-decoder, whose prompt is all of the encoder's input: leave it out"
+)
+NO_LABELS = (
+    "reft_labels is given to generate, whose input is all before what it writes: give it reft_prompt_lengths, the tokens of "
+    "each sample's prompt, where the input holds the beginning of an answer"
+)
 
 _SOURCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -34,13 +42,16 @@ _SOURCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_e
 class Run:
     """One call of ``generate``: its prompt, and how far its forwards have come.
 
-    The prompt is all of the input, also what a cache handed in holds of it: that stays as it was computed, and the rest is
-    edited where the positions of the whole prompt fall on it. ``mask`` (B, L) bool shows the prompt, None = all of it;
-    ``length`` L, None = as many columns as the first forward has. A decoder's is known once Transformers has made it.
+    The prompt is all of the input, or the first ``lengths`` (B,) tokens of it that are shown, also what a cache handed in
+    holds of it: that stays as it was computed, and the rest is edited where the positions of the whole prompt fall on it.
+    ``mask`` (B, L) bool shows the prompt, None = all of it; ``length`` L, None = as many columns as the first forward
+    has. A decoder's is known once Transformers has made it.
     """
 
-    def __init__(self, mask: Tensor | None, length: int | None, cached: int, explicit: Tensor | None):
-        self.mask, self.length, self.explicit = mask, length, explicit
+    def __init__(
+        self, mask: Tensor | None, length: int | None, cached: int, explicit: Tensor | None, lengths: Tensor | None
+    ):
+        self.mask, self.length, self.explicit, self.lengths = mask, length, explicit, lengths
         self.done = cached  # columns that have been run
         self.cache: Any = None  # the one that the sequence is run with, once a forward has shown it
         self.over = False  # has the prompt been run? Then all that comes with this cache is decoded
@@ -52,7 +63,9 @@ class Run:
         """Is a forward one of this call's, and not of a callback, a streamer or a processor that asks the model for itself?"""
         if self.prepared is None or self.over:  # with a cache that tells, see advance()
             return True
-        return any(given.get(name) is not None and given[name] is self.prepared.get(name) for name in _SOURCES)
+        # A model in two parts gives its decoder by another name what it is given.
+        mine = [value for name in _SOURCES if (value := self.prepared.get(name)) is not None]
+        return any(value is source for name in _SOURCES if (value := given.get(name)) is not None for source in mine)
 
     def begin(self, length: int, mask: Tensor | None) -> None:
         """Take the prompt of a decoder. A draft goes on after one, so that its length is known."""
@@ -84,17 +97,21 @@ class Run:
         length = self.length or 0
         total = max(length, start + columns)
         mask = None if self.mask is None else self.mask.to(device).repeat_interleave(batch // len(self.mask), 0)
-        if start == 0 and total == columns == length:
+        if self.lengths is None and start == 0 and total == columns == length:
             return Tokens((batch, total), mask)
         if mask is not None:
             mask = nn.functional.pad(mask, (0, total - length), value=True)
         # What is written is what has a label.
         labels = torch.where(torch.arange(total, device=device) < length, -100, 0).expand(batch, total)
+        if self.lengths is not None:
+            lengths = self.lengths.repeat_interleave(batch // len(self.lengths), 0)
+            labels = positions.labels_of(lengths, mask, (batch, total), device)
         return Tokens((batch, total), mask, labels, window=(start, columns))
 
 
 class Generate:
-    """A model's ``generate`` that notes its prompt; takes ``reft_positions`` (B, n), columns of the padded input, too.
+    """A model's ``generate`` that notes its prompt; takes ``reft_positions`` (B, n), columns of the padded input, and
+    ``reft_prompt_lengths`` (B,), too.
 
     An object and not a function, so that a copy of the model, pickled or not, has one of its own.
     """
@@ -110,13 +127,17 @@ class Generate:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, DecoderPrompt.name):
             model.__dict__[DecoderPrompt.name] = DecoderPrompt(model, local)
 
-    def __call__(self, *args: Any, reft_positions: Tensor | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        explicit, answers, lengths, _ = taken({}, kwargs)
+        if answers is not None:
+            raise ValueError(NO_LABELS)
         given = dict(zip(("inputs", "generation_config"), args, strict=False), **kwargs)
         here = self.local.here
         here.settle(sys._getframe())
-        if reft_positions is None and here.run is not None and here.run.model is not self.model:
-            reft_positions = here.run.explicit  # a model that has the one within it generate
-        run = _run_of(self.model, given, reft_positions)
+        if here.run is not None and here.run.model is not self.model:  # a model that has the one within it generate
+            explicit = here.run.explicit if explicit is None else explicit
+            lengths = here.run.lengths if lengths is None else lengths
+        run = _run_of(self.model, given, explicit, lengths)
         run.model = self.model
         # What a module round it was given, labels for one, says nothing of what is written.
         (outer_run, here.run), (outer, here.outer), plan = (here.run, run), (here.outer, None), here.plan
@@ -178,7 +199,7 @@ def _refuse_batches(*args: Any, **kwargs: Any) -> Any:
     raise ValueError(NO_BATCHES)
 
 
-def _run_of(model: Any, given: dict[str, Any], explicit: Tensor | None) -> Run:
+def _run_of(model: Any, given: dict[str, Any], explicit: Tensor | None, lengths: Tensor | None) -> Run:
     """What the arguments of ``generate`` say of the prompt. ``ValueError`` for what cannot be followed."""
     config = given.get("generation_config")
     cacheless = _setting("use_cache", given, config, model) is False
@@ -188,6 +209,8 @@ def _run_of(model: Any, given: dict[str, Any], explicit: Tensor | None) -> Run:
     embedded = given.get("inputs_embeds")
     source = ids if embedded is None else embedded
     cached = inputs.cached_tokens(inputs.cache_of(given))
+    if lengths is not None and model.config.is_encoder_decoder:
+        raise ValueError(NO_LENGTHS)
     if model.config.is_encoder_decoder:  # the sequence is the decoder's, see DecoderPrompt
         mask = length = None
     else:
@@ -198,9 +221,11 @@ def _run_of(model: Any, given: dict[str, Any], explicit: Tensor | None) -> Run:
         length = None if whole is None else whole.shape[1]
     if explicit is not None and source is not None:
         positions.check_explicit(explicit, (source.shape[0], length or source.shape[1]))
+    if lengths is not None and source is not None:
+        positions.check_lengths(lengths, (source.shape[0], length or source.shape[1]))
     if cached and getattr(config, "is_assistant", False):
         length = cached  # a draft goes on: the prompt was the first call's, and what came since has been written
-    return Run(None if mask is None or length is None else mask[:, :length] != 0, length, cached, explicit)
+    return Run(None if mask is None or length is None else mask[:, :length] != 0, length, cached, explicit, lengths)
 
 
 def _setting(name: str, given: dict[str, Any], config: Any, model: Any) -> Any:

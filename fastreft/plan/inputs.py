@@ -23,7 +23,7 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Given) -> Given:
 def batch_shape(given: Given) -> tuple[int, int] | None:
     """(B, S) of the tokens or embeddings; None where the input is something else."""
     entry = source_of(given)
-    return None if entry is None else (entry.shape[0], entry.shape[1])
+    return (entry.shape[0], entry.shape[1]) if isinstance(entry, Tensor) and entry.ndim > 1 else None
 
 
 def source_of(given: Given) -> Tensor | None:
@@ -34,7 +34,7 @@ def source_of(given: Given) -> Tensor | None:
 def flattened(given: Given) -> Given:
     """With the choices of a question (B, choices, S) as samples of their own, as the blocks see them."""
     ids = given.get("input_ids")
-    if ids is None or ids.ndim != 3:
+    if not isinstance(ids, Tensor) or ids.ndim != 3:
         return given
     return {
         name: value.flatten(0, 1) if isinstance(value, Tensor) and value.shape == ids.shape else value

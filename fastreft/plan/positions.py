@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..ops import prompts
+from .hooks import traced
 from .spec import Positions, Tied
 
 
@@ -59,6 +60,12 @@ class Tokens:
     @property
     def _labelled(self) -> Tensor | None:
         return None if self.labels is None else self.labels != -100
+
+
+PACKED = (
+    "reft_prompt_lengths has one number a sample, and position_ids (or other marks) say that several sequences are packed into "
+    "a sample: give reft_labels, which say where the prompt of each ends"
+)
 
 
 def tokens_of(
@@ -212,6 +219,17 @@ def check_lengths(lengths: Tensor, shape: tuple[int, int]) -> None:
             f"shape {tuple(lengths.shape)} and dtype {lengths.dtype}" if isinstance(lengths, Tensor) else repr(lengths)
         )
         raise ValueError(f"reft_prompt_lengths has {came}; it must be integers, one a sample, here ({shape[0]},)")
+    if lengths.is_cpu and not traced():
+        odd = lengths[(lengths < 0) | (lengths > shape[1])]
+        if len(odd):
+            raise ValueError(
+                f"reft_prompt_lengths holds {int(odd[0])}; it must be from 0 to the tokens of a sample, here {shape[1]}"
+            )
+
+
+def fitting(known: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """A mask, or labels, where it has an entry a token; else None."""
+    return known if known is not None and tuple(known.shape) == shape else None
 
 
 def labels_of(lengths: Tensor, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:

@@ -41,6 +41,14 @@ HEADLESS = (
     "input_ids holds several tokens after past_key_values that hold some, and the adapter is on a model without the head that "
     "generates, so that a chunk of the prompt cannot be told from decoded tokens: make the adapter on the whole model"
 )
+CHUNK = (
+    "this forward has several tokens after past_key_values that hold some, outside generate, so they are taken for decoded "
+    "ones: a prompt that is run in parts by hand is edited in its first part alone; run it in one, or have generate run it"
+)
+LENGTHS_AFTER_CACHE = (
+    "reft_prompt_lengths is given with past_key_values that hold tokens, after which all of the input is taken for decoded "
+    "tokens: leave it out, or give reft_positions"
+)
 ALONE = (
     "{} is run outside its model's forward, so it is not edited: call the model, not its forward method or a part of it"
 )
@@ -60,9 +68,11 @@ class Silence:
         specs: set[Positions],
         answers: Tensor | None,
         unanswered: bool,
+        answered: tuple[int, int] | None,
         tokens: Callable[[int, int, torch.device], Tokens],
     ) -> None:
-        """Warn of a batch whose prompt is not what its user may think; ``unanswered``: it has no labels, where they count."""
+        """Warn of a batch whose prompt is not what its user may think; ``unanswered``: it has no labels, where they count;
+        ``answered`` (B, S): it has, or lengths."""
         self._heard()
         specs = {spec for spec in specs if not spec.everywhere}
         if not specs:
@@ -73,25 +83,31 @@ class Silence:
                 self._warn(NO_LABELS)
             elif not module.training and any(spec.last or not spec.places for spec in specs):
                 self._warn(NO_LABELS_IN_EVALUATION)
-        elif answers is not None:
+        elif answered is not None:
             self.looked += trains
             # A look costs a small model's step some percent: at the first batches, and then ever more seldom.
             looks = (
                 trains
+                and answers is not None
                 and answers.is_cpu
                 and self.looked & (self.looked - 1) == 0
                 and SEVERAL_ANSWERS not in self.warned
             )
-            if looks and _several(answers):
+            if looks and answers is not None and _several(answers):
                 packed = tokens(len(answers), answers.shape[1], answers.device).starts is not None
                 if not packed:  # else they are those of several samples
                     self._warn(SEVERAL_ANSWERS)
             if not trains and NO_PROMPT not in self.warned:  # one look, as it waits for a GPU
-                batch = tokens(answers.shape[0], answers.shape[1], answers.device)
+                batch = tokens(*answered, torch.device("cpu") if answers is None else answers.device)
                 found = [batch.written if spec.written else batch.prompt for spec in specs]
                 if not any(mask is not None and bool(mask.any()) for mask in found):
                     warnings.warn(NO_PROMPT, stacklevel=2)
                 self.warned.add(NO_PROMPT)
+
+    def chunk(self, specs: set[Positions]) -> None:
+        """Warn of several tokens after a cache."""
+        if any(not spec.everywhere for spec in specs):
+            self._warn(CHUNK)
 
     def after(self, plan: Any) -> None:
         """``ValueError`` where a forward in training edited no row of its batch; on a GPU, which would wait, a step later."""

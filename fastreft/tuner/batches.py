@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.trainer import Trainer
 
-from ..plan.asked import OURS
+from ..plan.said import OURS
 from .loading import layers_of
 
 LEFT_OUT = (

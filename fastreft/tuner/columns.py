@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..joining import join
-from ..plan.asked import OURS
+from ..plan.said import OURS
 
 
 class _Column(str):

@@ -13,7 +13,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments,
 from transformers.utils.generic import find_labels
 
 from fastreft import ReftConfig, get_reft_model
-from fastreft.plan.asked import OURS
+from fastreft.plan.said import OURS
 
 ROWS = 4
 
