@@ -24,6 +24,7 @@ class Outer(NamedTuple):
     foreign: bool  # within a call of generate, but not one of its own forwards: somebody's callback
     outer: Outer | None
     frame: FrameType | None  # of the module's call, see Here
+    made: int  # how many plans its thread had made
 
     def chain(self) -> list[Outer]:
         """From this one outwards."""

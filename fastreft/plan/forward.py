@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from . import entrances, inputs, positions, silence
 from .asked import Asked, Outer
-from .entrances import LM, Entrance
+from .entrances import LM, OTHER, Entrance
 from .generation import NO_BATCHES, NO_LENGTHS, Generate, Run
 from .here import Here
 from .hooks import PerThread, traced
@@ -138,7 +138,7 @@ class Shared:
             here.settle(_call())
         given = inputs.by_name(module, args, kwargs)
         foreign = entrance.kind is LM and run is not None and not run.owns(given)
-        here.outer = Outer(module, entrance.kind, taken(given, kwargs), given, foreign, here.outer, _call())
+        here.outer = Outer(module, entrance.kind, taken(given, kwargs), given, foreign, here.outer, _call(), here.made)
         return args, kwargs
 
     def put_down(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -146,8 +146,12 @@ class Shared:
         outer = self.local.here.outer
         while outer is not None and outer.module is not module:  # those within it that were stopped
             outer = outer.outer
-        if outer is not None:
-            self.local.here.outer = outer.outer
+        if outer is None:
+            return
+        self.local.here.outer = outer.outer
+        ran_none = outer.made == self.local.here.made and outer.kind is not OTHER and output is not None
+        if ran_none and module.training and torch.is_grad_enabled() and not traced():
+            self.silence.not_run(module, self.layers)
 
     def begin(
         self, entrance: Entrance, module: nn.Module, args: tuple[Any, ...], kwargs: Given, *, causal: bool
@@ -173,7 +177,7 @@ class Shared:
             here.plan = self._plan(asked)
         else:
             here.plan = self._noted(asked)
-        plan = here.plan
+        plan, here.made = here.plan, here.made + 1
         if not plan.idle:
             plan.length = _length(given)
         plan.outer, plan.frame = outer_plan, _call()
@@ -193,7 +197,7 @@ class Shared:
         plan.over = True
         self.local.past.note(plan, plan.began, output)
         if plan.training:
-            self.silence.after(plan)
+            self.silence.after(plan, self.layers)
 
     # ---- the plan ---------------------------------------------------------------------------------------------------
 
@@ -268,6 +272,8 @@ class Shared:
 
         if shape is not None and lengths is not None:
             tokens(*shape, lengths.device if isinstance(lengths, Tensor) else torch.device("cpu"))  # says what is wrong
+        if explicit is not None and not module.training and torch.is_grad_enabled() and not traced():
+            self.silence.explicit(explicit)
         if explicit is None and run is None and not traced():
             unanswered = answers is None and lengths is None and asked.continues
             answered = shape if answers is not None or lengths is not None else None

@@ -20,6 +20,7 @@ class Here:
         self.plan: Any = None  # of the forward
         self.run: Any = None  # the call of generate
         self.outer: Any = None  # what the forwards round it hand down
+        self.made = 0  # plans so far
         self.latest: dict[nn.Module, Any] = {}  # the last plans, by the model that made them
 
     def settle(self, frame: FrameType | None) -> None:

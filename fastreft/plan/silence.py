@@ -33,6 +33,14 @@ NOTHING = (
     "this forward in training edits nothing: the positions ({}) mean no token of any sample; give the model labels that leave "
     "some of them to the prompt, and an attention_mask that shows them"
 )
+NOT_RUN = (
+    "this forward in training edits nothing: no module that an adapter edits was run, as where encoder_outputs are given, or "
+    "layers are left out; edit modules that are run (layers_to_transform, target_modules)"
+)
+NO_POSITIONS = (
+    "reft_positions means no token of any sample, so that this forward, which keeps gradients, edits nothing; leave it out for "
+    "the configuration's positions"
+)
 CACHED = (
     "this forward in training edits nothing: its past_key_values hold tokens, so all of its input is taken for decoded ones; "
     "train without a cache (and without prefix tuning), or with positions='all' or 'decode'"
@@ -109,16 +117,32 @@ class Silence:
         if any(not spec.everywhere for spec in specs):
             self._warn(CHUNK)
 
-    def after(self, plan: Any) -> None:
-        """``ValueError`` where a forward in training edited no row of its batch; on a GPU, which would wait, a step later."""
+    def explicit(self, positions: Tensor) -> None:
+        """Warn of explicit positions that are none, outside training, where they may be meant."""
+        if NO_POSITIONS not in self.warned and positions.is_cpu and not bool((positions >= 0).any()):
+            self._warn(NO_POSITIONS)
+
+    def after(self, plan: Any, layers: list[Any]) -> None:
+        """``ValueError`` where a forward in training edited no token of its batch; on a GPU, which would wait, a step later.
+        ``layers`` are all that may edit."""
         found = [rows for some in plan.asked().values() for rows in some]
-        if any(rows is None or rows.is_meta for rows in found) or not any(plan.active.values()):
+        if any(rows is None or rows.is_meta for rows in found):
             return
+        if not any(plan.active.values()):
+            return self.not_run(plan.owner, layers)
+        # Positions that a user gives may be those of padding.
+        mask = None if plan.explicit is None or plan.seen is None else plan.seen.mask
         if found and found[0].is_cuda:
-            self._ask(torch.stack([(rows >= 0).any() for rows in found]).any(), _why(plan))
-        elif not any(bool((rows >= 0).any()) for rows in found):
+            self._ask(torch.stack([_any_shown(rows, mask) for rows in found]).any(), _why(plan))
+        elif not any(bool(_any_shown(rows, mask)) for rows in found):
             prompt = None if plan.seen is None or plan.explicit is not None else plan.seen.prompt
             raise ValueError(_why(plan) if prompt is None or bool(prompt.any()) else NO_PROMPT)
+
+    def not_run(self, module: nn.Module, layers: list[Any]) -> None:
+        """``ValueError`` where a module that is run in training holds active ``layers``, none of which was run."""
+        layers = [layer for layer in layers if not layer._disable_adapters and layer.active_adapters]
+        if layers and set(layers) & set(module.modules()):
+            raise ValueError(NOT_RUN)
 
     def _warn(self, what: str) -> None:
         if what not in self.warned:
@@ -143,6 +167,14 @@ class Silence:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"warned": self.warned, "looked": self.looked, "waiting": None}
+
+
+def _any_shown(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Is one of some rows (-1 = none) a token that a mask (B, S) shows? Bool ()."""
+    listed = rows >= 0
+    if mask is not None:
+        listed = listed & (mask != 0).to(rows.device).flatten()[rows.clamp(min=0)]
+    return listed.any()
 
 
 def _why(plan: Any) -> str:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from recomputed import plain_of
 from tiny import adapter_weights, batch, columns, hooked, make
 from torch import nn
 
@@ -50,6 +51,48 @@ def test_training_that_edits_nothing_is_refused(given):
     positions = "decode" if "labels" in given else "f2+l3"
     with pytest.raises(ValueError, match="this forward in training edits nothing"):
         made(positions).train()(**inputs, **given)
+
+
+def test_training_of_padding_alone_is_refused():
+    inputs, model = batch("left"), made().train()
+    labels = labelled(inputs, 8)
+    with pytest.raises(ValueError, match="this forward in training edits nothing"):
+        model(**inputs, labels=labels, reft_positions=torch.tensor([[0, 1], [0, 1], [-1, -1]]))
+    assert torch.isfinite(model(**inputs, labels=labels, reft_positions=torch.tensor([[0, 1], [0, 1], [0, -1]])).loss)
+
+
+@pytest.mark.parametrize("how", ["fewer layers", "of an encoder whose outputs are given"])
+def test_training_that_runs_no_edited_layer_is_refused(how):
+    inputs = batch("right")
+    if how == "fewer layers":
+        model = made(layers_to_transform=[2], modules_to_save=["lm_head"]).train()
+        model.get_base_model().config.num_hidden_layers = 2
+        given = inputs | {"labels": labelled(inputs, 3)}
+    else:
+        model = get_reft_model(
+            plain_of("t5").float(), ReftConfig(positions="f2+l3", modules_to_save=["lm_head"])
+        ).train()
+        states = torch.randn(3, 9, model.config.d_model)
+        given = {
+            "encoder_outputs": (states,),
+            "attention_mask": inputs["attention_mask"],
+            "labels": inputs["input_ids"],
+        }
+    with pytest.raises(ValueError, match="no module that an adapter edits was run"):
+        model(**given)
+    with model.disable_adapter():
+        model(**given)
+    model.eval()
+    model(**given)
+
+
+def test_positions_that_mean_no_token_in_evaluation_with_gradients():
+    inputs, none = batch("right"), torch.full((3, 2), -1)
+    with pytest.warns(UserWarning, match="reft_positions means no token of any sample"):
+        made()(**inputs, reft_positions=none)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        made()(**inputs, reft_positions=none)
 
 
 def test_training_after_a_cache_is_refused():
