@@ -167,6 +167,12 @@ def component_of(name: str, block: nn.Module, component: str) -> tuple[str, nn.M
     )
 
 
+def makes_its_output(block: nn.Module) -> bool:
+    """Is a block's output surely a tensor of its own, which nothing keeps? That of all in Transformers' own code is."""
+    somebodys = "forward" in block.__dict__ and not hasattr(block, "_hf_hook")  # accelerate puts its own round the same
+    return type(block).forward.__module__.startswith("transformers.") and not somebodys
+
+
 def hidden_size(model: nn.Module, name: str = "") -> int:
     """The width d of the hidden state at the module ``name``: what the config nearest above it says.
 

@@ -65,15 +65,20 @@ class HooksWithWork(OrderedDict[int, Any]):
         return local.past.asks if plan is None else not plan.idle
 
 
-def hang(module: nn.Module, local: PerThread, edit: Edit, *, at_input: bool, prepend: bool = False) -> Any:
+def hang(
+    module: nn.Module, local: PerThread, edit: Edit, *, at_input: bool, prepend: bool = False, look: bool = False
+) -> Any:
     """Have ``edit`` given the module's hidden state, of its input or its output, by each forward that has a plan; the hook's
     handle. With ``prepend`` an output's hook comes before others', who then see the edited state, as later modules do.
+    With ``look`` an output that is not the module's own is edited in a copy: it may be its input, or kept for its backward.
     """
     hooks = HooksWithWork()
     if not len(getattr(module, _KEPT[at_input])):  # else the handles of others' hooks would lose what they are in
         setattr(module, _KEPT[at_input], hooks)
     if at_input:
         handle = module.register_forward_pre_hook(partial(_edit_input, local, edit), with_kwargs=True)
+    elif look:
+        handle = module.register_forward_hook(partial(_edit_apart, local, edit), prepend=prepend, with_kwargs=True)
     else:
         handle = module.register_forward_hook(partial(_edit_output, local, edit), prepend=prepend)
     hooks.own = local, handle.id
@@ -103,6 +108,33 @@ def _edit_output(local: PerThread, edit: Edit, module: nn.Module, args: Any, out
     if hidden is given:
         return None
     return hidden if isinstance(output, Tensor) else _with_first(output, hidden)
+
+
+def _edit_apart(local: PerThread, edit: Edit, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """The forward hook of a module whose output may not be its own."""
+    given = output if isinstance(output, Tensor) else _first(output)
+    if isinstance(given, Tensor) and not traced() and _is_kept(given, (*args, *kwargs.values())):
+        plan = local.here.plan or local.past.find(module)
+        if plan is not None and not plan.idle:
+            given = given.clone()
+            output = given if isinstance(output, Tensor) else _with_first(output, given)
+            edited = _edit_output(local, edit, module, args, output)
+            return output if edited is None else edited
+    return _edit_output(local, edit, module, args, output)
+
+
+def _is_kept(given: Tensor, inputs: tuple[Any, ...]) -> bool:
+    """Is an output in the memory of an input, several times in its own, or kept by autograd as the result of an operation?"""
+    if 0 in given.stride():
+        return True
+    for tensor in (given, given._base) if given._is_view() else (given,):
+        node = None if tensor is None else tensor.grad_fn
+        if isinstance(node, torch.autograd.function.BackwardCFunction):  # somebody's, which may keep what it likes
+            return True
+        if any(hasattr(type(node), name) for name in ("_saved_result", "_saved_output")):
+            return True
+    memory = given.untyped_storage().data_ptr()
+    return any(isinstance(t, Tensor) and t.untyped_storage().data_ptr() == memory for t in inputs)
 
 
 def _edit_input(local: PerThread, edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

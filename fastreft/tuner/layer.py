@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..interventions import INTERVENTIONS, Intervention
-from ..models import layouts
+from ..models import blocks, layouts
 from ..models.layouts import Layout
 from ..ops.edit import NEW, WHERE_ALLOWED
 from ..plan import hooks
@@ -37,7 +37,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     ``width`` d is that of the hidden states to edit, ``layout`` how they lie in memory (None: (B, S, d)). ``fresh`` says
     that the module's output is nobody else's, so that it can be edited in place: a block's is, another module's may be
-    kept for its backward.
+    kept for its backward. Somebody's own block is looked at each time, see :func:`fastreft.plan.hooks.hang`.
     """
 
     adapter_layer_names = _GROUPS
@@ -80,8 +80,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.specs[adapter_name] = Spec(positions, config.tied, at_input)
         if at_input not in self._hooks:
             edit = _edit_input if at_input else _edit_output
+            look = self.fresh and not blocks.makes_its_output(self._block[0])
             self._hooks[at_input] = hooks.hang(
-                self._block[0], self._shared.local, edit, at_input=at_input, prepend=not at_input
+                self._block[0], self._shared.local, edit, at_input=at_input, prepend=not at_input, look=look
             )
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
