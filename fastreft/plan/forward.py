@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..ops.edit import NEW, WHERE_ALLOWED
 from . import entrances, inputs, positions, silence
 from .asked import Asked, Outer
 from .entrances import LM, OTHER, Entrance
@@ -38,6 +39,7 @@ class Plan:
     length: int | None = None  # S of the tokens or embeddings given, where there are some and they are not decoded ones
     training = False  # is it a forward of training, which must edit something?
     over = False
+    where = WHERE_ALLOWED  # a fresh hidden state may be edited in place
     began: int | None = None  # autograd's number at the start, where a backward may recompute it
     outer: Plan | None = None  # of the model within which this forward runs
     frame: FrameType | None = None  # of its module's call, while that lasts, see Here
@@ -178,6 +180,8 @@ class Shared:
         else:
             here.plan = self._noted(asked)
         plan, here.made = here.plan, here.made + 1
+        if not is_compiling() and torch._C._len_torch_dispatch_stack():
+            plan.where = NEW  # a selective checkpoint, for one, keeps results, which must stay as they are
         if not plan.idle:
             plan.length = _length(given)
         plan.outer, plan.frame = outer_plan, _call()

@@ -24,8 +24,14 @@ Edit = Callable[[nn.Module, Any, Tensor], Tensor]
 
 
 def traced() -> bool:
-    """Is this a compiler's look at the program, or a transform's (vmap and its like), where no tensor has a value?"""
-    return is_compiling() or torch._C._are_functorch_transforms_active()
+    """Is this a compiler's look at the program, a transform's (vmap and its like), or one without memory (``FakeTensorMode``),
+    where no tensor has a value?"""
+    if is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return bool(torch._C._len_torch_dispatch_stack()) and _FAKE() is not None
+
+
+_FAKE = partial(torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE)
 
 
 class PerThread(threading.local):

@@ -188,7 +188,8 @@ def _listed(chosen: Tensor) -> Tensor:
 def _scatter(place: Tensor, chosen: Tensor, n: int) -> Tensor:
     """The rows of the chosen tokens, each at its own place of n, (B, n); the others share a place that is cut off."""
     row = torch.arange(place.numel(), device=place.device).view(place.shape)
-    return row.new_full((place.shape[0], n + 1), -1).scatter_(1, place.masked_fill(~chosen, n), row)[:, :n]
+    # Made of the places, so that vmap, where these are one of many, has one for each.
+    return place.new_full((place.shape[0], n + 1), -1).scatter_(1, place.masked_fill(~chosen, n), row)[:, :n]
 
 
 def _window(index: Tensor, tokens: Tokens) -> Tensor:

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from ..interventions import INTERVENTIONS, Intervention
 from ..models import blocks, layouts
 from ..models.layouts import Layout
-from ..ops.edit import NEW, WHERE_ALLOWED
+from ..ops.edit import NEW
 from ..plan import hooks
 from ..plan.forward import Plan, Shared
 from ..plan.spec import Positions, Tied, parse
@@ -169,7 +169,7 @@ def _edited(module: nn.Module, plan: Plan, hidden: Tensor, at_input: bool) -> Te
     elif not layer.checked:
         _check(layer, hidden)
         layer.checked = True
-    where = WHERE_ALLOWED if layer.fresh and not at_input and not compiling else NEW
+    where = plan.where if layer.fresh and not at_input and not compiling else NEW
     for name in names:
         spec = layer.specs.get(name)
         if spec is not None and spec.at_input is at_input:

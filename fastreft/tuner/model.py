@@ -192,7 +192,13 @@ class ReftModel(BaseTuner):
         return report(list(self._shared.local.here.latest.values()), spec_of)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's; another adapter then becomes active in every block, also where the deleted one was not."""
+        """PEFT's; another adapter then becomes active in every block, also where the deleted one was not. ``ValueError`` for
+        the last, without which a PeftModel cannot be called."""
+        if list(self.peft_config) == [adapter_name]:
+            raise ValueError(
+                f"adapter_name is {adapter_name!r}, the only adapter there is, without which a PeftModel cannot be called: "
+                "unload() gives the model back without any"
+            )
         was_active = adapter_name in self.active_adapters
         left = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)

@@ -320,3 +320,11 @@ def test_a_model_without_blocks_or_width_is_refused():
         get_reft_model(nn.Linear(2, 2), ReftConfig())
     with pytest.raises(ValueError, match="the hidden size of Sequential is unknown"):
         get_reft_model(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)])), ReftConfig())
+
+
+def test_the_last_adapter_is_not_deleted():
+    model = get_reft_model(make("llama"), ReftConfig(positions="f2+l3"))
+    before = logits(model, batch())
+    with pytest.raises(ValueError, match="adapter_name is 'default', the only adapter there is"):
+        model.delete_adapter("default")
+    assert torch.equal(logits(model, batch()), before)
