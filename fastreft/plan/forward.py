@@ -94,6 +94,7 @@ class Shared:
         self.specs: set[Positions] = set()
         self.layers: list[Any] = []  # the ReftLayers that share this
         self.decodes = False  # does any adapter edit decode steps?
+        self.counts = self.ends = False  # does one ask where the prompt is, does one edit its end?
         self.silence = Silence()
         self.handles: list[Any] = []
         self.entered: set[str] = set()
@@ -127,6 +128,8 @@ class Shared:
         """Note the positions of an adapter."""
         self.specs.add(spec)
         self.decodes |= spec.everywhere or spec.written
+        self.counts |= not spec.everywhere
+        self.ends |= silence.ends(spec)
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
@@ -175,7 +178,9 @@ class Shared:
         if run is not None and (any(o.foreign for o in outer) or (entrance.kind is LM and not run.owns(given))):
             run = None
         asked = Asked(module, entrance, given, said, outer, run, causal)
-        if traced():
+        if is_compiling():
+            here.plan = self._compiled(asked)
+        elif traced():
             here.plan = self._plan(asked)
         else:
             here.plan = self._noted(asked)
@@ -196,6 +201,8 @@ class Shared:
         if plan is None:
             return
         here.plan, plan.frame = plan.outer, None
+        if is_compiling() and plan.training and output is not None:
+            silence.compiled(plan)
         if traced() or plan.began is None or output is None:
             return
         plan.over = True
@@ -208,6 +215,7 @@ class Shared:
     def _noted(self, asked: Asked) -> Plan:
         """The plan of a forward that may be recomputed, or of one that recomputes it."""
         module, regions = asked.module, self.local.past.regions
+        self.local.here.compiled = False
         trains = module.training and torch.is_grad_enabled()
         noted = module.training or torch.is_grad_enabled()
         plan = regions.again(module)
@@ -224,6 +232,15 @@ class Shared:
         regions.enter(plan)
         if noted:
             plan.began = torch.autograd._get_sequence_nr()
+        return plan
+
+    def _compiled(self, asked: Asked) -> Plan:
+        """The plan of a forward that is compiled; what can be said of it is said then."""
+        plan = self._plan(asked)
+        plan.training = asked.module.training and torch.is_grad_enabled()
+        if plan.training and plan.idle and not self._all_disabled():
+            silence.refuse_compiled(silence.CACHED)
+        self.local.here.compiled = True
         return plan
 
     def _plan(self, asked: Asked) -> Plan:
@@ -282,6 +299,18 @@ class Shared:
             unanswered = answers is None and lengths is None and asked.continues
             answered = shape if answers is not None or lengths is not None else None
             self.silence.before(module, self.specs, answers, unanswered, answered, tokens)
+        elif (
+            explicit is None
+            and run is None
+            and is_compiling()
+            and answers is None
+            and lengths is None
+            and asked.continues
+        ):
+            if self.counts and module.training and torch.is_grad_enabled():
+                silence.say(silence.NO_LABELS)
+            elif self.ends and not module.training:
+                silence.say(silence.NO_LABELS_IN_EVALUATION)
         return Plan(module, tokens, explicit)
 
     def _check_mask(self, mask: Tensor | None) -> None:

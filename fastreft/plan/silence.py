@@ -33,6 +33,10 @@ NOTHING = (
     "this forward in training edits nothing: the positions ({}) mean no token of any sample; give the model labels that leave "
     "some of them to the prompt, and an attention_mask that shows them"
 )
+NOTHING_COMPILED = (
+    "this compiled forward in training edits nothing: the positions mean no token of any sample; give the model labels that "
+    "leave some of them to the prompt, and an attention_mask that shows them"
+)
 NOT_RUN = (
     "this forward in training edits nothing: no module that an adapter edits was run, as where encoder_outputs are given, or "
     "layers are left out; edit modules that are run (layers_to_transform, target_modules)"
@@ -89,7 +93,7 @@ class Silence:
         if unanswered:
             if trains:
                 self._warn(NO_LABELS)
-            elif not module.training and any(spec.last or not spec.places for spec in specs):
+            elif not module.training and any(map(ends, specs)):
                 self._warn(NO_LABELS_IN_EVALUATION)
         elif answered is not None:
             self.looked += trains
@@ -167,6 +171,32 @@ class Silence:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"warned": self.warned, "looked": self.looked, "waiting": None}
+
+
+@torch.compiler.assume_constant_result
+def say(what: str) -> bool:
+    """Warn while a forward is compiled."""
+    warnings.warn(what, stacklevel=2)
+    return True
+
+
+def ends(spec: Positions) -> bool:
+    """Do positions depend on where the prompt ends?"""
+    return not spec.everywhere and bool(spec.last or not spec.places)
+
+
+def refuse_compiled(why: str) -> None:
+    """Have the forward that is compiled raise a ``RuntimeError``: an exception in a hook would be lost with the graph."""
+    torch._assert_async(torch.zeros((), dtype=torch.bool), why)
+
+
+def compiled(plan: Any) -> None:
+    """Have a compiled forward in training raise a ``RuntimeError`` where it edits no token of its batch. On a CPU: on a GPU, an
+    operation that raises spoils all that comes after it."""
+    found = [rows for some in plan.asked().values() for rows in some]
+    if found and all(rows is not None and rows.is_cpu for rows in found):
+        mask = None if plan.explicit is None or plan.seen is None else plan.seen.mask
+        torch._assert_async(torch.stack([_any_shown(rows, mask) for rows in found]).any(), NOTHING_COMPILED)
 
 
 def _any_shown(rows: Tensor, mask: Tensor | None) -> Tensor:

@@ -183,7 +183,12 @@ class ReftModel(BaseTuner):
 
     def reft_report(self) -> ReftReport:
         """What this thread's last forward edited, decode steps aside: rows by layer and adapter, the positions meant, and how
-        many tokens of each sample were taken for the prompt. Waits for a GPU."""
+        many tokens of each sample were taken for the prompt. Waits for a GPU. ``RuntimeError`` after a compiled forward."""
+        if self._shared.local.here.compiled:
+            raise RuntimeError(
+                "reft_report() is of the last forward, which ran compiled and keeps no record of its rows: run it without "
+                "torch.compile"
+            )
 
         def spec_of(module: Any, name: str) -> tuple[str, Any, Any] | None:
             spec = module._modules["reft"].specs.get(name)
