@@ -141,9 +141,12 @@ class Shared:
             return None  # a decode step, to which nothing of it matters
         if here.plan is not None or here.outer is not None:
             here.settle(_call())
+        made = -1  # a compiled frame that saw a number count would be compiled again
+        if not is_compiling():
+            made, here.compiled = here.made, False
         given = inputs.by_name(module, args, kwargs)
         foreign = entrance.kind is LM and run is not None and not run.owns(given)
-        here.outer = Outer(module, entrance.kind, taken(given, kwargs), given, foreign, here.outer, _call(), here.made)
+        here.outer = Outer(module, entrance.kind, taken(given, kwargs), given, foreign, here.outer, _call(), made)
         return args, kwargs
 
     def put_down(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -154,8 +157,10 @@ class Shared:
         if outer is None:
             return
         self.local.here.outer = outer.outer
-        ran_none = outer.made == self.local.here.made and outer.kind is not OTHER and output is not None
-        if ran_none and module.training and torch.is_grad_enabled() and not traced():
+        if traced() or outer.kind is OTHER or output is None:
+            return
+        here = self.local.here
+        if outer.made == here.made and not here.compiled and module.training and torch.is_grad_enabled():
             self.silence.not_run(module, self.layers)
 
     def begin(
@@ -184,9 +189,11 @@ class Shared:
             here.plan = self._plan(asked)
         else:
             here.plan = self._noted(asked)
-        plan, here.made = here.plan, here.made + 1
-        if not is_compiling() and torch._C._len_torch_dispatch_stack():
-            plan.where = NEW  # a selective checkpoint, for one, keeps results, which must stay as they are
+        plan = here.plan
+        if not is_compiling():
+            here.made += 1
+            if torch._C._len_torch_dispatch_stack():
+                plan.where = NEW  # a selective checkpoint, for one, keeps results, which must stay as they are
         if not plan.idle:
             plan.length = _length(given)
         plan.outer, plan.frame = outer_plan, _call()

@@ -59,6 +59,17 @@ def test_training_that_edits_something_is_one_graph():
         compiled(model)(**inputs, labels=inputs["input_ids"])
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_model_within_is_compiled_by_itself(kind):
+    inputs, model = batch("left"), made(kind=kind)
+    base = model.get_base_model()
+    (base.model if kind == "llama" else base.transformer).compile(backend="aot_eager")
+    for _ in range(3):
+        assert torch.isfinite(model(**inputs, labels=labelled(inputs)).loss)
+    with pytest.raises(RuntimeError, match="which ran compiled"):
+        model.reft_report()
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_forward_without_labels_is_said(trains):
     model = made().train(trains)
@@ -69,7 +80,10 @@ def test_a_forward_without_labels_is_said(trains):
 def test_the_report_is_not_that_of_an_earlier_forward():
     inputs, model = batch("left"), made()
     model(**inputs, labels=labelled(inputs))
-    compiled(model)(**inputs, labels=labelled(inputs))
+    whole = compiled(model)
+    for _ in range(2):
+        model(**inputs, labels=labelled(inputs))
+        whole(**inputs, labels=labelled(inputs))
     with pytest.raises(RuntimeError, match="which ran compiled and keeps no record"):
         model.reft_report()
     model(**inputs, labels=labelled(inputs))
