@@ -59,7 +59,7 @@ def _names_of(model: nn.Module) -> list[str]:
 
 
 def _is_ours(tuner: Any) -> bool:
-    return tuner.tuner_layer_cls is ReftLayer
+    return getattr(type(tuner), "tuner_layer_cls", None) is ReftLayer  # some of PEFT's have none
 
 
 def _init(inner: Any) -> Any:

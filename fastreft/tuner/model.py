@@ -198,16 +198,17 @@ class ReftModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's; another adapter then becomes active in every block, also where the deleted one was not. ``ValueError`` for
-        the last, without which a PeftModel cannot be called."""
-        if list(self.peft_config) == [adapter_name]:
+        the last of ReFT's, without which a PeftModel cannot be called."""
+        ours = [name for name, config in self.peft_config.items() if config.peft_type == "REFT"]
+        if ours == [adapter_name]:
             raise ValueError(
-                f"adapter_name is {adapter_name!r}, the only adapter there is, without which a PeftModel cannot be called: "
-                "unload() gives the model back without any"
+                f"adapter_name is {adapter_name!r}, the only ReFT adapter there is, without which this PeftModel cannot be "
+                "called: unload() gives the model back without it"
             )
         was_active = adapter_name in self.active_adapters
         left = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
-        left = left or [name for name, config in self.peft_config.items() if config.peft_type == "REFT"][:1]
+        left = left or [name for name in ours if name != adapter_name][:1]
         if was_active and left:
             self.set_adapter(left if len(left) > 1 else left[0])
 

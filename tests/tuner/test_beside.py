@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from tiny import batch, hooks_on, logits, make
 
 from fastreft import ReftConfig, get_reft_model
@@ -141,14 +141,30 @@ def test_a_deleted_lora_is_gone_and_the_edit_stays():
     assert torch.equal(logits(model, batch()), logits(alone, batch()))
 
 
-def test_the_edit_is_deleted_and_the_injected_lora_stays():
+def test_the_last_edit_of_its_own_model_is_unloaded_and_the_injected_lora_stays():
     model = reft_first()
-    model.delete_adapter("default")
-    plain = make("llama")
+    before = state(model)
+    with pytest.raises(ValueError, match=r"'default', the only ReFT adapter there is, .* unload\(\) gives"):
+        model.delete_adapter("default")
+    assert same(model, before) and list(model.peft_config) == ["default", "lora"]
+    base, plain = model.unload(), make("llama")
     torch.manual_seed(3)
     wanted = inject_adapter_in_model(LoraConfig(**LORA), plain, "lora")
-    assert list(model.peft_config) == ["lora"]
-    assert torch.equal(logits(model.base_model.model, batch()), logits(wanted, batch()))
+    assert list(base.peft_config) == ["lora"]
+    assert torch.equal(logits(base, batch()), logits(wanted, batch()))
+
+
+def test_a_mixed_model_of_others_goes_through_as_it_came():
+    torch.manual_seed(3)
+    model = get_peft_model(make("llama"), LoraConfig(**LORA), mixed=True).eval()
+    model.add_adapter("more", LoHaConfig(r=2, target_modules=["k_proj"], init_weights=False))
+    model.set_adapter(["default", "more"])
+    wanted = logits(model, batch())
+    model.base_model.merge_adapter()
+    model.base_model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, batch()), wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(wanted, logits(lora(), batch()))
 
 
 @pytest.mark.parametrize("how", ["inject", "PEFT", "Transformers"])

@@ -325,6 +325,6 @@ def test_a_model_without_blocks_or_width_is_refused():
 def test_the_last_adapter_is_not_deleted():
     model = get_reft_model(make("llama"), ReftConfig(positions="f2+l3"))
     before = logits(model, batch())
-    with pytest.raises(ValueError, match="adapter_name is 'default', the only adapter there is"):
+    with pytest.raises(ValueError, match="adapter_name is 'default', the only ReFT adapter there is"):
         model.delete_adapter("default")
     assert torch.equal(logits(model, batch()), before)
