@@ -34,14 +34,10 @@ MOVED = (
 
 def forget(tuner: Any, adapter_name: str) -> None:
     """Delete a ReFT adapter from a model that another method's tuner is round."""
-    shared = {id(layer._shared): layer._shared for layer in layers_of(tuner.model)}
     for layer in layers_of(tuner.model):
         layer.forget(adapter_name)
         if not layer.specs:
             layer.detach()
-    for common in shared.values():
-        if not common.layers:
-            common.take_off()
     _delete_auxiliary_adapter(tuner.model, adapter_name, list(tuner.active_adapters)[:1])
     del tuner.peft_config[adapter_name]
 

@@ -117,9 +117,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
 
     def detach(self) -> None:
-        """Take the hooks and this layer off the module."""
+        """Take the hooks and this layer off the module, and with the last of a model's the model's hooks."""
         if self in self._shared.layers:
             self._shared.layers.remove(self)
+        if not self._shared.layers:
+            self._shared.take_off()
         block = self._block[0]
         for at_input, handle in self._hooks.items():
             hooks.take_down(block, handle, at_input=at_input)

@@ -65,9 +65,6 @@ def unharmed(model: nn.Module, over: Sequence[str] = ()) -> Iterator[None]:
                 layer.forget(name)
             if layer not in layers:
                 layer.detach()
-        for shared in {id(layer._shared): layer._shared for layer in made}.values():
-            if not shared.layers:
-                shared.take_off()
         for layer, (was_active, disabled) in active.items():
             layer._active_adapter, layer._disable_adapters = was_active, disabled  # type: ignore[assignment]
         for p, flag in flags:

@@ -230,7 +230,6 @@ class ReftModel(BaseTuner):
                 trained.append((*name.rpartition(".")[::2], new))
         for layer in loading.layers_of(self.model):
             layer.detach()
-        self._shared.take_off()
         for parent, attribute, new in trained:
             setattr(self.model.get_submodule(parent), attribute, new)
         others = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
