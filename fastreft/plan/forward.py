@@ -208,9 +208,11 @@ class Shared:
         if plan is None:
             return
         here.plan, plan.frame = plan.outer, None
-        if is_compiling() and plan.training and output is not None:
+        if output is None:
+            return
+        if plan.training and is_compiling():
             silence.compiled(plan)
-        if traced() or plan.began is None or output is None:
+        if plan.began is None or traced():
             return
         plan.over = True
         self.local.past.note(plan, plan.began, output)
@@ -302,22 +304,13 @@ class Shared:
             tokens(*shape, lengths.device if isinstance(lengths, Tensor) else torch.device("cpu"))  # says what is wrong
         if explicit is not None and not module.training and torch.is_grad_enabled() and not traced():
             self.silence.explicit(explicit)
-        if explicit is None and run is None and not traced():
+        if explicit is None and run is None:
             unanswered = answers is None and lengths is None and asked.continues
-            answered = shape if answers is not None or lengths is not None else None
-            self.silence.before(module, self.specs, answers, unanswered, answered, tokens)
-        elif (
-            explicit is None
-            and run is None
-            and is_compiling()
-            and answers is None
-            and lengths is None
-            and asked.continues
-        ):
-            if self.counts and module.training and torch.is_grad_enabled():
-                silence.say(silence.NO_LABELS)
-            elif self.ends and not module.training:
-                silence.say(silence.NO_LABELS_IN_EVALUATION)
+            if not traced():
+                answered = shape if answers is not None or lengths is not None else None
+                self.silence.before(module, self.specs, answers, unanswered, answered, tokens)
+            elif unanswered and is_compiling():
+                silence.unanswered(module, self.counts, self.ends)
         return Plan(module, tokens, explicit)
 
     def _check_mask(self, mask: Tensor | None) -> None:

@@ -146,7 +146,8 @@ class Generate:
                 return self.inner(*args, **kwargs)
             return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
-            here.run, here.outer, here.plan = outer_run, outer, plan
+            here.run = outer_run
+            here.back(plan, outer)
 
     def remove(self) -> None:
         """Give the model its own ``generate`` back."""

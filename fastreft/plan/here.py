@@ -28,10 +28,20 @@ class Here:
         """Forget the forwards that ``frame`` is not within: they were stopped."""
         if is_compiling():
             return
-        while self.plan is not None and not _within(frame, self.plan.frame):
-            self.plan = self.plan.outer
-        while self.outer is not None and not _within(frame, self.outer.frame):
-            self.outer = self.outer.outer
+        plan, outer = self.plan, self.outer
+        while plan is not None and not _within(frame, plan.frame):
+            plan = plan.outer
+        while outer is not None and not _within(frame, outer.frame):
+            outer = outer.outer
+        self.back(plan, outer)
+
+    def back(self, plan: Any, outer: Any) -> None:
+        """Be in what the thread was in before the forwards that were stopped. A plan may be kept; its frame would keep all the
+        call had."""
+        stopped = self.plan
+        while stopped is not None and stopped is not plan:
+            stopped.frame, stopped = None, stopped.outer
+        self.plan, self.outer = plan, outer
 
 
 def _within(frame: FrameType | None, call: FrameType | None) -> bool:

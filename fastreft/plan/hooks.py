@@ -118,15 +118,17 @@ def _edit_output(local: PerThread, edit: Edit, module: nn.Module, args: Any, out
 
 def _edit_apart(local: PerThread, edit: Edit, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook of a module whose output may not be its own."""
+    plan = local.here.plan
+    if plan is None:
+        plan = local.past.find(module)
+    if plan is None or plan.idle:
+        return None
     given = output if isinstance(output, Tensor) else _first(output)
-    if isinstance(given, Tensor) and not traced() and _is_kept(given, (*args, *kwargs.values())):
-        plan = local.here.plan or local.past.find(module)
-        if plan is not None and not plan.idle:
-            given = given.clone()
-            output = given if isinstance(output, Tensor) else _with_first(output, given)
-            edited = _edit_output(local, edit, module, args, output)
-            return output if edited is None else edited
-    return _edit_output(local, edit, module, args, output)
+    apart = given.clone() if not traced() and _is_kept(given, (*args, *kwargs.values())) else given
+    hidden = edit(module, plan, apart)
+    if hidden is given:
+        return None
+    return hidden if isinstance(output, Tensor) else _with_first(output, hidden)
 
 
 def _is_kept(given: Tensor, inputs: tuple[Any, ...]) -> bool:

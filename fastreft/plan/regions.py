@@ -37,24 +37,23 @@ class Regions:
     def __init__(self) -> None:
         self.frames: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
         self.numbers: OrderedDict[Key, list[tuple[int, weakref.ref[Any]]]] = OrderedDict()
+        self.lock = threading.Lock()  # of the two above
         self.turns = _Turns()
         self.said: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
     def enter(self, plan: Any) -> None:
         """A forward begins that has ``plan``."""
         frame, again = _checkpoint()
-        if frame is not None and not again:
-            self.frames.setdefault(frame, []).append(plan)
-        if torch.is_grad_enabled():
-            return
-        key = torch.autograd._get_sequence_nr(), self.turns.thread
-        held = self.numbers.get(key)
-        if held is None:
-            held = self.numbers[key] = []
+        with self.lock:
+            if frame is not None and not again:
+                self.frames.setdefault(frame, []).append(plan)
+            if torch.is_grad_enabled():
+                return
+            held = self.numbers.setdefault((torch.autograd._get_sequence_nr(), self.turns.thread), [])
             while len(self.numbers) > KEPT:
                 self.numbers.popitem(last=False)
-        if len(held) < KEPT // 4:
-            held.append((id(plan.owner), weakref.ref(plan)))
+            if len(held) < KEPT // 4:
+                held.append((id(plan.owner), weakref.ref(plan)))
 
     def again(self, owner: nn.Module) -> Any:
         """The plan that the forward of ``owner`` that begins had the first time; None where it is no second time, or of none
@@ -62,11 +61,13 @@ class Regions:
         frame, again = _checkpoint()
         node = torch._C._current_autograd_node()
         if again:
-            plans = [plan for plan in self.frames.get(frame, ()) if plan.owner is owner]
-            region: Any = id(frame)
+            with self.lock:
+                plans = [plan for plan in self.frames.get(frame, ()) if plan.owner is owner]
+            region: Any = weakref.ref(frame)  # and not its address, which another has afterwards
         elif isinstance(node, BackwardCFunction):
             region = node._sequence_nr()
-            found = [held for (number, _), held in list(self.numbers.items()) if number == region + 1]
+            with self.lock:
+                found = [held for (number, _), held in self.numbers.items() if number == region + 1]
             # Threads count for themselves, and the node does not say whose it is.
             plans = [ref() for of, ref in found[0] if of == id(owner)] if len(found) == 1 else []
         else:

@@ -173,9 +173,17 @@ class Silence:
         return {"warned": self.warned, "looked": self.looked, "waiting": None}
 
 
+def unanswered(module: nn.Module, counts: bool, ends: bool) -> None:
+    """Warn, while it is compiled, of a forward without labels, where some positions count from the prompt, or its end."""
+    if counts and module.training and torch.is_grad_enabled():
+        _say(NO_LABELS)
+    elif ends and not module.training:
+        _say(NO_LABELS_IN_EVALUATION)
+
+
 @torch.compiler.assume_constant_result
-def say(what: str) -> bool:
-    """Warn while a forward is compiled."""
+def _say(what: str) -> bool:
+    """A warning while a forward is compiled."""
     warnings.warn(what, stacklevel=2)
     return True
 

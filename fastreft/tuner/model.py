@@ -73,7 +73,7 @@ class ReftModel(BaseTuner):
         try:
             yield
         except BaseException:  # Ctrl-C, of which torch tells no hook: a backward may come next
-            here.plan, here.outer = plan, outer
+            here.back(plan, outer)
             raise
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
