@@ -9,9 +9,9 @@ from fastreft import ReftConfig, get_reft_model
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False])
 
 
-def made(component="block_output", kind="llama", **settings):
+def made(component="block_output", kind="llama", shape=None, **settings):
     torch.manual_seed(2)
-    base = make(kind)
+    base = make(kind, **(shape or {}))
     base.enable_input_require_grads()
     model = get_reft_model(base, ReftConfig(r=3, positions="f2+l3", component=component, **settings))
     for name, p in model.named_parameters():

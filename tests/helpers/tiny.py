@@ -26,8 +26,9 @@ def make(kind: str, **config) -> transformers.PreTrainedModel:
         return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     if kind in ("llama", "qwen3"):
         shape = dict(hidden_size=WIDTH, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+        shape["num_hidden_layers"] = LAYERS
         of = transformers.LlamaConfig if kind == "llama" else transformers.Qwen3Config
-        config = of(vocab_size=VOCAB, initializer_range=0.2, num_hidden_layers=LAYERS, **(shape | config))
+        config = of(vocab_size=VOCAB, initializer_range=0.2, **(shape | config))
         config.pad_token_id = 0
         return transformers.AutoModelForCausalLM.from_config(config).eval()
     if kind == "gpt2":

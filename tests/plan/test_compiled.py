@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from checkpoints import labelled, made
+from checkpoints import labelled
+from checkpoints import made as made_of
 from tiny import batch
 from transformers import DynamicCache
 
@@ -14,8 +15,14 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def compiled(model, **settings):
-    return torch.compile(model, backend="aot_eager", **settings)
+def made(kind="llama"):
+    """With one block, as it is the compiler that takes the time."""
+    return made_of(kind=kind, shape={"num_hidden_layers" if kind == "llama" else "n_layer": 1})
+
+
+def compiled(model, backend="eager", **settings):
+    """What is refused is in the graph: one case asks a backend that rewrites it, which takes its time, whether it stays."""
+    return torch.compile(model, backend=backend, **settings)
 
 
 @pytest.mark.parametrize("what", ["no prompt", "no positions", "padding"])
@@ -27,8 +34,9 @@ def test_training_that_edits_nothing_is_refused(what):
     else:
         columns = [[-1], [-1], [-1]] if what == "no positions" else [[0], [1], [-1]]
         given["reft_positions"] = torch.tensor(columns)
+    whole = compiled(model.get_base_model(), "aot_eager") if what == "no prompt" else compiled(model)
     with pytest.raises(RuntimeError, match="this compiled forward in training edits nothing"):
-        compiled(model)(**inputs, **given)
+        whole(**inputs, **given)
 
 
 def test_training_after_a_cache_is_refused():
@@ -47,11 +55,11 @@ def test_training_that_edits_something_is_one_graph():
     model(**given).loss.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    whole = compiled(model.get_base_model(), fullgraph=True)
+    whole = compiled(model.get_base_model(), "aot_eager", fullgraph=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         whole(**given).loss.backward()
-    assert len(wanted) == 9
+    assert len(wanted) == 3
     for name, g in wanted.items():
         torch.testing.assert_close(model.get_parameter(name).grad, g)
     with model.disable_adapter():
@@ -63,7 +71,7 @@ def test_training_that_edits_something_is_one_graph():
 def test_the_model_within_is_compiled_by_itself(kind):
     inputs, model = batch("left"), made(kind=kind)
     base = model.get_base_model()
-    (base.model if kind == "llama" else base.transformer).compile(backend="aot_eager")
+    (base.model if kind == "llama" else base.transformer).compile(backend="eager")
     for _ in range(3):
         assert torch.isfinite(model(**inputs, labels=labelled(inputs)).loss)
     with pytest.raises(RuntimeError, match="which ran compiled"):
@@ -74,7 +82,7 @@ def test_the_model_within_is_compiled_by_itself(kind):
 def test_a_forward_without_labels_is_said(trains):
     model = made().train(trains)
     with pytest.warns(UserWarning, match=f"this forward in {'training' if trains else 'evaluation'} has no labels"):
-        compiled(model)(**batch("left"))
+        compiled(model.get_base_model())(**batch("left"))
 
 
 def test_the_report_is_not_that_of_an_earlier_forward():
