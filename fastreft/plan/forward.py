@@ -21,7 +21,7 @@ from .asked import Asked, Outer
 from .entrances import LM, OTHER, Entrance
 from .generation import NO_BATCHES, NO_LENGTHS, Generate, Run
 from .here import Here
-from .hooks import PerThread, traced
+from .hooks import PerThread, traced, unseen
 from .inputs import Given
 from .past import FORGOTTEN, Past
 from .positions import Tokens
@@ -62,7 +62,8 @@ class Plan:
         key = (spec, tied, hidden.get_device())
         found = self._found.get(key)
         if found is None:
-            found = self._found[key] = self._compute(spec, tied, hidden)
+            with unseen():
+                found = self._found[key] = self._compute(spec, tied, hidden)
         return found
 
     def asked(self) -> dict[tuple[Positions, Tied], list[Tensor | None]]:
@@ -217,7 +218,8 @@ class Shared:
         plan.over = True
         self.local.past.note(plan, plan.began, output)
         if plan.training:
-            self.silence.after(plan, self.layers)
+            with unseen():
+                self.silence.after(plan, self.layers)
 
     # ---- the plan ---------------------------------------------------------------------------------------------------
 
@@ -233,7 +235,8 @@ class Shared:
                 raise RuntimeError(
                     FORGOTTEN.format(f"a {type(module).__name__}", ", ".join(NAMES[name] for name in wanting))
                 )
-            plan = self._plan(asked)
+            with unseen():
+                plan = self._plan(asked)
             if trains and plan.idle and not self._all_disabled():
                 raise ValueError(silence.CACHED)
             plan.training = trains

@@ -10,12 +10,14 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .past import Past
 
@@ -32,6 +34,14 @@ def traced() -> bool:
 
 
 _FAKE = partial(torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE)
+
+
+def unseen() -> AbstractContextManager[Any]:
+    """A context whose operations no dispatch mode sees: a selective checkpoint, for one, counts those of a forward, and a
+    recomputation has the rows already. What is traced keeps its modes."""
+    if is_compiling() or not torch._C._len_torch_dispatch_stack() or traced():
+        return nullcontext()
+    return _disable_current_modes()
 
 
 class PerThread(threading.local):

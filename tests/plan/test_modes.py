@@ -16,15 +16,16 @@ COMPONENTS = pytest.mark.parametrize("component", ["block_output", "block_input"
 
 
 @COMPONENTS
-@pytest.mark.parametrize("saved", ["fastreft", "mm"])
+@pytest.mark.parametrize("saved", ["fastreft", "mm", "add", ""])
 def test_a_selective_checkpoint_round_the_whole(component, saved):
     def policy(_context, op, *_args, **_kwargs):
         return CheckpointPolicy.MUST_SAVE if saved in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
     model, inputs = made(component), batch("left")
+    labels = labelled(inputs)
 
     def loss(ids):
-        return model(input_ids=ids, attention_mask=inputs["attention_mask"], labels=labelled(inputs)).loss
+        return model(input_ids=ids, attention_mask=inputs["attention_mask"], labels=labels).loss
 
     contexts = partial(create_selective_checkpoint_contexts, policy)
     wanted = gradients(model, lambda: loss(inputs["input_ids"]))
