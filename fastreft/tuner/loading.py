@@ -195,8 +195,10 @@ def _set_adapter(inner: Any) -> Any:
         if not isinstance(adapter_name, (list, tuple)) or self.active_peft_config.peft_type != "REFT":
             return inner(self, adapter_name, *args, **kwargs)
         unknown = [name for name in adapter_name if name not in self.peft_config]
-        if unknown or not adapter_name:
-            raise ValueError(f"adapter_name is {adapter_name!r}; it must be some of {', '.join(self.peft_config)}")
+        if unknown or not adapter_name or len({*adapter_name}) < len(adapter_name):  # one twice would edit twice
+            raise ValueError(
+                f"adapter_name is {adapter_name!r}; it must be some of {', '.join(self.peft_config)}, once each"
+            )
         inner(self, adapter_name[0], *args, **kwargs)
         return self.base_model.set_adapter(list(adapter_name), *args, **kwargs)
 
