@@ -62,9 +62,10 @@ __device__ __forceinline__ void plain_elements(const Adam<C>& adam, const StepIt
       const C u = adam.move(x.m.x[i], x.v.x[i], to_float(x.g.x[i]));
       x.p.x[i] = rounded<T>(to_float(x.p.x[i]) * adam.decay - adam.lr * u);
     }
-    *reinterpret_cast<Pack<C, V>*>(m + e) = x.m;
-    *reinterpret_cast<Pack<C, V>*>(v + e) = x.v;
-    *reinterpret_cast<Pack<T, V>*>(p + e) = x.p;
+    // Not by assignment: worked out one by one, the elements of a pack would be stored one by one.
+    store_streaming(m + e, x.m);
+    store_streaming(v + e, x.v);
+    store_streaming(p + e, x.p);
   }
 }
 
