@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sass import calls, checks, code, toolkit
 from sass.calls import Call
@@ -35,6 +36,9 @@ STEP = Call("step", 64, 4096, 8)
 # listed rows and rows behind others, is more than the 48 KB that would keep a forward, a backward and a finish in the
 # instruction cache: this is where they stand, and they may not grow.
 FUSED, BOTH = 96 * 1024, 108 * 1024
+# The optimizer's has five stored types, and Gram-Schmidt, which is rare.
+CODE, FENCES = 112 * 1024, ("MEMBAR", "ERRBAR", "CCTL")
+MOMENTS = 8192 * 28 / 256 / 16  # a CTA's 8192 fp32 elements: parameter, gradient, two moments read, all but one written
 # call, which of its launches, kernel, instructions for 16 bytes, registers, CTAs a multiprocessor, and why
 BUDGETS = [
     Budget(
@@ -48,8 +52,12 @@ BUDGETS = [
     Budget(DENSE("backward", r=16), 0, "both_kernel", at_share(0.75), 255, 1, "75%; sums are in registers", BOTH),
     Budget(DENSE("backward", r=64), 0, "fused_kernel", at_share(0.6), 255, 1, "60% in all, 8 bytes for 6", FUSED),
     Budget(DENSE("backward", r=64), 1, "sums_kernel", at_share(0.75), 255, 1, "60% in all, 8 bytes for 6"),
+    # Sums that cross the cluster have barriers of the cluster, one in each round of the Gram matrices.
+    Budget(
+        STEP, 0, "step_kernel", 180, 128, 2, "where it stands: the factor's work comes to it", CODE, FENCES, MOMENTS
+    ),
+    Budget(STEP, 1, "step_kernel", at_share(0.68), 128, 2, "117 MB in 40 us are 68%", CODE, vectors=MOMENTS),
 ]
-# Not here yet: the optimizer's step_kernel, whose way through its loops over a factor cannot be followed to the end.
 H200 = calls.Device(9, 0, 132, 232448, 16, {(1, 8): 15, (2, 8): 30})
 LATENCY = Latency({})  # of no effect on what is counted here
 
@@ -81,7 +89,8 @@ def test_every_kernel_keeps_to_its_budget(tmp_path):
         print(
             f"{name:52} {seen.per_vector:4.0f} instructions for 16 bytes (at most {budget.per_vector:3.0f}), "
             f"{seen.registers:3} registers, {seen.per_sm} a multiprocessor, {seen.size:6} B, "
-            f"in loops {len(seen.ordering)} fences, {len(seen.waited)} loads waited for at once"
+            f"in loops {len(seen.ordering)} fences, {len(seen.waited)} loads waited for at once, "
+            f"{len(seen.scattered)} accesses scattered"
         )
         faults = seen.faults(budget)
         if faults:
@@ -196,6 +205,17 @@ def test_planted_faults_are_found():
     assert "another plan" in checks.Found("other<8>", 1, 1, 9, 1).faults(BUDGET)[0]
 
 
+def test_scattered_stores_are_found():
+    address = ("S2R R2, SR_TID.X", "IMAD.SHL.U32 R2, R2, 0x10, RZ", "MOV R3, RZ")
+    apart = loop_of(*address, *(f"STG.E desc[UR6][R2.64+0x{at:x}], R4" for at in (0, 4)))
+    assert seen_in(apart, 2).faults(BUDGET) == [
+        "touches more than twice what it moves, in a loop: 00050: STG.E desc[UR6][R2.64+0x0], R4",
+        "touches more than twice what it moves, in a loop: 00060: STG.E desc[UR6][R2.64+0x4], R4",
+    ]
+    assert seen_in(loop_of(*address, "STG.E.128 desc[UR6][R2.64], R4"), 2).faults(BUDGET) == []
+    assert seen_in(loop_of(*address[2:], "LDG.E R6, desc[UR6][R2.64]"), 2).faults(BUDGET) == []  # one for all lanes
+
+
 def test_a_fence_behind_the_loop_is_none_of_its_own():
     kernel = loop_of("NOP")
     kernel.code.insert(-1, code.instruction_of(0x1000, "MEMBAR.ALL.GPU"))
@@ -221,6 +241,58 @@ def test_lanes_part_and_meet():
     trace = warp.run()
     assert [len(trace.visits(i)) for i in range(9)] == [1, 1, 1, 1, 1, 1, 1, 2, 1]
     assert warp.registers.file["R"][2].tolist()[:8] == [0, 2**32 - 1, 2**32 - 2, 2**32 - 3, 2**32 - 4, 20, 24, 28]
+
+
+def registers_after(*lines: str | tuple) -> dict[str, np.ndarray]:
+    warp = Warp(kernel_of(*lines, "EXIT"), LAUNCH, LATENCY)
+    warp.run()
+    return warp.registers.file
+
+
+def test_numbers_are_found_where_they_were_left():
+    file = registers_after(
+        "S2R R0, SR_TID.X",
+        "IMAD.SHL.U32 R1, R0, 0x4, RZ",
+        "STS [R1+0x100], R0",
+        "LDS R2, [R1+0x100]",
+        "MOV R3, 0x104",
+        "LDS R4, [R3]",  # the second lane's, in all
+        "S2UR UR4, SR_SWINHI",
+        "IMAD.U32 R7, RZ, RZ, UR4",
+        "IMAD.IADD R6, R1, 0x1, R3",
+        "LD.E R5, desc[UR6][R6.64]",  # the same memory by a generic address: the next lane's
+        "FADD R8, R0, R0",
+        "STS [R1+0x100], R8",  # a float is not kept
+        "LDS R9, [R1+0x100]",
+        "MOV R10, 0x12345678",
+        "STS.U8 [RZ], R10",
+        "LDS R11, [RZ]",
+    )["R"]
+    assert file[2].tolist() == [*range(32)] and set(file[4]) == {1} and file[5].tolist() == [*range(1, 32), -1]
+    assert set(file[9]) == {-1} and set(file[11]) == {0x78}
+
+
+def test_carries_and_addresses():
+    file = registers_after(
+        "MOV R0, 0xfffffffe",
+        "MOV R1, 0x7",
+        "LEA.HI R2, P1, R0, R0, RZ, 0x2",  # 3 and a carry: 0xfffffffe + 3
+        "IADD3.X R3, RZ, RZ, RZ, P1, !PT",
+        "IMAD.WIDE.U32 R4, P2, R0, R0, R0",
+        "MOV R8, 0x200",
+        "LDC.64 R8, c[0x0][R8+0x10]",  # its own address is overwritten
+        "IMAD.WIDE R10, R0, 0x3, RZ",
+        "SHF.R.U64 R12, R10, 0x1, R11",
+        "PRMT R13, R1, 0x8880, R0",
+    )
+    r = {n: int(file["R"][n][0]) for n in range(14)}
+    product = 0xFFFFFFFE**2 + (0x7 << 32 | 0xFFFFFFFE)
+    assert (r[2], r[3]) == (1, 1)
+    assert (r[4], r[5]) == (product & (1 << 32) - 1, product >> 32 & (1 << 32) - 1) and int(
+        file["P"][2][0]
+    ) == product >> 64
+    assert (r[8], r[9]) == (4, -1)  # the launch's argument, and nothing behind it
+    assert (r[10], r[11], r[12], r[13]) == (2**32 - 6, 2**32 - 1, 2**32 - 3, 7)
 
 
 def test_a_way_that_depends_on_memory_is_asked_for():

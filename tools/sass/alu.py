@@ -23,12 +23,13 @@ from .values import (
     joined,
     lut_of_known,
     permuted,
-    product,
     signed,
     split,
     where_known,
 )
 
+NONE = np.zeros(32, dtype=np.int64)
+LOWER, UPPER = np.uint64(MASK), np.uint64(32)
 Effect = Callable[[Registers, Instruction, list[Operand], list[Operand], Value], None]
 EFFECTS: dict[str, Effect] = {}
 
@@ -79,8 +80,8 @@ def special(r: Registers, x: Instruction, to: list[Operand], of: list[Operand], 
 
 @effect("LDC", "ULDC")
 def from_constants(r: Registers, x: Instruction, to: list[Operand], of: list[Operand], lanes: Value) -> None:
-    for further in range(width(x)):
-        value = r.raw(of[0], further)
+    values = [r.raw(of[0], further) for further in range(width(x))]  # all before the first may overwrite the address
+    for further, value in enumerate(values):
         if ".U8" in x.op or ".U16" in x.op:
             value = where_known(value & (255 if ".U8" in x.op else 65535), value)
         r.write(to[0], value, lanes, further)
@@ -190,18 +191,17 @@ def multiply_add(r: Registers, x: Instruction, to: list[Operand], of: list[Opera
     high = r.raw(of[2], 1)
     if of[2].negative or of[2].inverted:
         high = np.full(32, UNKNOWN)
-    bad = np.any([v < 0 for v in (a, b, c, high, *carries)], axis=0)
-    plus = [sum(int(carry[lane]) for carry in carries) for lane in LANES]
-    totals = [p + n + k for p, n, k in zip(product(a, b, unsigned), joined(c, high), plus, strict=True)]
-    low, top = (np.where(bad, UNKNOWN, half) for half in split(totals))
+    times = (a * b if unsigned else signed(a) * signed(b)).astype(np.uint64)
+    plus = ((high & MASK) << 32 | (c & MASK)).astype(np.uint64) + sum(carries, start=NONE).astype(np.uint64)
+    total = times + plus  # modulo 2^64
+    low, top = (where_known(half.astype(np.int64), a, b, c, high, *carries) for half in (total & LOWER, total >> UPPER))
     if ".HI" in x.op:
         r.write(to[0], top, lanes)
         return
     r.write(to[0], low, lanes)
     r.write(to[0], top, lanes, 1)
     for flag in to[1:]:
-        over = np.array([total >> 64 & 1 for total in totals])
-        r.write(flag, np.where(bad, UNKNOWN, over), lanes)
+        r.write(flag, np.where(low < 0, UNKNOWN, (total < times).astype(np.int64)), lanes)
 
 
 @effect("LEA")
@@ -216,7 +216,10 @@ def scale_add(r: Registers, x: Instruction, to: list[Operand], of: list[Operand]
             top = r.integer(numbers[2])
         over = split([n << shift for n in joined(a, top)])[1]
         other = r.integer(b)
-        r.write(to[0], where_known(over + other + carry, a, top, other, carry), lanes)
+        total = over + other + carry
+        r.write(to[0], where_known(total, a, top, other, carry), lanes)
+        for flag in to[1:]:
+            r.write(flag, where_known(total >> 32 & 1, a, top, other, carry), lanes)
         return
     (other,), bad = addends(r, [b])
     scaled = where_known(a << shift, a)

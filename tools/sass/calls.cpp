@@ -1,10 +1,10 @@
 // Which kernels an edit, its backward or an optimizer step launches on a device, and with which arguments: the host
 // code of csrc/cuda itself is run, with a launch that writes down what it was given. A line a launch:
-//     <the recorder's signature, which names the kernel> | grid x y z threads cluster shared | rows bytes tiles groups
-//     | <the arguments' bytes, hex>
+//     <the recorder's signature, which names the kernel> | grid x y z threads cluster shared |
+//     rows bytes tiles groups pieces | <the arguments' bytes, hex>
 // where a tile is `rows` rows and moves `bytes` bytes between a CTA and global memory, and `groups` clusters or CTAs
-// share the `tiles`; all 0 for a kernel without tiles. Addresses are made up; what is asked for and how large it is
-// comes from the command line (calls.py).
+// share the `tiles`, each in so many `pieces` one after the other; all 0 but pieces for a kernel without tiles.
+// Addresses are made up; what is asked for and how large it is comes from the command line (calls.py).
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -26,11 +26,14 @@ void append(std::vector<unsigned char>& bytes, const Arg& arg) {
 }
 
 struct Tiles {
-  int64_t rows = 0, bytes = 0, tiles = 0, groups = 0;
+  int64_t rows = 0, bytes = 0, tiles = 0, groups = 0, pieces = 1;
 };
 Tiles tiles_of(const Fused& f) {
-  const int moved = f.shape.inputs + (f.pass.out.p != nullptr);
-  return {f.shape.rows, int64_t{2} * f.shape.rows * f.shape.width * moved, f.tiles, f.clusters};
+  const FusedShape& shape = f.shape;
+  const int moved = shape.inputs + (f.pass.out.p != nullptr);
+  const int64_t columns = int64_t{shape.width} * shape.pieces;
+  const int64_t bytes = 2 * shape.rows * (columns < f.pass.d ? columns : f.pass.d) * moved;
+  return {shape.rows, bytes, f.tiles, f.clusters, shape.pieces};
 }
 Tiles tiles_of(const Both& both) { return tiles_of(both.f); }
 Tiles tiles_of(const Gradient& s) {
@@ -48,7 +51,7 @@ int recorded(const Grid& grid, void*, const First& first, const Args&... args) {
   printf("%s | %lld %d %d %d %d %lld | ", __PRETTY_FUNCTION__, wide(grid.x), grid.y, grid.z, grid.threads, grid.cluster,
          wide(grid.shared));
   const Tiles t = tiles_of(first);
-  printf("%lld %lld %lld %lld | ", wide(t.rows), wide(t.bytes), wide(t.tiles), wide(t.groups));
+  printf("%lld %lld %lld %lld %lld | ", wide(t.rows), wide(t.bytes), wide(t.tiles), wide(t.groups), wide(t.pieces));
   std::vector<unsigned char> bytes;
   append(bytes, first);
   (append(bytes, args), ...);

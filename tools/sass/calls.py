@@ -54,6 +54,7 @@ class Tiles:
     bytes: int = 0  # that a tile moves between global memory and one CTA
     count: int = 0
     groups: int = 0  # clusters, or CTAs, that share them
+    pieces: int = 1  # of a tile, one after the other
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,16 @@ def waited_loads(trace: Trace) -> list[Instruction]:
             if len(on_their_way) == 1 and place - at <= NEAR and i in inside:
                 found.add(i)
             on_their_way = [(at, i) for at, i in on_their_way if code[i].sets not in x.waits]
-        if x.base in LOADS and x.sets >= 0:
+        if x.base in LOADS and x.sets >= 0 and x.pc in trace.traffic:
             on_their_way.append((place, step.index))
     return [code[i] for i in sorted(found)]
+
+
+def scattered(trace: Trace) -> list[Instruction]:
+    """Accesses to global memory in loops that touch more than twice the sectors that their bytes fill."""
+    code = trace.kernel.code
+    traffic = {i: trace.traffic.get(code[i].pc, [0, 0]) for i in sorted(walked_loops(trace))}
+    return [code[i] for i, (filled, touched) in traffic.items() if touched > 2 * filled]
 
 
 def per_sm(kernel: Kernel, launch: Launch) -> int:
@@ -87,6 +94,7 @@ class Found:
     size: int
     ordering: tuple[str, ...] = ()
     waited: tuple[str, ...] = ()
+    scattered: tuple[str, ...] = ()
 
     def faults(self, budget: Budget) -> list[str]:
         wrong = []
@@ -102,12 +110,13 @@ class Found:
             wrong.append(f"{self.size} bytes of code, at most {budget.size}")
         wrong += [f"in a loop: {text}" for text in self.ordering if not any(op in text for op in budget.fences)]
         wrong += [f"waited for at once, in a loop: {text}" for text in self.waited]
+        wrong += [f"touches more than twice what it moves, in a loop: {text}" for text in self.scattered]
         return wrong
 
 
 def found(kernel: Kernel, launch: Launch, trace: Trace, per_vector: float) -> Found:
-    ordering, waited = (tuple(map(str, listed(trace))) for listed in (ordering_in_loops, waited_loads))
-    return Found(launch.kernel, per_vector, kernel.registers, per_sm(kernel, launch), kernel.size, ordering, waited)
+    listed = [tuple(map(str, check(trace))) for check in (ordering_in_loops, waited_loads, scattered)]
+    return Found(launch.kernel, per_vector, kernel.registers, per_sm(kernel, launch), kernel.size, *listed)
 
 
 def look(program: Path, budgets: list[Budget], device: Device, latency: Latency, folder: Path) -> list[Found]:

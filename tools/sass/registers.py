@@ -9,6 +9,7 @@ import numpy as np
 from .code import Instruction
 from .values import (
     ADDRESS,
+    ALL,
     LANES,
     UNKNOWN,
     ZERO,
@@ -104,7 +105,10 @@ class Registers:
         zero = ZERO[x.kind]
         if x.number != zero and x.number + further < zero:
             row = self.file[x.kind][x.number + further]
-            self.file[x.kind][x.number + further] = value if x.kind[0] == "U" else np.where(lanes, value, row)
+            if lanes is ALL or x.kind[0] == "U":
+                row[:] = value
+            else:
+                np.copyto(row, value, where=lanes.astype(bool))
 
 
 def register(name: str) -> int:

@@ -14,10 +14,12 @@ import numpy as np
 
 from .calls import Call, Device, Launch, launches
 from .code import Instruction, Kernel
+from .shared import Shared
 from .values import UNKNOWN, Value, from_double, from_float
 from .warp import Latency, Trace, Warp
 
 FEW, MORE = 4, 6  # tiles a CTA: enough for all stages of the pipe
+PIECES = 4  # that are enough, too
 BARRIERS = ("BAR", "UCGABAR_WAIT")
 
 
@@ -60,8 +62,8 @@ def memory_of(launch: Launch) -> Callable[[Instruction, Value, int], Value]:
 def walked(
     kernel: Kernel, launch: Launch, latency: Latency, warps: tuple[int, ...] = (0,), cta: int = 0
 ) -> list[Trace]:
-    memory = memory_of(launch)
-    return [Warp(kernel, launch, latency, warp, (cta, 0), memory).run() for warp in warps]
+    memory, shared = memory_of(launch), Shared()  # the first warp leaves there what the others find
+    return [Warp(kernel, launch, latency, warp, (cta, 0), shared, memory).run() for warp in warps]
 
 
 def segments(trace: Trace) -> list[float]:
@@ -123,6 +125,7 @@ def costs(
         traces = walked(kernel, launch, latency, warps)
         whole = cost_of(traces)
         return Costs(times(whole, 0), whole, traces[0])
-    few, more = (walked(kernel, with_tiles(program, call, device, which, n), latency, warps) for n in (FEW, MORE))
-    tile = times(less(cost_of(more), cost_of(few)), 1 / (MORE - FEW))
-    return Costs(tile, less(cost_of(few), times(tile, FEW)), more[0])
+    fewer, more = (1, 2) if launch.tiles.pieces >= PIECES else (FEW, MORE)
+    short, long = (walked(kernel, with_tiles(program, call, device, which, n), latency, warps) for n in (fewer, more))
+    tile = times(less(cost_of(long), cost_of(short)), 1 / (more - fewer))
+    return Costs(tile, less(cost_of(short), times(tile, fewer)), long[0])

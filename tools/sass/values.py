@@ -14,6 +14,7 @@ from functools import cache
 import numpy as np
 
 LANES = np.arange(32)
+ALL = np.ones(32, dtype=bool)  # compared by identity where it saves time: never written to
 MASK = (1 << 32) - 1
 UNKNOWN = -1
 Value = np.ndarray
@@ -28,10 +29,10 @@ def constant(number: int) -> Value:
 
 def where_known(result: Value, *operands: Value) -> Value:
     """The result's low 32 bits in the lanes where no operand is unknown."""
-    bad = operands[0] < 0
+    signs = operands[0]
     for other in operands[1:]:
-        bad = bad | (other < 0)
-    return np.where(bad, UNKNOWN, result & MASK)
+        signs = signs | other  # negative where one of them is
+    return np.where(signs < 0, UNKNOWN, result & MASK)
 
 
 def signed(x: Value) -> Value:
@@ -124,12 +125,6 @@ def lut_of_known(table: int, a: Value, b: Value, c: Value) -> Value:
         high = lut(table, *(ones if x is which else x for x in (a, b, c)))
         bad |= (which < 0) & (low != high)
     return np.where(bad, UNKNOWN, result)
-
-
-def product(a: Value, b: Value, unsigned: bool) -> list[int]:
-    """The 64-bit products, as Python's integers: numpy's would overflow."""
-    x, y = (a, b) if unsigned else (signed(a), signed(b))
-    return [int(p) * int(q) for p, q in zip(x, y, strict=True)]
 
 
 def split(numbers: list[int]) -> tuple[Value, Value]:

@@ -23,11 +23,12 @@ from .alu import apply
 from .calls import Launch
 from .code import Instruction, Kernel
 from .registers import Registers, address, sides, width
-from .values import LANES, UNKNOWN, Value, operand
+from .shared import GLOBAL, STORES, WINDOW, Provenance, Shared, load, sectors, store
+from .shared import LOADS as SHARED_LOADS
+from .values import ALL, LANES, UNKNOWN, Value, operand
 
 PARAMETERS = {8: 0x160, 9: 0x210, 10: 0x380, 12: 0x380}  # where a kernel's arguments begin in bank 0, by cc
 CLUSTERED = 0x140  # in bank 0: whether this is a launch of clusters, which a cluster's barrier asks
-ALL = np.ones(32, dtype=bool)
 
 
 class Undecided(RuntimeError):
@@ -61,6 +62,7 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
     end: float = 0
     stopped: bool = False  # at `most` visits, before its end
+    traffic: dict[int, list[int]] = field(default_factory=dict)  # pc -> sectors of global memory, see sectors()
 
     def visits(self, index: int) -> list[int]:
         """Places in `steps` of one instruction."""
@@ -87,10 +89,12 @@ class Warp:
         latency: Latency,
         warp: int = 0,
         cta: tuple[int, int] = (0, 0),
-        memory: Callable[[Instruction, Value, int], Value | None] | None = None,
+        shared: Shared | None = None,
+        memory: Callable[[Instruction, Value, int], Value] | None = None,
         decide: Callable[[Instruction], bool] | None = None,
     ):
         self.kernel, self.latency, self.memory, self.decide = kernel, latency, memory, decide
+        self.shared, self.provenance = shared or Shared(), Provenance()
         self.place = {x.pc: i for i, x in enumerate(kernel.code)}
         head = PARAMETERS[kernel.arch // 10]
         bank0 = bytearray(head) + launch.bytes
@@ -109,8 +113,10 @@ class Warp:
             "SR_CTAID.Y": lane * 0 + cta[1],
             "SR_CTAID.Z": lane * 0,
             "SR_CgaCtaId": lane * 0 + rank,
+            "SR_SWINHI": lane * 0 + WINDOW,
             "SRZ": lane * 0,
         }
+        self.traffic: dict[int, list[int]] = {}
         self.live = ALL.copy()
         self.waiting: list[Group] = []
         self.barriers: dict[
@@ -121,8 +127,8 @@ class Warp:
 
     def run(self, stop_at: int = -1, most: int = 0, limit: int = 400_000) -> Trace:
         """To the end, or to the `most`-th visit of the instruction at index `stop_at`."""
-        trace = Trace(self.kernel)
-        group: Group | None = Group(ALL.copy(), 0)
+        trace = Trace(self.kernel, traffic=self.traffic)
+        group: Group | None = Group(ALL, 0)
         visits = 0
         while group is not None:
             x = self.kernel.code[group.at]
@@ -166,7 +172,8 @@ class Warp:
 
     def certain(self, x: Instruction, under: Value, lanes: Value) -> Value:
         if not (under < 0).any():
-            return under > 0
+            runs = under > 0
+            return ALL if runs.all() else runs
         if x.base in CONTROL:
             return lanes & (under != 0) if self.asked(x) else under > 0
         return under != 0  # runs perhaps: what it writes is then unknown, see write()
@@ -179,6 +186,11 @@ class Warp:
     def write(self, x: Instruction, lanes: Value) -> None:
         if not lanes.any():
             return
+        if x.base in GLOBAL:
+            filled, touched = sectors(self.registers, x, lanes)
+            if touched:
+                seen = self.traffic.setdefault(x.pc, [0, 0])
+                seen[:] = seen[0] + filled, seen[1] + touched
         if x.base in LOADS:
             self.load(x, lanes)
             return
@@ -186,9 +198,12 @@ class Warp:
             flag = operand(x.args[0])
             self.registers.write(flag, np.ones(32, dtype=np.int64), lanes)  # a phase waited for has come
             return
+        if x.base in STORES:
+            store(self.shared, self.registers, self.provenance, x, lanes)
         if x.base in NO_RESULT:
             return
         apply(self.registers, x, lanes)
+        self.provenance.note(x, *sides(x))
         if x.guard:
             flag = operand(x.guard)
             assert flag is not None
@@ -200,12 +215,16 @@ class Warp:
 
     def load(self, x: Instruction, lanes: Value) -> None:
         to = [one for one in (operand(arg) for arg in x.args[:2]) if one is not None]
-        words = width(x)
-        where = next((arg for arg in x.args if "[" in arg), "")
-        place = address(self.registers, where)
-        for further in range(words):
-            value = self.memory(x, place, further) if self.memory is not None else None
-            self.registers.write(to[-1], np.full(32, UNKNOWN) if value is None else value, lanes, further)
+        place = address(self.registers, next((arg for arg in x.args if "[" in arg), ""))
+        left = load(self.shared, self.registers, x, lanes) if x.base in SHARED_LOADS else []
+        outside = np.full(32, UNKNOWN, dtype=np.int64)
+        for further in range(width(x)):
+            value = self.memory(x, place, further) if self.memory is not None else outside
+            if further < len(left):
+                value = np.where(left[further] >= 0, left[further], value)
+            self.registers.write(to[-1], value, lanes, further)
+        numbers = bool(left) and bool((np.array(left)[:, lanes] >= 0).all())
+        self.provenance.mark(to[-1:], width(x), not numbers)
 
     def jump(self, x: Instruction, pc: int, group: Group, taken: Value) -> Group:
         """`taken` lanes go to `pc`, the others on."""
@@ -225,7 +244,8 @@ class Warp:
         at = min(group.at for group in self.waiting)
         together = [group for group in self.waiting if group.at == at]
         self.waiting = [group for group in self.waiting if group.at != at]
-        return Group(np.any([group.lanes for group in together], axis=0), at)
+        lanes = np.any([group.lanes for group in together], axis=0)
+        return Group(ALL if lanes.all() else lanes, at)
 
     def released(self, name: str) -> bool:
         """Sends on those who wait at a barrier if all have come."""
@@ -259,7 +279,7 @@ class Warp:
         if not chosen.any():
             group.at += 1
             return group
-        return self.jump(x, x.targets[0], group, chosen)
+        return self.jump(x, x.targets[0], group, ALL if chosen.all() else chosen)
 
     def indexed(self, x: Instruction, group: Group, lanes: Value) -> Group | None:
         base, _, offset = x.args[0].partition(" ")
