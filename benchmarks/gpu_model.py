@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from sass import calls, toolkit
 from sass.calls import Call, Device, Launch
 from sass.checks import per_sm
-from sass.tiles import Cost, costs
+from sass.tiles import PIECES, Cost, costs
 from sass.warp import Latency
 
 LATENCIES = {
@@ -81,7 +81,7 @@ GPUS = {
     "A100": Gpu(Device(8, 0, 108, 166912, 1), 1.41, 1.7, 80, "no clusters: the matrices are streamed"),
     "B200": Gpu(
         Device(10, 0, 148, SHARED, 16, {(1, 8): 17, (2, 8): 34, (1, 4): 35, (2, 4): 70}),
-        1.965, 6.5, note="the code and the latencies of cc 9.0; clusters at once assumed",
+        1.965, 6.5, 100, "the latencies of cc 9.0; clusters at once assumed",
     ),
 }  # fmt: skip
 WARPS = (0, 7)  # the first works out coordinates, the last does not: the others are taken to be like the last
@@ -132,11 +132,12 @@ def look(
         load = a.far_load if call.what == "step" else a.near_load
         latency = Latency({**a.latencies, "LDG": load, "LD": a.near_load})
         try:
-            cost = costs(program, call, gpu.device, which, code, latency, WARPS)
+            warps = WARPS[:1] if launch.tiles.pieces >= PIECES else WARPS  # of so many steps few are coordinates
+            cost = costs(program, call, gpu.device, which, code, latency, warps)
         except RuntimeError as error:
             found.append(f"{kernel} cannot be followed: {str(error).split(': ', 1)[-1]}")
             continue
-        found.append(Looked(launch, cost.tile, cost.rest, code.registers, per_sm(code, launch)))
+        found.append(Looked(launch, cost.tile, cost.rest, code.registers, per_sm(code, launch, gpu.device)))
     return found
 
 

@@ -139,7 +139,7 @@ def loop_of(*body: str | tuple) -> code.Kernel:
 
 def seen_in(kernel: code.Kernel, vectors: float = 1) -> checks.Found:
     trace = Warp(kernel, LAUNCH, LATENCY).run()
-    return checks.found(kernel, LAUNCH, trace, len(trace.steps) / vectors)
+    return checks.found(kernel, LAUNCH, H200, trace, len(trace.steps) / vectors)
 
 
 BUDGET = Budget(STEP, 0, "planted", 40, 32, 8, "planted")

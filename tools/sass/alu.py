@@ -78,7 +78,7 @@ def special(r: Registers, x: Instruction, to: list[Operand], of: list[Operand], 
     r.write(to[0], r.special.get(x.args[-1], np.full(32, UNKNOWN)), lanes)
 
 
-@effect("LDC", "ULDC")
+@effect("LDC", "ULDC", "LDCU")
 def from_constants(r: Registers, x: Instruction, to: list[Operand], of: list[Operand], lanes: Value) -> None:
     values = [r.raw(of[0], further) for further in range(width(x))]  # all before the first may overwrite the address
     for further, value in enumerate(values):

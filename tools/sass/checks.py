@@ -16,7 +16,7 @@ from .warp import Latency, Trace
 ORDERING = ("MEMBAR", "ERRBAR", "CCTL")
 LOADS = ("LDG", "LD")
 NEAR = 4  # instructions: a load waited for sooner than that hides nothing
-REGISTERS, SHARED, WARPS = 65536, 233472, 64  # of a multiprocessor of cc 9.0
+REGISTERS, WARPS = 65536, 64  # of a multiprocessor of cc 8.0, 9.0 or 10.0
 RESERVED = 1024  # bytes of shared memory that the system takes of each CTA
 
 
@@ -60,11 +60,11 @@ def scattered(trace: Trace) -> list[Instruction]:
     return [code[i] for i, (filled, touched) in traffic.items() if touched > 2 * filled]
 
 
-def per_sm(kernel: Kernel, launch: Launch) -> int:
-    """CTAs that a multiprocessor of cc 9.0 holds: registers (8 at a time, a warp) and shared memory decide."""
+def per_sm(kernel: Kernel, launch: Launch, device: Device) -> int:
+    """CTAs that a multiprocessor holds: registers (8 at a time, a warp) and shared memory decide."""
     warps = launch.threads // 32
     by_registers = REGISTERS // (-(-kernel.registers // 8) * 8 * 32) // warps
-    return min(by_registers, SHARED // (launch.shared + RESERVED), WARPS // warps)
+    return min(by_registers, (device.shared + RESERVED) // (launch.shared + RESERVED), WARPS // warps)
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Found:
         return wrong
 
 
-def found(kernel: Kernel, launch: Launch, trace: Trace, per_vector: float) -> Found:
+def found(kernel: Kernel, launch: Launch, device: Device, trace: Trace, per_vector: float) -> Found:
     listed = [tuple(map(str, check(trace))) for check in (ordering_in_loops, waited_loads, scattered)]
-    return Found(launch.kernel, per_vector, kernel.registers, per_sm(kernel, launch), kernel.size, *listed)
+    return Found(launch.kernel, per_vector, kernel.registers, per_sm(kernel, launch, device), kernel.size, *listed)
 
 
 def look(program: Path, budgets: list[Budget], device: Device, latency: Latency, folder: Path) -> list[Found]:
@@ -131,5 +131,5 @@ def look(program: Path, budgets: list[Budget], device: Device, latency: Latency,
         vectors = launch.tiles.bytes / launch.threads / 16 if tiled else budget.vectors
         instructions = (cost.tile if tiled else cost.rest).instructions[0]
         trace = cost.whole
-        seen.append(found(kernel, launch, trace, instructions / vectors))
+        seen.append(found(kernel, launch, device, trace, instructions / vectors))
     return seen

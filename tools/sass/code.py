@@ -75,7 +75,7 @@ class Kernel:
     code: list[Instruction]
     constants: bytes = b""  # the kernel's own constants, bank 2: tables of jumps
     registers: int = 0
-    arch: int = 90
+    parameters: int = 0x210  # where its arguments begin in bank 0
 
     @property
     def size(self) -> int:

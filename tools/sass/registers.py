@@ -37,7 +37,7 @@ class Registers:
         # Nothing depends on what nobody has written; but flags kept in one register are set bit by bit.
         self.file = {
             "R": np.zeros((256, 32), dtype=np.int64),
-            "UR": np.zeros((64, 32), dtype=np.int64),
+            "UR": np.zeros((256, 32), dtype=np.int64),
             "P": np.zeros((8, 32), dtype=np.int64),
             "UP": np.zeros((8, 32), dtype=np.int64),
         }
@@ -113,7 +113,7 @@ class Registers:
 
 def register(name: str) -> int:
     digits = name.lstrip("UR")
-    return (63 if name[0] == "U" else 255) if digits == "Z" else int(digits)
+    return 255 if digits == "Z" else int(digits)
 
 
 def part_of(value: Value, part: str) -> Value:

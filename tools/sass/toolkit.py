@@ -69,7 +69,6 @@ def compiled(kernel: str, folder: Path, arch: int = 90) -> code.Kernel:
     kernels = disassembled(cubin)
     used = usage(done.stderr + done.stdout)
     for each in kernels:
-        each.arch = arch
         each.registers = used[each.name, f"sm_{arch}"]["registers"]
     names = plain_names([k.name for k in kernels])
     found = [k for k, name in zip(kernels, names, strict=True) if name == kernel]
@@ -96,7 +95,19 @@ def disassembled(cubin: Path) -> list[code.Kernel]:
     sections = elf_sections(cubin.read_bytes())
     for kernel in kernels:
         kernel.constants = sections.get(f".nv.constant2.{kernel.name}", b"")
+        kernel.parameters = parameters_of(sections[f".nv.info.{kernel.name}"])
     return kernels
+
+
+def parameters_of(info: bytes) -> int:
+    """Where in bank 0 a kernel's arguments begin: it is written in its attributes, of which each has a form and a name."""
+    at = 0
+    while at + 4 <= len(info):
+        form, name, size = struct.unpack_from("<BBH", info, at)
+        if (form, name) == (4, 0x0A):  # its symbol, then the place and the size
+            return struct.unpack_from("<IHH", info, at + 4)[1]
+        at += 4 + (size if form == 4 else 0)
+    raise ValueError("a kernel's attributes do not say where its arguments are")
 
 
 def elf_sections(image: bytes) -> dict[str, bytes]:

@@ -58,7 +58,7 @@ class Operand:
         return self.kind in ("R", "UR") and self.number == ZERO[self.kind]
 
 
-ZERO = {"R": 255, "UR": 63, "P": 7, "UP": 7}
+ZERO = {"R": 255, "UR": 255, "P": 7, "UP": 7}
 FLOATS = {"+INF": np.inf, "INF": np.inf, "+QNAN": np.nan, "QNAN": np.nan, "+SNAN": np.nan, "SNAN": np.nan}
 
 

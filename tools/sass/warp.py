@@ -27,7 +27,6 @@ from .shared import GLOBAL, STORES, WINDOW, Provenance, Shared, load, sectors, s
 from .shared import LOADS as SHARED_LOADS
 from .values import ALL, LANES, UNKNOWN, Value, operand
 
-PARAMETERS = {8: 0x160, 9: 0x210, 10: 0x380, 12: 0x380}  # where a kernel's arguments begin in bank 0, by cc
 CLUSTERED = 0x140  # in bank 0: whether this is a launch of clusters, which a cluster's barrier asks
 
 
@@ -96,8 +95,7 @@ class Warp:
         self.kernel, self.latency, self.memory, self.decide = kernel, latency, memory, decide
         self.shared, self.provenance = shared or Shared(), Provenance()
         self.place = {x.pc: i for i, x in enumerate(kernel.code)}
-        head = PARAMETERS[kernel.arch // 10]
-        bank0 = bytearray(head) + launch.bytes
+        bank0 = bytearray(kernel.parameters) + launch.bytes
         for at, number in zip(range(0, 24, 4), (launch.threads, 1, 1, *launch.grid), strict=True):
             bank0[at : at + 4] = number.to_bytes(4, "little")
         bank0[CLUSTERED : CLUSTERED + 4] = int(launch.cluster > 1).to_bytes(4, "little")
@@ -340,10 +338,15 @@ class Warp:
         return group
 
     def sync(self, x: Instruction, group: Group, lanes: Value) -> Group | None:
-        if "COLLECTIVE" in x.op or ".ALL" not in x.op:
+        if "COLLECTIVE" in x.op:  # where lanes have parted, which branch() knows nothing of
             group.at += 1
             return group
-        return self.meet("WARPSYNC", self.live.copy(), group)
+        wanted = self.live
+        mask = operand(x.args[0]) if x.args and ".ALL" not in x.op else None
+        if mask is not None:
+            bits = self.registers.integer(mask)[group.lanes][0]
+            wanted = self.live & (bits < 0 or bits >> LANES & 1 > 0)
+        return self.meet("WARPSYNC", wanted.copy(), group)
 
 
 CONTROL: dict[str, Callable[[Warp, Instruction, Group, Value], Group | None]] = {
