@@ -63,6 +63,15 @@ __device__ __forceinline__ void shorten(const Place& at, const StepItem& item, c
   }
 }
 
+// Whether all of Y (r, d) is finite; the same answer in all of a CTA's threads.
+template <typename C>
+__device__ __forceinline__ bool finite_matrix(const Place& at, const C* Y) {
+  C worst = 0;
+#pragma unroll 1
+  for (int64_t e = threadIdx.x; e < at.r * at.d; e += kRetractThreads) worst += Y[e] - Y[e];  // 0, or NaN
+  return __syncthreads_or(!(worst == 0)) == 0;
+}
+
 // The whole treatment of one matrix by its cluster; returns what was found, the same in every thread. Y: the matrix in
 // memory as C, between the step and the retraction. Each turn goes over the columns twice: for a Gram matrix, and to
 // multiply with what was made of it.
@@ -80,6 +89,7 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
   Found found = Found::fine;
   Turn turn = Step ? Turn::tangent : Turn::factor;
   bool multiply = false, last = false, here = false;  // here: the chunk that stays has been fetched
+  bool overflowed = false;                            // the Gram matrix of what may be finite itself
   int shortenings = 0;
   while (true) {
     const bool tangent = Step && turn == Turn::tangent;
@@ -128,7 +138,10 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
     }
     sum_over_cluster(at);
     multiply = true;
-    if (shortenings == 0 && !all_finite(at)) return Found::not_finite;
+    if (shortenings == 0 && !all_finite(at)) {
+      if (Step || turn != Turn::factor) return Found::not_finite;
+      overflowed = true;
+    }
     if (tangent) {
       symmetric<C>(at);
       continue;
@@ -138,13 +151,13 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
       last = true;
       continue;
     }
-    const Pivots pivots = cholesky(at, least, floor);
+    const Pivots pivots = overflowed ? Pivots{false, 1} : cholesky(at, least, floor);
     if (pivots.full_rank) {
       last = pivots.spread <= 4 || apart;
       invert<C>(at);
       continue;
     }
-    found = Found::deficient;
+    found = overflowed ? Found::fine : Found::deficient;
     C* const y = at.resident ? now : Y + at.begin;
     const int64_t pitch = at.resident ? at.pitch : at.d;
     if (Step && shortenings < kShortenings) {  // go half way back, again and again
@@ -163,6 +176,7 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
     }
     cluster_sync(at.cluster);
     if (at.rank == 0) {
+      if (overflowed && !finite_matrix<C>(at, Y)) return Found::not_finite;
       gram_schmidt<C>(at.r, at.d, Y, sizeof(C) == 8 ? 1e-12 : 1e-5);
 #pragma unroll 1
       for (int64_t e = threadIdx.x; apart && e < at.r * at.d; e += kRetractThreads)

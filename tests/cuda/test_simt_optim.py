@@ -132,6 +132,18 @@ def test_retraction_of_dependent_rows_and_of_what_is_not_finite(runner, tmp_path
     assert torch.equal(got[1].nan_to_num(7.0), broken.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("device", [harness.H200, CHUNKS], ids=["clusters", "chunks"])
+def test_a_matrix_whose_products_overflow_is_retracted_all_the_same(device, runner, tmp_path):
+    huge, broken = 1e30 * skewed(4, 1100, F32), 1e30 * skewed(3, 1100, F32)
+    broken[2, 7] = float("inf")
+    got, status = retract([huge, broken, 1e30 * skewed(5, 52, BF16)], runner, tmp_path, device=device)
+    assert status == [0, 2, 0]
+    for R, tolerance in ((got[0], 1e-6), (got[2].float(), 0.02)):
+        assert (R @ R.T - torch.eye(len(R))).abs().max() < tolerance
+    assert (got[0] - reference_q(huge)).abs().max() < 1e-6
+    assert torch.equal(got[1], broken)
+
+
 def reference_q(R):
     R = R.double()
     reference.retract_([R])
