@@ -156,7 +156,7 @@ class Silence:
     def _ask(self, edits: Tensor, why: str) -> None:
         """Have a GPU say later whether it edits anything."""
         if self.waiting is None and not torch.cuda.is_current_stream_capturing():
-            host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)  # whatever the default device
             host.copy_(edits, non_blocking=True)
             said = torch.cuda.Event()
             said.record()

