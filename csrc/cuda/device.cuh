@@ -176,6 +176,42 @@ __device__ __forceinline__ void store_block(T* block, int64_t pitch, const uint3
 #endif
 }
 
+// Arrivals (an mbarrier): a phase is over when as many threads have arrived as arrivals_init says and as many bytes as
+// they said to expect, whichever comes first.
+using Arrivals = uint64_t;
+// By one thread, before a cluster_sync (or, for its own warp alone, a __syncwarp) after which others may use them.
+__device__ __forceinline__ void arrivals_init(Arrivals* a, int threads) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(a)), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void arrive(Arrivals* a) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(a)) : "memory");
+}
+// This thread arrives when all that it has copied asynchronously has.
+__device__ __forceinline__ void arrive_when_copied(Arrivals* a) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(a)) : "memory");
+}
+// Until the phase of this parity is over.
+__device__ __forceinline__ void arrivals_wait(Arrivals* a, int parity) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred over;\nAGAIN:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n@!over bra AGAIN;\n}" ::"r"(shared_address(a)),
+      "r"(parity)
+      : "memory");
+#else
+  asm volatile(
+      "{\n.reg .pred over;\nAGAIN:\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 over, [%0], %1;\n@!over bra AGAIN;\n}" ::"r"(shared_address(a)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+// A barrier over the CTA's first `Threads` threads.
+template <int Threads>
+__device__ __forceinline__ void barrier_of() {
+  asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
+}
+
 // Clusters, and what their CTAs send each other. A send is a store of 16 bytes to the same place in the shared memory
 // of a rank, whose Arrivals count its bytes; the rank says how many it expects, once a phase, and waits for them. That
 // takes no fence: a cluster barrier is one of the whole GPU (MEMBAR.ALL.GPU, and L1 is thrown away).
@@ -183,9 +219,13 @@ __device__ __forceinline__ void store_block(T* block, int64_t pitch, const uint3
 // The wait acquires at the scope of the CTA, as CUTLASS waits for such stores (ClusterTransactionBarrier::wait after
 // store_shared_remote): what it orders lies in shared memory, and at the scope of the cluster it would empty L1, too.
 //
-// Below cc 9.0 a cluster is one CTA, a send a store, and a wait a barrier that all of the CTA's threads meet at.
-using Arrivals = uint64_t;
+// Bulk copies move a row's slice by one instruction of one thread: 16 bytes at least, all of it on 16 bytes. What they
+// bring is counted by Arrivals, what they take has been read after bulk_wait. They are not ordered with a thread's own
+// accesses to shared memory: async_fence orders what it has written before what the copies read or write.
+//
+// Below cc 9.0 a cluster is one CTA, in which nothing is sent and nothing copied in bulk.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ constexpr bool has_bulk_copies() { return true; }
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -201,23 +241,14 @@ __device__ __forceinline__ T* of_rank(T* p, int rank) {
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
   return reinterpret_cast<T*>(there);
 }
-// By one thread, before a cluster_sync after which others may send.
-__device__ __forceinline__ void arrivals_init(Arrivals* a) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(a))
-               : "memory");
+// After the arrivals_init of a thread, before others and asynchronous copies meet them.
+__device__ __forceinline__ void arrivals_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
-// By one thread, when the phase before is over; what has arrived already counts.
+// Arrives and expects that many bytes more; what has arrived already counts.
 __device__ __forceinline__ void arrivals_expect(Arrivals* a, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(a)), "r"(bytes)
                : "memory");
-}
-// Until the phase of this parity is over.
-__device__ __forceinline__ void arrivals_wait(Arrivals* a, int parity) {
-  asm volatile(
-      "{\n.reg .pred over;\nAGAIN:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n@!over bra AGAIN;\n}" ::"r"(shared_address(a)),
-      "r"(parity)
-      : "memory");
 }
 __device__ __forceinline__ void send(void* to, const uint4& x, Arrivals* a, int rank) {
   asm volatile(
@@ -228,17 +259,50 @@ __device__ __forceinline__ void send(void* to, const uint4& x, Arrivals* a, int 
       "r"(shared_address(a)), "r"(rank), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
       : "memory");
 }
+// What a launch may begin with (Grid::early): the next one may be started when all CTAs have said so or ended, and
+// waits here until the one before it has ended and all that it wrote can be seen.
+__device__ __forceinline__ void wait_for_launch_before() {
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+}
+// One lane of the warp, the same one each time.
+__device__ __forceinline__ bool elected() {
+  uint32_t is;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(is));
+  return is != 0;
+}
+__device__ __forceinline__ void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void bulk_load(void* to, const void* from, int bytes, Arrivals* a) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(a))
+               : "memory");
+}
+__device__ __forceinline__ void bulk_store(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(bytes)
+               : "memory");
+}
+// Until all that this thread has stored in bulk has been read.
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 #else
+__device__ __forceinline__ constexpr bool has_bulk_copies() { return false; }
 __device__ __forceinline__ int cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_arrive_and_wait() { __syncthreads(); }
 template <typename T>
 __device__ __forceinline__ T* of_rank(T* p, int) {
   return p;
 }
-__device__ __forceinline__ void arrivals_init(Arrivals*) {}
+__device__ __forceinline__ void arrivals_init_fence() {}
 __device__ __forceinline__ void arrivals_expect(Arrivals*, int) {}
-__device__ __forceinline__ void arrivals_wait(Arrivals*, int) { __syncthreads(); }
-__device__ __forceinline__ void send(void* to, const uint4& x, Arrivals*, int) { *static_cast<uint4*>(to) = x; }
+__device__ __forceinline__ void send(void*, const uint4&, Arrivals*, int) {}
+__device__ __forceinline__ void wait_for_launch_before() {}
+__device__ __forceinline__ bool elected() { return threadIdx.x % 32 == 0; }
+__device__ __forceinline__ void async_fence() {}
+__device__ __forceinline__ void bulk_load(void*, const void*, int, Arrivals*) {}
+__device__ __forceinline__ void bulk_store(void*, const void*, int) {}
+__device__ __forceinline__ void bulk_wait() {}
 #endif
 
 #endif  // FASTREFT_SIMT

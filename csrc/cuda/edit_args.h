@@ -29,7 +29,7 @@ struct Pass {
   void* z = nullptr;       // [n, k] forward: written; backward: read
   void* gp = nullptr;      // [n, r] backward: written, or read where nothing is shrunk; none where act is the identity
   void* gz = nullptr;      // [n, r] likewise
-  void* packed = nullptr;  // [n, 3, packed_depth] of the rows' type: z, gp, gz; backward on tensor cores, or none
+  void* packed = nullptr;  // [n, packed_pitch] of the rows' type: z, gp, gz; backward on tensor cores, or none
   int packed_depth = 0;
   int copy_rows = 0;  // rows a copying CTA owns (edit_copy.cuh); 0: none, all rows are edited or `out` is `in`
 };
@@ -50,7 +50,7 @@ struct Both {
   Rows h;  // [n, d]; p == nullptr where no gradient needs it
   bool wants_first = false;
   float* partial = nullptr;  // [clusters, slots, r, d], first before second
-  float* vectors = nullptr;  // [clusters, 2, r]: sum gx, twice
+  float* vectors = nullptr;  // [CTAs, 2, r]: sum gx of the rows a CTA owns, twice
 };
 
 // The sums over rows that the weights' gradients are made of:
@@ -61,6 +61,7 @@ struct Gradient {
   int d = 0, r = 0;
   int64_t range = 0;               // rows a partial sum covers
   int splits = 0;                  // partial sums there are
+  int stages = 0;                  // of tiles in shared memory; tensor cores only
   Rows g;                          // [total, d]
   Rows h;                          // [n, d]
   const int64_t* index = nullptr;  // [n] or none
@@ -68,7 +69,7 @@ struct Gradient {
   int kept = 0;
   const void* gp = nullptr;           // [n, r]; none where act is the identity (gp = gz)
   const void* gz = nullptr;           // [n, r]
-  const void* coordinates = nullptr;  // [n, 3, depth] T: z, gp, gz padded with zeros; tensor cores only
+  const void* coordinates = nullptr;  // [n, packed_pitch] T: z, gp, gz padded with zeros; tensor cores only
   int slot[3] = {-1, -1, -1};
   int slots = 0;
   void* partial = nullptr;  // [splits, slots, r, d] accumulation type
@@ -77,11 +78,12 @@ struct Gradient {
 
 // Partial sums -> gradients. dU = S0 - (tied ? S2 : 0), dV = S1, dP = -S2; where act is the identity S2 is S1's slot.
 struct Finish {
-  int64_t elements = 0;  // r d
-  int r = 0, splits = 0, slots = 0;
+  int64_t elements = 0;        // r d
+  int64_t element_blocks = 0;  // CTAs for them
+  int r = 0, splits = 0, slots = 0, vector_splits = 0;
   int u = -1, tied = -1, v = -1, p = -1;  // slots to read, -1 = none
   const void* partial = nullptr;          // [splits, slots, r, d]
-  const void* vectors = nullptr;          // [splits, 2, r]
+  const void* vectors = nullptr;          // [vector_splits, 2, r]
   void *dU = nullptr, *dV = nullptr, *dP = nullptr, *db = nullptr, *dc = nullptr;
   DType U = DType::f32, V = DType::f32, P = DType::f32, b = DType::f32, c = DType::f32;
 };

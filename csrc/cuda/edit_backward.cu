@@ -19,7 +19,7 @@ struct Plan {
   bool in_place = false;  // dh overwrites g
   FusedPlan fused;
   GradPlan grad;
-  int splits = 0;  // partial sums
+  int splits = 0, vector_splits = 0;  // partial sums
   int slot[3] = {-1, -1, -1};
   int slots = 0;
   int64_t gz = 0, gp = 0, packed = 0, partial = 0, vectors = 0, bytes = 0;
@@ -65,8 +65,8 @@ Plan make_plan(const EditGradArgs& args, const Pass& p, const Device& device) {
   switch (plan.road) {
     case Road::one_pass: plan.splits = static_cast<int>(plan.fused.clusters); break;
     case Road::two_passes:
-      plan.grad = plan_grad(args.n, args.d, args.r, kSumsColumns, args.r, sums_per_sm(depth, device), device);
-      plan.partial = round_up(args.n * 3 * depth * 2, 256);
+      plan.grad = plan_grad(args.n, args.d, args.r, sums_columns(depth, plan.slot[2] >= 0), args.r, 1, device);
+      plan.partial = round_up(args.n * packed_pitch(depth) * 2, 256);
       break;
     default:
       plan.grad = plan_grad(args.n, args.d, args.r, kGradThreads, kGradChunk, kGradPerSm, device);
@@ -74,27 +74,28 @@ Plan make_plan(const EditGradArgs& args, const Pass& p, const Device& device) {
       plan.partial = plan.gp + (linear(args) ? 0 : coordinates);
   }
   if (plan.road != Road::one_pass) plan.splits = plan.grad.splits;
+  plan.vector_splits = plan.road == Road::one_pass ? plan.splits * plan.fused.shape.cluster : plan.splits;
   plan.vectors = plan.partial + round_up(plan.splits * plan.slots * args.r * args.d * size, 256);
-  plan.bytes = plan.vectors + round_up(plan.splits * 2 * args.r * size, 256);
+  plan.bytes = plan.vectors + round_up(plan.vector_splits * 2 * args.r * size, 256);
   return plan;
 }
 
 int run_pass(const Pass& p, const EditGradArgs& args, const Plan& plan, bool shrinks, const Device& device) {
-  if (plan.fused.fits && plan.road != Road::cuda_cores) return fused_pass<true>(p, args.type, plan.fused, args.stream);
+  if (plan.fused.fits && plan.road != Road::cuda_cores) return fused_pass<true>(p, args.type, plan.fused, args.stream, device);
   return simple_pass<true>(p, args.type, shrinks, args.stream, device);
 }
 
-int one_pass(const Pass& p, const EditGradArgs& args, const Plan& plan) {
+int one_pass(const Pass& p, const EditGradArgs& args, const Plan& plan, const Device& device) {
   Both both;
   both.f = fused_of(p, plan.fused);
   if (plan.slot[1] >= 0) both.h = args.h;
   both.wants_first = plan.slot[0] >= 0;
   both.partial = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + plan.partial);
   both.vectors = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + plan.vectors);
-  return both_at_once(both, args.type, fused_grid(p, plan.fused), args.stream);
+  return both_at_once(both, args.type, fused_grid(p, plan.fused, device), args.stream);
 }
 
-int run_sums(const Pass& p, const EditGradArgs& args, const Plan& plan) {
+int run_sums(const Pass& p, const EditGradArgs& args, const Plan& plan, const Device& device) {
   Gradient s;
   s.n = args.n;
   s.total = args.total;
@@ -119,8 +120,11 @@ int run_sums(const Pass& p, const EditGradArgs& args, const Plan& plan) {
   grid.y = plan.grad.splits;
   grid.z = plan.grad.chunks;
   if (plan.road == Road::two_passes) {
-    grid.threads = kFusedThreads;
-    grid.shared = sums_shared(p.packed_depth);
+    const int columns = sums_columns(p.packed_depth, plan.slot[2] >= 0);
+    s.stages = sums_stages(p.packed_depth, columns, device);
+    grid.threads = kSumsThreads;
+    grid.early = device.major >= 9;
+    grid.shared = sums_shared(p.packed_depth, columns, s.stages);
     return sums_on_tensor_cores(s, p.packed_depth, args.type, grid, args.stream);
   }
   grid.threads = kGradThreads;
@@ -128,12 +132,13 @@ int run_sums(const Pass& p, const EditGradArgs& args, const Plan& plan) {
   return sums_on_cuda_cores(s, args.type, grid, args.stream);
 }
 
-int finish(const EditGradArgs& args, const Plan& plan) {
+int finish(const EditGradArgs& args, const Plan& plan, const Device& device) {
   const Weights& w = args.w;
   Finish f;
   f.elements = args.r * args.d;
   f.r = static_cast<int>(args.r);
   f.splits = plan.splits;
+  f.vector_splits = plan.vector_splits;
   f.slots = plan.slots;
   f.u = plan.slot[0];
   f.v = plan.slot[1];
@@ -152,7 +157,9 @@ int finish(const EditGradArgs& args, const Plan& plan) {
   f.b = w.b.type;
   f.c = w.c.type;
   Grid grid;
-  grid.x = ceil_div(f.elements > args.r ? f.elements : args.r, 256);
+  f.element_blocks = ceil_div(f.elements, 256);
+  grid.x = f.element_blocks + ceil_div(args.r, 8);
+  grid.early = device.major >= 9;
   return finish_sums(f, args.type, grid, args.stream);
 }
 
@@ -165,18 +172,18 @@ int64_t edit_backward_scratch_bytes(const EditGradArgs& args) {
 }
 
 int edit_backward_cuda(const EditGradArgs& args) {
-  if (args.d <= 0) return args.r > 0 ? finish(args, Plan{}) : 0;  // vectors alone: sums of nothing
+  if (args.d <= 0) return args.r > 0 ? finish(args, Plan{}, Device{}) : 0;  // vectors alone: sums of nothing
   Device device;
   if (int error = current_device(device)) return error;
   Pass p = make_pass(args, device);
   const Plan plan = make_plan(args, p, device);
   if (args.n <= 0 || plan.road == Road::no_gradients) {  // one pass, if any, and sums of nothing, if any
     const int error = p.out.p != nullptr ? run_pass(p, args, plan, true, device) : 0;
-    return error || plan.road == Road::no_gradients ? error : finish(args, plan);
+    return error || plan.road == Road::no_gradients ? error : finish(args, plan, device);
   }
   if (plan.road == Road::one_pass) {
-    if (int error = one_pass(p, args, plan)) return error;
-    return finish(args, plan);
+    if (int error = one_pass(p, args, plan, device)) return error;
+    return finish(args, plan, device);
   }
 
   Pass first = p;
@@ -190,8 +197,8 @@ int edit_backward_cuda(const EditGradArgs& args) {
   }
   if (plan.in_place) first.out.p = nullptr;
   if (int error = run_pass(first, args, plan, true, device)) return error;
-  if (int error = run_sums(first, args, plan)) return error;
-  if (int error = finish(args, plan)) return error;
+  if (int error = run_sums(first, args, plan, device)) return error;
+  if (int error = finish(args, plan, device)) return error;
   return plan.in_place ? run_pass(p, args, plan, plan.road == Road::two_passes, device) : 0;
 }
 

@@ -19,6 +19,25 @@ struct Known {
   float z = 0, a = 0;  // of the forward; 0 where they are not needed
 };
 
+// Where a CTA stands among its tiles (edit_fused.cuh).
+struct Turn {
+  int stage = 0, filled = 0;  // of the tile, and the phase in which it is filled
+  int second = 0, second_filled = 0;
+  int set = 0, phase = 0;  // of what is received, likewise
+  bool odd = false;
+  __device__ __forceinline__ void step(const FusedShape& s, const FusedLayout& at) {
+    go_on(stage, filled, s.stages);
+    go_on(second, second_filled, at.second_stages);
+    go_on(set, phase, at.sets);
+    odd = !odd;
+  }
+  static __device__ __forceinline__ void go_on(int& i, int& phase, int count) {
+    if (++i < count) return;
+    i = 0;
+    phase ^= 1;
+  }
+};
+
 template <typename T, int Rank>
 struct Cta {
   static constexpr int Groups = Rank / 8;  // of 8 coordinates
@@ -33,21 +52,21 @@ struct Cta {
   int warp, lane, columns;       // this warp, and how many columns it has
   int pitch, coordinate_pitch;   // of a slice and a tile, of the coordinates
   int tile_size;                 // elements
-  int sums, depth;               // of a row: sums of all matrices, coordinates that expand (padded to mma's 16)
+  int sums, depth;               // of a row: sums of all matrices, coordinates that expand
   int owned;                     // rows of a tile whose coordinates this rank works out
   int shrink_from, expand_from;  // the first matrix that is there
   int k;                         // the coordinate that this lane adds up and works out, of every row it does
 
   __device__ __forceinline__ Cta(const Fused& f, int rank)
       : p(f.pass), s(f.shape), at(f.at), work(f.shrink), rank(rank) {
-    warp = threadIdx.x / 32;
+    warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be the same for the warp
     lane = threadIdx.x % 32;
     columns = s.width / kFusedWarps;
     pitch = static_cast<int>(at.pitch);
     coordinate_pitch = static_cast<int>(at.coordinate_pitch);
     tile_size = s.rows * pitch;
     sums = s.shrinks * Rank;
-    depth = s.expands * Rank > 16 ? s.expands * Rank : 16;
+    depth = at.depth;
     const int own = 1 << work.own_shift, left = s.rows - rank * own;
     owned = left <= 0 ? 0 : left < own ? left : own;
     shrink_from = only_second(p.shrink);
@@ -59,14 +78,23 @@ struct Cta {
   __device__ __forceinline__ T* shrink() const { return reinterpret_cast<T*>(shared_memory() + at.shrink); }
   __device__ __forceinline__ T* expand() const { return reinterpret_cast<T*>(shared_memory() + at.expand); }
   __device__ __forceinline__ T* tiles() const { return reinterpret_cast<T*>(shared_memory() + at.tiles); }
-  __device__ __forceinline__ float* received() const { return reinterpret_cast<float*>(shared_memory() + at.received); }
-  __device__ __forceinline__ T* coordinates() const { return reinterpret_cast<T*>(shared_memory() + at.coordinates); }
-  // Of the sums, and behind them of the coordinates.
-  __device__ __forceinline__ Arrivals* arrivals() const {
-    return reinterpret_cast<Arrivals*>(shared_memory() + at.arrivals);
+  __device__ __forceinline__ float* received(int set) const {
+    return reinterpret_cast<float*>(shared_memory() + at.received + set * at.received_set);
   }
+  __device__ __forceinline__ T* coordinates(int set) const {
+    return reinterpret_cast<T*>(shared_memory() + at.coordinates + set * at.coordinates_set);
+  }
+  __device__ __forceinline__ Arrivals* sums_arrivals(int set) const {
+    return reinterpret_cast<Arrivals*>(shared_memory() + at.arrivals) + set;
+  }
+  __device__ __forceinline__ Arrivals* coordinates_arrivals(int set) const { return sums_arrivals(at.sets + set); }
+  // Of a stage: its tile is there; every warp is through with it.
+  __device__ __forceinline__ Arrivals* filled(int stage) const { return sums_arrivals(2 * at.sets + stage); }
+  __device__ __forceinline__ Arrivals* edited(int stage) const { return filled(s.stages + stage); }
 
-  // The i-th tile in shared memory, and the warp's columns of it.
+  __device__ __forceinline__ Arrivals* second_filled(int stage) const { return edited(s.stages + stage); }
+
+  // The i-th tile in shared memory, and the warp's columns of it. Those of the second input come behind the stages.
   __device__ __forceinline__ T* whole(int i) const { return tiles() + i * tile_size; }
   __device__ __forceinline__ T* tile(int i) const { return whole(i) + warp * columns; }
 
@@ -76,11 +104,11 @@ struct Cta {
   // The warp's columns of a tile, which begin at `column`, from `rows` in global memory (see tile_rows) and to
   // Pass::out.
   __device__ __forceinline__ void load(T* to, const Rows& rows, int64_t first, bool direct, int64_t column) const {
-    load_tile(to, rows.p, tile_rows(p, rows, first, s.rows, direct), s.rows, pitch, columns, column, p.d);
+    load_tile(to, rows.p, tile_rows({p.index, p.n, p.total}, rows, first, s.rows, direct), s.rows, pitch, columns, column, p.d);
   }
   __device__ __forceinline__ void store(const T* mine, const Rows& rows, int64_t first, bool direct,
                                         int64_t column) const {
-    store_tile(rows.p, mine, tile_rows(p, rows, first, s.rows, direct), s.rows, pitch, columns, column, p.d);
+    store_tile(rows.p, mine, tile_rows({p.index, p.n, p.total}, rows, first, s.rows, direct), s.rows, pitch, columns, column, p.d);
   }
 
   // The slices of the matrices that begin at column `slice`: of those that shrink, of those that expand, or of both.
@@ -99,28 +127,54 @@ struct Cta {
     }
   }
 
-  // What arrives in a tile, in bytes.
+  // What is sent to a rank in a tile, in bytes.
   __device__ __forceinline__ int sums_bytes() const { return (owned * sums * s.cluster * 4) << work.log_parts; }
   __device__ __forceinline__ int coordinates_bytes(int chunks) const { return s.rows * Rank * 2 * chunks; }
 
   // Before the first tile; a cluster_sync must follow. `chunks`: of Rank coordinates that a row is sent.
   __device__ __forceinline__ void begin(int chunks) const {
     // Padding is zeros for as long as the CTA lives.
-    for (int e = threadIdx.x; e < s.rows * coordinate_pitch; e += kFusedThreads) coordinates()[e] = rounded<T>(0.f);
-    if (threadIdx.x != 0) return;
-    arrivals_init(arrivals());
-    arrivals_init(arrivals() + 1);
-    arrivals_expect(arrivals(), sums_bytes());
-    arrivals_expect(arrivals() + 1, coordinates_bytes(chunks));
+    const int padded = at.sets * s.rows * coordinate_pitch;
+    for (int e = threadIdx.x; e < padded; e += kFusedThreads) coordinates(0)[e] = rounded<T>(0.f);
+    if (threadIdx.x != 0 || s.cluster == 1) return;
+    for (int set = 0; set < at.sets; ++set) {
+      arrivals_init(sums_arrivals(set), 1);
+      arrivals_init(coordinates_arrivals(set), 1);
+      arrivals_init_fence();
+      arrivals_expect(sums_arrivals(set), sums_bytes());
+      arrivals_expect(coordinates_arrivals(set), coordinates_bytes(chunks));
+    }
   }
-  __device__ __forceinline__ void wait_for_sums(int parity) const {
+  // 16 bytes to the same place in the shared memory of a rank. A launch without clusters has no sends (st.async is an
+  // illegal instruction in it): one CTA's threads store and meet.
+  __device__ __forceinline__ void send_to(void* to, const uint4& x, Arrivals* a, int other) const {
+    if (s.cluster > 1) {
+      send(to, x, a, other);
+    } else {
+      *static_cast<uint4*>(to) = x;
+    }
+  }
+  // `phase`: how often the set was waited for before, its last bit.
+  __device__ __forceinline__ void wait_for_sums(int set, int phase) const {
+    if (s.cluster == 1) return barrier_of<kFusedThreads>();
     if (owned == 0) return;
-    arrivals_wait(arrivals(), parity);
-    if (threadIdx.x == 0) arrivals_expect(arrivals(), sums_bytes());
+    arrivals_wait(sums_arrivals(set), phase);
+    if (threadIdx.x == 0) arrivals_expect(sums_arrivals(set), sums_bytes());
   }
-  __device__ __forceinline__ void wait_for_coordinates(int parity, int chunks) const {
-    arrivals_wait(arrivals() + 1, parity);
-    if (threadIdx.x == 0) arrivals_expect(arrivals() + 1, coordinates_bytes(chunks));
+  __device__ __forceinline__ void wait_for_coordinates(int set, int phase, int chunks) const {
+    if (s.cluster == 1) return barrier_of<kFusedThreads>();
+    arrivals_wait(coordinates_arrivals(set), phase);
+    if (threadIdx.x == 0) arrivals_expect(coordinates_arrivals(set), coordinates_bytes(chunks));
+  }
+  // Until all warps are through with the tile that this turn was about: what was received for it may be overwritten.
+  __device__ __forceinline__ void wait_for_others(const Turn& turn) const {
+    arrivals_wait(edited(turn.stage), turn.filled);
+  }
+  // This warp is through with a stage, which it has edited or not.
+  __device__ __forceinline__ void give_back(int stage) const {
+    async_fence();
+    __syncwarp();
+    if (lane == 0) arrive(edited(stage));
   }
 
   // The products of a tile with the matrices, 4 neighbouring coordinates of a row at a time: deliver(row, coordinate,
@@ -150,7 +204,7 @@ struct Cta {
       float sum[Blocks][Eights][4] = {}, half[Blocks][Eights][4] = {};
       for (int q = 0; q < quarters; ++q, a += quarter, b += quarter) {
         float own[Blocks][Eights][4] = {};
-        shrink_rows<Rank == 32 ? 1 : 4>(own, a, b, pitch, quarter);  // 32: both_kernel has no registers left
+        shrink_rows<Rank == 16 ? 2 : 4>(own, a, b, pitch, quarter);
 #pragma unroll
         for (int e = 0; e < Blocks * Eights * 4; ++e) {
           float &x = sum[e / (Eights * 4)][e / 4 % Eights][e % 4], &y = half[e / (Eights * 4)][e / 4 % Eights][e % 4];
@@ -178,19 +232,25 @@ struct Cta {
   }
 
   // A row's four sums to the rank that owns it.
-  __device__ __forceinline__ void send_sums(int row, int coordinate, int part, const float (&four)[4]) const {
+  __device__ __forceinline__ void send_sums(int set, int row, int coordinate, int part, const float (&four)[4]) const {
     const int own = row & ((1 << work.own_shift) - 1), from = (rank << work.log_parts) + part;
-    send(received() + ((from << work.own_shift) + own) * sums + coordinate,
-         make_uint4(as_bits(four[0]), as_bits(four[1]), as_bits(four[2]), as_bits(four[3])), arrivals(),
-         row >> work.own_shift);
+    send_to(received(set) + ((from << work.own_shift) + own) * sums + coordinate,
+            make_uint4(as_bits(four[0]), as_bits(four[1]), as_bits(four[2]), as_bits(four[3])), sums_arrivals(set),
+            row >> work.own_shift);
+  }
+  // The shrink of the tile in a stage, its sums to their owners.
+  __device__ __forceinline__ void shrink_and_send(const T* whole, int set) const {
+    shrink_tile(whole, [&](int row, int coordinate, int part, const float (&four)[4]) {
+      send_sums(set, row, coordinate, part, four);
+    });
   }
 
   // The sum of coordinate k of matrix q for an owned row: ((r0 + r4) + (r1 + r5)) + ((r2 + r6) + (r3 + r7)) of the
   // ranks'.
-  __device__ __forceinline__ float add_ranks(int own, int q) const {
+  __device__ __forceinline__ float add_ranks(int set, int own, int q) const {
     const int next = sums << work.own_shift;  // to the next part
     const int parts = next << work.log_parts;
-    const float* x = received() + own * sums + q * Rank + k;
+    const float* x = received(set) + own * sums + q * Rank + k;
     const auto of_rank = [&](int other) {
       const float* part = x + other * parts;
       float sum = part[0];
@@ -216,7 +276,10 @@ struct Cta {
 
   // Lanes without a unit work on the last row's and keep it to themselves.
   __device__ __forceinline__ int units() const { return owned * Groups; }
-  __device__ __forceinline__ int first_unit() const { return warp * (32 / UnitLanes); }
+  // Every other turn the other half of the warps begins: where units are few, some would else have all the work.
+  __device__ __forceinline__ int first_unit(const Turn& turn) const {
+    return (warp ^ (turn.odd ? kFusedWarps / 2 : 0)) * (32 / UnitLanes);
+  }
   __device__ __forceinline__ bool takes(int base) const { return base + lane / UnitLanes < units(); }
   __device__ __forceinline__ int own_row(int base) const {
     return takes(base) ? (base + lane / UnitLanes) / Groups : owned - 1;
@@ -247,23 +310,24 @@ struct Cta {
                       __shfl_sync(0xffffffffu, two, unit + 4), __shfl_sync(0xffffffffu, two, unit + 6));
   }
   // They to every rank, `offset` coordinates into row m's.
-  __device__ __forceinline__ void give(bool takes, int m, int offset, float x) const {
+  __device__ __forceinline__ void give(int set, bool takes, int m, int offset, float x) const {
     const uint4 eight = together(x);
     if (!takes) return;
     for (int other = lane % UnitLanes; other < s.cluster; other += UnitLanes)
-      send(coordinates() + m * coordinate_pitch + offset + k / 8 * 8, eight, arrivals() + 1, other);
+      send_to(coordinates(set) + m * coordinate_pitch + offset + k / 8 * 8, eight, coordinates_arrivals(set), other);
   }
 
   // The forward's coordinates of the rows that this rank owns, from what the ranks sent, to every rank. `b`, `c`: of
   // coordinate k; `next`: known of this lane's first unit.
-  __device__ __forceinline__ void forward_coordinates(int64_t first, Known next, float b, float c) const {
+  __device__ __forceinline__ void forward_coordinates(const Turn& turn, int64_t first, Known next, float b, float c) const {
+    const int set = turn.set;
     const bool linear = p.act == Act::identity;
-    for (int base = first_unit(); base < units(); base += UnitsAtOnce) {
+    for (int base = first_unit(turn); base < units(); base += UnitsAtOnce) {
       const Known it = next;
       next = known<false>(first, base + UnitsAtOnce, false);
       const int own = own_row(base), m = row_of(own);
       const int64_t i = first + m;
-      float s0 = add_ranks(own, 0), s1 = s.shrinks > 1 ? add_ranks(own, 1) : 0.f;
+      float s0 = add_ranks(set, own, 0), s1 = s.shrinks > 1 ? add_ranks(set, own, 1) : 0.f;
       if (shrink_from > 0) {
         s1 = s0;
         s0 = 0;
@@ -278,26 +342,28 @@ struct Cta {
         to[0] = z;
         if (!linear) to[p.r] = a;
       }
-      give(takes(base), m, 0, z);
+      give(set, takes(base), m, 0, z);
     }
   }
 
-  // The backward's likewise. `Extra`: z and gp behind those of the expand, as add_products takes them.
+  // The backward's likewise. `Extra`: z and gp behind those of the expand, as add_products takes them, and the sum of gp.
   template <bool Extra>
-  __device__ __forceinline__ void backward_coordinates(int64_t first, Known next) const {
+  __device__ __forceinline__ void backward_coordinates(const Turn& turn, int64_t first, Known next, float& vector) const {
+    const int set = turn.set;
     const bool wants_z = Extra || p.packed != nullptr;
-    for (int base = first_unit(); base < units(); base += UnitsAtOnce) {
+    for (int base = first_unit(turn); base < units(); base += UnitsAtOnce) {
       const Known it = next;
       next = known<true>(first, base + UnitsAtOnce, wants_z);
       const int own = own_row(base), m = row_of(own);
-      const float sum = add_ranks(own, 0);
+      const float sum = add_ranks(set, own, 0);
       const float gz = it.live != 0 && k < p.r ? sum : 0.f;
       float gp = gz;
       if (p.act != Act::identity) gp = gz * act_slope(p.act, it.a);
-      for (int q = 0; q < s.expands; ++q) give(takes(base), m, q * Rank, q + expand_from == 1 ? -gz : gp);
+      for (int q = 0; q < s.expands; ++q) give(set, takes(base), m, q * Rank, q + expand_from == 1 ? -gz : gp);
       if constexpr (Extra) {
-        give(takes(base), m, depth, it.z);
-        give(takes(base), m, depth + both_depth(Rank), gp);
+        vector += takes(base) ? gp : 0.f;
+        give(set, takes(base), m, depth, it.z);
+        give(set, takes(base), m, depth + both_depth(Rank), gp);
       } else if (p.packed != nullptr) {
         keep_packed(takes(base), first + m, it.z, gp, gz);
       }
@@ -309,26 +375,32 @@ struct Cta {
     const uint4 eights[3] = {together(z), together(gp), together(gz)};
     const int which = lane % UnitLanes;
     if (!takes || i >= p.n || which >= 3) return;
-    T* to = static_cast<T*>(p.packed) + (i * 3 + which) * p.packed_depth + k / 8 * 8;
+    T* to = static_cast<T*>(p.packed) + i * packed_pitch(p.packed_depth) + which * p.packed_depth + k / 8 * 8;
     *reinterpret_cast<uint4*>(to) = which == 0 ? eights[0] : which == 1 ? eights[1] : eights[2];
     if (p.packed_depth > Rank) *reinterpret_cast<uint4*>(to + 8) = make_uint4(0, 0, 0, 0);
   }
 
   // The coordinates times the matrices' slices, added to the warp's columns of the tile.
   template <bool Backward>
-  __device__ __forceinline__ void expand_tile(T* mine) const {
-    constexpr int Blocks = Backward && Rank > 16 ? 1 : 2;  // of 16 rows at a time, as many as registers allow
+  __device__ __forceinline__ void expand_tile(T* mine, const T* coordinates) const {
+    constexpr int Blocks = Backward && Rank > 8 ? 1 : 2;  // of 16 rows at a time, as many as registers allow
     if (s.rows >= 16 * Blocks) {
-      for (int m = 0; m < s.rows; m += 16 * Blocks) expand_blocks<Backward, Blocks>(mine, m);
+      for (int m = 0; m < s.rows; m += 16 * Blocks) expand_blocks<Backward, Blocks>(mine, coordinates, m);
     } else {
-      expand_blocks<Backward, 1>(mine, 0);
+      expand_blocks<Backward, 1>(mine, coordinates, 0);
     }
   }
   template <bool Backward, int Blocks>
-  __device__ __forceinline__ void expand_blocks(T* mine, int m) const {
-    expand_rows<T, kExpandSteps<Rank, Backward>, Blocks>(mine + m * pitch, coordinates() + m * coordinate_pitch,
-                                                         coordinate_pitch, expand() + warp * columns, pitch, columns,
-                                                         depth / 16);
+  __device__ __forceinline__ void expand_blocks(T* mine, const T* coordinates, int m) const {
+    const T* matrices = expand() + warp * columns;
+    mine += m * pitch;
+    coordinates += m * coordinate_pitch;
+    if (Rank == 8 && depth == 8) {
+      expand_rows<T, 1, Blocks, true>(mine, coordinates, coordinate_pitch, matrices, pitch, columns, 1);
+    } else {
+      expand_rows<T, kExpandSteps<Rank, Backward>, Blocks, false>(mine, coordinates, coordinate_pitch, matrices, pitch,
+                                                                  columns, depth / 16);
+    }
   }
 };
 

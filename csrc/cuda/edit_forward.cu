@@ -17,7 +17,7 @@ int edit_forward_cuda(const EditArgs& args) {
   set_both(p.shrink, args.w);
   p.expand[0].w = args.w.U;
   const FusedPlan plan = fused_plan_of(p, args.type, device);
-  return plan.fits ? fused_pass<false>(p, args.type, plan, args.stream)
+  return plan.fits ? fused_pass<false>(p, args.type, plan, args.stream, device)
                    : simple_pass<false>(p, args.type, true, args.stream, device);
 }
 

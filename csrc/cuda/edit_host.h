@@ -87,21 +87,22 @@ inline Fused fused_of(const Pass& p, const FusedPlan& plan) {
   f.clusters = plan.clusters;
   return f;
 }
-inline Grid fused_grid(const Pass& p, const FusedPlan& plan) {
+inline Grid fused_grid(const Pass& p, const FusedPlan& plan, const Device& device) {
   Grid grid;
   grid.cluster = plan.shape.cluster;
   grid.x = plan.clusters * grid.cluster + copy_blocks(p.total, p.copy_rows, grid.cluster);
-  grid.threads = kFusedThreads;
+  grid.threads = plan.shape.pieces > 1 ? kFusedThreads : kMovedThreads;
   grid.shared = plan.shared;
+  grid.early = device.major >= 9 && plan.shape.pieces == 1;
   return grid;
 }
 
 template <bool Backward>
-int fused_pass(const Pass& p, DType type, const FusedPlan& plan, void* stream) {
+int fused_pass(const Pass& p, DType type, const FusedPlan& plan, void* stream, const Device& device) {
   const bool streamed = plan.shape.pieces > 1;
   const auto start =
       Backward ? (streamed ? streamed_backward : fused_backward) : (streamed ? streamed_forward : fused_forward);
-  return start(fused_of(p, plan), type, fused_grid(p, plan), stream);
+  return start(fused_of(p, plan), type, fused_grid(p, plan, device), stream);
 }
 
 }  // namespace fastreft

@@ -228,10 +228,14 @@ __device__ __forceinline__ void sum_partials(const void* from, int splits, int64
   }
 }
 
+// CTAs of the elements first, then those of the vectors, a warp a coordinate: there can be as many partial vectors as
+// CTAs left some.
 template <typename C>
 __global__ void __launch_bounds__(256) finish_kernel(const Finish p) {
-  const int64_t e = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  if (e < p.elements) {
+  wait_for_launch_before();
+  if (blockIdx.x < p.element_blocks) {
+    const int64_t e = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+    if (e >= p.elements) return;
     const auto place = [&](int slot) { return slot >= 0 ? slot * p.elements + e : -1; };
     // dP and what a tied dU takes are one sum
     const int64_t at[3] = {place(p.dU != nullptr ? p.u : -1), place(p.dV != nullptr ? p.v : -1),
@@ -243,14 +247,23 @@ __global__ void __launch_bounds__(256) finish_kernel(const Finish p) {
     if (p.dU != nullptr) store_weight(p.dU, p.U, e, p.tied >= 0 ? sum[0] - sum[2] : sum[0]);
     if (p.dV != nullptr) store_weight(p.dV, p.V, e, sum[1]);
     if (p.dP != nullptr) store_weight(p.dP, p.P, e, -sum[2]);
+    return;
   }
-  if (e < p.r && (p.db != nullptr || p.dc != nullptr)) {
-    const int64_t at[2] = {e, p.r + e};
-    C sum[2];
-    sum_partials(p.vectors, p.splits, 2 * static_cast<int64_t>(p.r), at, sum);
-    if (p.db != nullptr) store_weight(p.db, p.b, e, sum[0]);
-    if (p.dc != nullptr) store_weight(p.dc, p.c, e, -sum[1]);
+  const int lane = threadIdx.x % 32;
+  const int64_t k = (blockIdx.x - p.element_blocks) * 8 + threadIdx.x / 32;
+  if (k >= p.r || (p.db == nullptr && p.dc == nullptr)) return;
+  const C* vectors = static_cast<const C*>(p.vectors) + k;
+  C gp = 0, gz = 0;
+#pragma unroll 4
+  for (int s = lane; s < p.vector_splits; s += 32) {
+    gp += vectors[2 * s * p.r];
+    gz += vectors[(2 * s + 1) * p.r];
   }
+  gp = warp_sum(gp);
+  gz = warp_sum(gz);
+  if (lane != 0) return;
+  if (p.db != nullptr) store_weight(p.db, p.b, k, gp);
+  if (p.dc != nullptr) store_weight(p.dc, p.c, k, -gz);
 }
 
 }  // namespace fastreft

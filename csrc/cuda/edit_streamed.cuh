@@ -41,7 +41,6 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank))
   const bool has_b = !Backward && p.b.p != nullptr && cta.k < p.r, has_c = !Backward && p.c.p != nullptr && cta.k < p.r;
   const float b = has_b ? load_weight<float>(p.b, cta.k) : 0.f, c = has_c ? load_weight<float>(p.c, cta.k) : 0.f;
 
-  int parity = 0;
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t first = tile_of(step) * s.rows;
     const int turn = static_cast<int>(step % turns), stage = static_cast<int>(step % s.stages);
@@ -55,27 +54,27 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank))
       __syncthreads();  // (A) the slice and all columns of the piece are there; nobody reads `received` any more
       cta.shrink_tile(cta.whole(stage), [&](int row, int coordinate, int part, const float (&four)[4]) {
         float* sums =
-            cta.received() + ((part << cta.work.own_shift) + row) * cta.sums + coordinate;  // this very lane's
+            cta.received(0) + ((part << cta.work.own_shift) + row) * cta.sums + coordinate;  // this very lane's
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[i] = turn > 0 ? sums[i] + four[i] : four[i];
       });
       if (!Backward && p.saved != nullptr) cta.store(mine, Rows{p.saved, 1, p.d, 0}, first, true, column);
       __syncthreads();  // (B) nobody reads the slice or the piece any more; with the last, `received` is whole
       if (turn == last) {
-        const Known next = cta.template known<Backward>(first, cta.first_unit(), wants_z);
+        const Known next = cta.template known<Backward>(first, cta.first_unit(Turn{}), wants_z);
         if constexpr (Backward) {
-          cta.template backward_coordinates<false>(first, next);
+          float none = 0;
+          cta.template backward_coordinates<false>(Turn{}, first, next, none);
         } else {
-          cta.forward_coordinates(first, next, b, c);
+          cta.forward_coordinates(Turn{}, first, next, b, c);
         }
-        cta.wait_for_coordinates(parity, s.expands);
-        parity ^= 1;
+        cta.wait_for_coordinates(0, 0, s.expands);
       }
     }
     if (writes && turn >= last) {
       cta.load_slices(false, true, slice);
       __syncthreads();  // (C) the slice is there
-      cta.template expand_tile<Backward>(mine);
+      cta.template expand_tile<Backward>(mine, cta.coordinates(0));
       __syncwarp();
       cta.store(mine, p.out, first, false, column);
       __syncthreads();  // (D) nobody reads the slice or the coordinates any more

@@ -2,88 +2,144 @@
 // pass (edit_both.cuh) cannot keep in registers:
 //     sums[0] = z^T g      sums[1] = gp^T h      sums[2] = gz^T h         each (r, d), absent ones not computed
 //
-// A CTA of 8 warps owns 128 columns and one range of rows; a warp owns 16 of the columns and all coordinates. Tiles of
-// 32 rows of g and h and of their coordinates (written in T by the pass before) are copied asynchronously, three or
-// four stages ahead. Each CTA leaves one partial sum; finish_kernel adds those in order.
+// A CTA of 8 warps owns 128 Pairs columns and one range of rows; a warp owns 16 Pairs of the columns and all
+// coordinates. Two more warps bring tiles of 32 rows as in edit_mover.cuh, one of g and of the coordinates (written in T
+// by the pass before), the other of h; nobody else waits for anybody. Each CTA leaves one partial sum; finish_kernel
+// adds those in order.
 #pragma once
-#include "edit_tile.cuh"
+#include "edit_mover.cuh"
 
 namespace fastreft {
 
-template <typename T, int Depth>
-__device__ __forceinline__ void store_one_sum(const Gradient& p, const float (&sum)[Depth / 16][2][4], int which,
+template <typename T, int Depth, int Pairs>
+struct SumsMover {
+  static constexpr SumsLayout at = sums_layout(Depth, 128 * Pairs);
+  const Gradient& p;
+  int64_t block;  // the first column
+  int columns;    // there are from it on
+  bool brings_h;  // or g and the coordinates
+  Arrivals *filled, *edited;
+
+  __device__ __forceinline__ T* stages() const { return reinterpret_cast<T*>(shared_memory()); }
+  // By one of the movers.
+  __device__ __forceinline__ void begin() const {
+    if (elected()) {
+      for (int stage = 0; stage < p.stages; ++stage) {
+        arrivals_init(filled + stage, has_bulk_copies() ? 2 : 64);
+        arrivals_init(edited + stage, kFusedWarps);
+      }
+      arrivals_init_fence();
+    }
+  }
+  __device__ __forceinline__ void run(int64_t begin, int64_t end) const {
+    int stage = 0, phase = 1;
+    for (int64_t first = begin; first < end; first += kSumsRows) {
+      if (first - begin >= static_cast<int64_t>(p.stages) * kSumsRows) arrivals_wait(edited + stage, phase);
+      load(stage, first, end);
+      if (++stage == p.stages) {
+        stage = 0;
+        phase ^= 1;
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load(int stage, int64_t first, int64_t end) const {
+    constexpr int Width = 128 * Pairs, Pitch = packed_pitch(Depth);
+    const bool wanted = brings_h ? p.slot[1] >= 0 || p.slot[2] >= 0 : p.slot[0] >= 0;
+    const Rows& rows = brings_h ? p.h : p.g;
+    const TileRows where = tile_rows({p.index, end, p.total}, rows, first, kSumsRows, brings_h);
+    const int there = end - first < kSumsRows ? static_cast<int>(end - first) : kSumsRows;  // with or without a row
+    const T* from = static_cast<const T*>(p.coordinates) + first * Pitch;
+    T *to = stages() + stage * at.stage + (brings_h ? at.h : 0), *z = stages() + stage * at.stage + at.coordinates;
+    if (!has_bulk_copies()) {
+      if (wanted) load_tile(to, rows.p, where, kSumsRows, at.pitch, Width, block, p.d);
+      if (!brings_h) load_tile(z, from, TileRows{0, Pitch, there, false, -1, -1}, kSumsRows, Pitch, 3 * Depth, 0, 3 * Depth);
+      arrive_when_copied(filled + stage);
+      return;
+    }
+    const RowMask mask = rows_there(where, kSumsRows);
+    const int bytes = columns * 2, coordinate_bytes = brings_h ? 0 : there * Pitch * 2;
+    if (wanted) clear_rest(to, mask, kSumsRows, at.pitch, columns, Width);
+    if (!brings_h) {
+      for (int e = there * Pitch + threadIdx.x % 32 * 8; e < kSumsRows * Pitch; e += 32 * 8)
+        *reinterpret_cast<uint4*>(z + e) = make_uint4(0, 0, 0, 0);
+    }
+    async_fence();
+    __syncwarp();
+    if (elected()) {
+      arrivals_expect(filled + stage, (wanted ? mask.count() * bytes : 0) + coordinate_bytes);
+      if (!brings_h) bulk_load(z, from, coordinate_bytes, filled + stage);
+    }
+    __syncwarp();
+    if (wanted) load_rows(to, rows, where, kSumsRows, at.pitch, block, bytes, filled + stage);
+  }
+};
+
+template <typename T, int Depth, int Pairs>
+__device__ __forceinline__ void store_one_sum(const Gradient& p, const float (&sum)[Depth / 16][2 * Pairs][4], int which,
                                               int64_t column) {
   if (p.slot[which] < 0) return;
   float* to = static_cast<float*>(p.partial) +
               (static_cast<int64_t>(blockIdx.y) * p.slots + p.slot[which]) * p.r * static_cast<int64_t>(p.d);
-  store_sums<Depth, 1>(to, sum, p.r, p.d, 16, column);
+  store_sums<Depth, Pairs>(to, sum, p.r, p.d, 16 * Pairs, column);
 }
 
-template <typename T, int Depth>
-__global__ void __launch_bounds__(kFusedThreads, sums_compiled_per_sm(Depth))
-    sums_kernel(const __grid_constant__ Gradient p) {
-  constexpr SumsLayout at = sums_layout(Depth);
-  constexpr int Stages = sums_stages(Depth);
-  T* stages = reinterpret_cast<T*>(shared_memory());
-  const int thread = threadIdx.x, warp = thread / 32;
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * kSumsColumns, column = block + warp * 16;
+template <typename T, int Depth, int Pairs>
+__global__ void __launch_bounds__(kSumsThreads, 1) sums_kernel(const __grid_constant__ Gradient p) {
+  constexpr SumsLayout at = sums_layout(Depth, 128 * Pairs);
+  constexpr int Sums = Depth * Pairs > 64 ? 2 : 3;
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * 128 * Pairs, column = block + warp * 16 * Pairs;
   const int64_t begin = blockIdx.y * p.range, end = begin + p.range < p.n ? begin + p.range : p.n;
-  const bool wants_g = p.slot[0] >= 0, wants_h = p.slot[1] >= 0 || p.slot[2] >= 0;
-  const T* coordinates = static_cast<const T*>(p.coordinates);
-
-  const auto fetch = [&](int64_t i0, int stage) {
-    T* g = stages + stage * at.stage;
-    if (i0 < end) {
-      for (int e = thread; e < kSumsRows * kSumsColumns / 8; e += kFusedThreads) {
-        const int m = e / (kSumsColumns / 8), j = e % (kSumsColumns / 8) * 8;
-        const int64_t row = listed_row(p.index, i0 + m, end, p.total);
-        const bool valid = row >= 0 && block + j < p.d;
-        T* to = g + m * at.pitch + j;
-        if (wants_g)
-          copy_async(to, static_cast<const T*>(p.g.p) + (valid ? row_offset(p.g, row) + block + j : 0), valid);
-        if (wants_h)
-          copy_async(to + at.h, static_cast<const T*>(p.h.p) + (valid ? row_offset(p.h, i0 + m) + block + j : 0),
-                     valid);
-      }
-      for (int e = thread; e < kSumsRows * 3 * Depth / 8; e += kFusedThreads) {
-        const int m = e / (3 * Depth / 8), k = e % (3 * Depth / 8) * 8;
-        const bool valid = i0 + m < end;
-        copy_async(g + at.coordinates + m * at.coordinate_pitch + k,
-                   coordinates + (valid ? (i0 + m) * 3 * Depth + k : 0), valid);
-      }
-    }
-    copy_commit();
-  };
-  for (int stage = 0; stage < Stages; ++stage) fetch(begin + stage * kSumsRows, stage);
-
-  float sum[3][Depth / 16][2][4] = {};
-  float vector = 0;  // first column block, thread k < 2 Depth: sum gp, sum gz
-  int stage = 0;
-  for (int64_t i0 = begin; i0 < end; i0 += kSumsRows) {
-    copy_wait<Stages - 1>();
+  const T* stages = reinterpret_cast<const T*>(shared_memory());
+  Arrivals* filled = reinterpret_cast<Arrivals*>(shared_memory() + static_cast<int64_t>(p.stages) * at.stage * 2);
+  Arrivals* edited = filled + p.stages;
+  if (warp >= kFusedWarps) {
+    const int left = p.d - block < 128 * Pairs ? static_cast<int>(p.d - block) : 128 * Pairs;
+    const SumsMover<T, Depth, Pairs> mover{p, block, left, warp > kFusedWarps, filled, edited};
+    if (warp == kFusedWarps) mover.begin();
     __syncthreads();
+    wait_for_launch_before();
+    return mover.run(begin, end);
+  }
+  __syncthreads();
+  wait_for_launch_before();
+
+  float sum[Sums][Depth / 16][2 * Pairs][4] = {};
+  float vector = 0;  // first column block, thread k < 2 Depth: sum gp, sum gz
+  int stage = 0, phase = 0;
+  for (int64_t i0 = begin; i0 < end; i0 += kSumsRows) {
+    arrivals_wait(filled + stage, phase);
     const T* g = stages + stage * at.stage;
     const T* z = g + at.coordinates;
 #pragma unroll
     for (int m = 0; m < kSumsRows; m += 16) {
-      const T* tile = g + m * at.pitch + warp * 16;
-      const T* row = z + m * at.coordinate_pitch;
-      if (p.slot[0] >= 0) add_products<T, Depth, 1>(sum[0], row, at.coordinate_pitch, tile, at.pitch, 16);
+      const T* tile = g + m * at.pitch + warp * 16 * Pairs;
+      const T* row = z + m * packed_pitch(Depth);
+      if (p.slot[0] >= 0)
+        add_products<T, Depth, Pairs>(sum[0], row, packed_pitch(Depth), tile, at.pitch, 16 * Pairs);
       if (p.slot[1] >= 0)
-        add_products<T, Depth, 1>(sum[1], row + Depth, at.coordinate_pitch, tile + at.h, at.pitch, 16);
-      if (p.slot[2] >= 0)
-        add_products<T, Depth, 1>(sum[2], row + 2 * Depth, at.coordinate_pitch, tile + at.h, at.pitch, 16);
+        add_products<T, Depth, Pairs>(sum[1], row + Depth, packed_pitch(Depth), tile + at.h, at.pitch, 16 * Pairs);
+      if constexpr (Sums > 2) {
+        if (p.slot[2] >= 0)
+          add_products<T, Depth, Pairs>(sum[2], row + 2 * Depth, packed_pitch(Depth), tile + at.h, at.pitch,
+                                        16 * Pairs);
+      }
     }
     if (blockIdx.x == 0 && thread < 2 * Depth) {
-      for (int m = 0; m < kSumsRows; ++m) vector += to_float(z[m * at.coordinate_pitch + Depth + thread]);
+      for (int m = 0; m < kSumsRows; ++m) vector += to_float(z[m * packed_pitch(Depth) + Depth + thread]);
     }
-    __syncthreads();  // everybody has read this stage
-    fetch(i0 + Stages * kSumsRows, stage);
-    stage = stage + 1 < Stages ? stage + 1 : 0;
+    __syncwarp();  // all lanes have read this stage
+    if (lane == 0) arrive(edited + stage);
+    if (++stage == p.stages) {
+      stage = 0;
+      phase ^= 1;
+    }
   }
-  copy_wait<0>();
 #pragma unroll
-  for (int which = 0; which < 3; ++which) store_one_sum<T, Depth>(p, sum[which], which, column);
+  for (int which = 0; which < Sums; ++which) store_one_sum<T, Depth, Pairs>(p, sum[which], which, column);
   if (blockIdx.x == 0 && thread < 2 * Depth && thread % Depth < p.r)
     static_cast<float*>(p.vectors)[(blockIdx.y * 2 + thread / Depth) * p.r + thread % Depth] = vector;
 }

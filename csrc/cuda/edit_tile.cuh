@@ -78,17 +78,29 @@ struct TileRows {
   int64_t low, high;
   // Row m, which is below 32 for all lanes or for none; all lanes of a warp ask together.
   __device__ __forceinline__ int64_t of(int m) const { return __shfl_sync(0xffffffffu, m < 32 ? low : high, m % 32); }
+  // Row m of `rows`, where m is a lane's own number, or that and 32.
+  __device__ __forceinline__ int64_t own(int m, int rows) const {
+    if (m >= rows) return -1;
+    if (looked_up) return m < 32 ? low : high;
+    return m < count ? first + m * stride : -1;
+  }
+};
+// Which rows there are: [0, n), or those of `total` that the index [n] names.
+struct Listed {
+  const int64_t* index;
+  int64_t n, total;
 };
 // `count` rows from the first-th listed one on. `direct`: the rows are numbered as listed, and only left out where the
 // index says so (the rows kept before an edit); else each is the state's row that the index names.
-__device__ __forceinline__ TileRows tile_rows(const Pass& p, const Rows& rows, int64_t first, int count, bool direct) {
-  TileRows tile{first * rows.outer_stride, rows.outer_stride, count, p.index != nullptr || rows.inner > 1, -1, -1};
+__device__ __forceinline__ TileRows tile_rows(const Listed& listed, const Rows& rows, int64_t first, int count,
+                                              bool direct) {
+  TileRows tile{first * rows.outer_stride, rows.outer_stride, count, listed.index != nullptr || rows.inner > 1, -1, -1};
   if (!tile.looked_up) {
-    if (p.n - first < count) tile.count = static_cast<int>(p.n - first);
+    if (listed.n - first < count) tile.count = static_cast<int>(listed.n - first);
     return tile;
   }
   const auto offset = [&](int m) {
-    const int64_t row = m < count ? listed_row(p.index, first + m, p.n, p.total) : -1;
+    const int64_t row = m < count ? listed_row(listed.index, first + m, listed.n, listed.total) : -1;
     return row >= 0 ? row_offset(rows, direct ? first + m : row) : -1;
   };
   const int lane = threadIdx.x % 32;
@@ -181,8 +193,8 @@ __device__ __forceinline__ void shrink_rows(float (&sums)[Blocks][Eights][4], co
 }
 
 // 16 Blocks rows and 16 Wide columns of the tile += coordinates (a) times the matrices' slices, in place. All of the
-// tile is loaded before any of it is stored.
-template <typename T, int Steps, int Blocks, int Wide>
+// tile is loaded before any of it is stored. `Half`: of one step's 16 coordinates there are 8.
+template <typename T, int Steps, int Blocks, int Wide, bool Half>
 __device__ __forceinline__ void expand_block(T* tile, const uint32_t (&a)[Blocks][Steps][4], const T* matrices,
                                              int pitch, int steps) {
   const int lane = threadIdx.x % 32, at = lane % 16 * pitch + lane / 16 * 8;
@@ -201,8 +213,20 @@ __device__ __forceinline__ void expand_block(T* tile, const uint32_t (&a)[Blocks
       }
     }
   }
+  if constexpr (Half) {
+    uint32_t b[4];  // 8 rows of 16 Wide columns
+    load_matrices_transposed(b, matrices + lane % 8 * pitch + lane / 8 % (2 * Wide) * 8);
 #pragma unroll
-  for (int s = 0; s < Steps; ++s) {
+    for (int w = 0; w < Wide; ++w) {
+#pragma unroll
+      for (int m = 0; m < Blocks; ++m) {
+        multiply(sum[w][m][0], a[m][0], b[2 * w], 0, T{});
+        multiply(sum[w][m][1], a[m][0], b[2 * w + 1], 0, T{});
+      }
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < (Half ? 0 : Steps); ++s) {
     if (s >= steps) continue;
 #pragma unroll
     for (int w = 0; w < Wide; ++w) {
@@ -228,7 +252,7 @@ __device__ __forceinline__ void expand_block(T* tile, const uint32_t (&a)[Blocks
 }
 
 // The same for all of the warp's columns.
-template <typename T, int Steps, int Blocks>
+template <typename T, int Steps, int Blocks, bool Half>
 __device__ __forceinline__ void expand_rows(T* tile, const T* coordinates, int coordinate_pitch, const T* matrices,
                                             int pitch, int columns, int steps) {
   const int lane = threadIdx.x % 32;
@@ -238,14 +262,16 @@ __device__ __forceinline__ void expand_rows(T* tile, const T* coordinates, int c
 #pragma unroll
     for (int s = 0; s < Steps; ++s) {
       if (s < steps)
-        load_matrices(a[m][s], coordinates + (m * 16 + lane % 16) * coordinate_pitch + s * 16 + lane / 16 * 8);
+        load_matrices(a[m][s],
+                      coordinates + (m * 16 + lane % 16) * coordinate_pitch + s * 16 + (Half ? 0 : lane / 16 * 8));
+      if (Half) a[m][s][2] = a[m][s][3] = 0;
     }
   }
   constexpr int Wide = Blocks == 1 && Steps == 4 ? 1 : 2;  // both_kernel at rank 32 has no registers left
   int j = 0;
   for (; j + 16 * Wide <= columns; j += 16 * Wide)
-    expand_block<T, Steps, Blocks, Wide>(tile + j, a, matrices + j, pitch, steps);
-  if (Wide > 1 && j < columns) expand_block<T, Steps, Blocks, 1>(tile + j, a, matrices + j, pitch, steps);
+    expand_block<T, Steps, Blocks, Wide, Half>(tile + j, a, matrices + j, pitch, steps);
+  if (Wide > 1 && j < columns) expand_block<T, Steps, Blocks, 1, Half>(tile + j, a, matrices + j, pitch, steps);
 }
 
 // sums (Depth x 16 Pairs) += coordinates^T (Depth x 16 rows) times 16 rows of a tile, over the warp's columns.

@@ -12,6 +12,9 @@ struct Grid {
   int threads = 256;
   int cluster = 1;  // CTAs in a cluster, along x
   int64_t shared = 0;
+  // Begins while the launch before it ends, from cc 9.0 on: for kernels that touch nothing in global memory before
+  // wait_for_launch_before().
+  bool early = false;
 };
 
 // What the policy needs to know of the current device, asked until it has answered; returns a cudaError_t.

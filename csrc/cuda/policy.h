@@ -33,6 +33,8 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // ---- tensor cores: one pass over rows (edit_fused.cuh) ------------------------------------------------------------
 
 constexpr int kFusedWarps = 8, kFusedThreads = kFusedWarps * 32;
+constexpr int kMovedThreads = kFusedThreads + 32;  // with the warp that moves their tiles (edit_mover.cuh)
+constexpr int kMostStages = 8;
 constexpr int kMaxFusedRank = 64;
 
 // 0 where r has no padded form.
@@ -48,12 +50,18 @@ constexpr int per_sm_of_rank(int rank) { return rank > 16 ? 1 : 2; }
 struct FusedLayout {
   int64_t pitch = 0;        // elements from one row of a slice to the next; 8 more than its width: no bank conflicts
   int64_t shrink = 0;       // [shrinks * rank, pitch] T
-  int64_t expand = 0;       // [max(16, expands * rank), pitch] T
-  int64_t tiles = 0;        // [stages, inputs, rows, pitch] T
-  int64_t received = 0;     // [cluster, parts, own_rows, shrinks * rank] fp32
-  int64_t coordinates = 0;  // [rows, coordinate_pitch] T
+  int64_t expand = 0;       // [depth, pitch] T
+  int64_t tiles = 0;        // [stages, rows, pitch] T, and behind them those of a second input
+  int sets = 1;             // tiles whose sums and coordinates are on their way at once
+  int second_stages = 0;
+  int64_t received = 0;     // [sets, cluster, parts, own_rows, shrinks * rank] fp32
+  int64_t coordinates = 0;  // [sets, rows, coordinate_pitch] T
   int64_t coordinate_pitch = 0;
-  int64_t arrivals = 0;  // of `received` and of `coordinates`
+  int depth = 0;             // coordinates of the expand
+  // [sets] of `received`, [sets] of `coordinates`, [stages] filled, [stages] edited, [second_stages] filled
+  int64_t arrivals = 0;
+  int64_t received_set = 0;  // bytes of one set
+  int64_t coordinates_set = 0;
   int64_t bytes = 0;
 };
 
@@ -61,7 +69,7 @@ struct FusedShape {
   int rank = 0;                  // padded
   int shrinks = 0, expands = 0;  // matrices, 1 or 2; where there is none, one of zeros, which keeps the ranks in step
   int extra = 0;                 // further coordinates a row, behind those of the expand (the one-pass backward's)
-  int inputs = 1;                // tensors streamed
+  bool second = false;           // whether another tensor is streamed beside the one that is edited
   int cluster = 1, rows = 16, stages = 2;
   int width = 0;   // columns a CTA owns, or handles at a time, a multiple of 128: 16 for each warp
   int pieces = 1;  // of that width; more than one where the matrices are streamed (edit_streamed.cuh)
@@ -77,6 +85,12 @@ struct ShrinkWork {
 constexpr int shrink_item_rows(int rank, int rows) { return rank > 16 && rows > 16 ? 32 : 16; }
 constexpr int shrink_item_coordinates(int rank) { return rank > 8 ? 16 : 8; }
 
+// Rows of the matrices that expand, and coordinates a row for them: 16 a step of mma, or a single 8, whose other half
+// is zeros in registers.
+constexpr int expand_depth(int expands, int rank) {
+  return expands * rank > 16 ? expands * rank : expands * rank == 8 ? 8 : 16;
+}
+
 inline ShrinkWork shrink_work(const FusedShape& s) {
   ShrinkWork work;
   work.items = s.rows / shrink_item_rows(s.rank, s.rows) * (s.shrinks * s.rank / shrink_item_coordinates(s.rank));
@@ -90,15 +104,19 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   FusedLayout at;
   at.pitch = s.width + 8;
   const int64_t row = at.pitch * 2;
-  const int64_t depth = s.expands * s.rank > 16 ? s.expands * s.rank : 16;
-  at.coordinate_pitch = depth + s.extra + 8;
+  const int64_t depth = at.depth = expand_depth(s.expands, s.rank);
+  at.coordinate_pitch = depth + s.extra == 8 ? 24 : depth + s.extra + 8;  // no bank conflicts, either
   at.expand = at.shrink + s.shrinks * s.rank * row;
   at.tiles = at.expand + depth * row;
-  at.received = at.tiles + s.stages * s.inputs * s.rows * row;
-  at.coordinates =
-      at.received + (static_cast<int64_t>(s.cluster) << (work.log_parts + work.own_shift)) * s.shrinks * s.rank * 4;
-  at.arrivals = at.coordinates + s.rows * at.coordinate_pitch * 2;
-  at.bytes = at.arrivals + 2 * 8;
+  at.sets = s.pieces == 1 && s.stages > 2 ? 2 : 1;  // the next tile is shrunk while this one is expanded
+  // What is streamed beside a tile is needed when its coordinates are there, and not before: two stages do for it.
+  at.second_stages = !s.second ? 0 : s.stages < 2 ? 1 : 2;
+  at.received = at.tiles + (s.stages + at.second_stages) * s.rows * row;
+  at.received_set = (static_cast<int64_t>(s.cluster) << (work.log_parts + work.own_shift)) * s.shrinks * s.rank * 4;
+  at.coordinates = at.received + at.sets * at.received_set;
+  at.coordinates_set = s.rows * at.coordinate_pitch * 2;
+  at.arrivals = at.coordinates + at.sets * at.coordinates_set;
+  at.bytes = at.arrivals + (2 * (at.sets + s.stages) + at.second_stages) * 8;
   return at;
 }
 
@@ -142,8 +160,7 @@ bool plan_tiles(FusedPlan& plan, int64_t n, int most_per_sm, const Device& devic
     for (s.rows = 64; s.rows >= 16; s.rows /= 2) {
       const int64_t tiles = ceil_div(n, s.rows);
       const bool idle_clusters = s.rows > 16 && tiles < clusters;           // rather more at work than taller tiles
-      const bool too_low = per_sm == 2 && s.rows < 32 && tiles > clusters;  // a whole SM for one tall tile is better
-      if (idle_clusters || too_low || !fit(tiles, clusters, limit)) continue;
+      if (idle_clusters || !fit(tiles, clusters, limit)) continue;
       plan.fits = true;
       plan.per_sm = per_sm;
       plan.tiles = tiles;
@@ -157,38 +174,46 @@ bool plan_tiles(FusedPlan& plan, int64_t n, int most_per_sm, const Device& devic
 
 // `columns` caps the width of a CTA's slice (0: no cap), for kernels that keep sums over it in registers; `most_per_sm`
 // is what the kernel was compiled for.
-inline FusedPlan plan_fused(int64_t n, int64_t d, int64_t r, int shrinks, int expands, int extra, int inputs,
+inline FusedPlan plan_fused(int64_t n, int64_t d, int64_t r, int shrinks, int expands, int extra, bool second,
                             int columns, int most_per_sm, const Device& device) {
   FusedPlan plan;
   FusedShape& s = plan.shape;
   s = fused_shape(n, d, r, shrinks, expands);
   if (s.rank == 0) return plan;
   s.extra = extra;
-  s.inputs = inputs;
+  s.second = second;
   const auto fit = [&](int64_t tiles, int64_t clusters, int64_t limit) {
     // No more stages than there are tiles for: memory left over is room for a CTA that copies (edit_copy.cuh).
     const int64_t turns = ceil_div(tiles, clusters);
-    s.stages = turns < 2 ? 2 : turns < 4 ? static_cast<int>(turns) : 4;
-    while (s.stages > 2 && fused_layout(s).bytes > limit) --s.stages;
+    s.stages = turns < kMostStages ? static_cast<int>(turns) : kMostStages;
+    const int least = turns < 2 ? 1 : 2;
+    while (s.stages > least && fused_layout(s).bytes > limit) --s.stages;
     return fused_layout(s).bytes <= limit;
   };
-  // The smallest cluster whose slices are at most 512 wide: wide enough for long transfers, narrow enough for weights
-  // and tiles to stay in shared memory. Larger ones where the weights still do not fit.
+  // The cluster with the largest tiles on a multiprocessor, beside the matrices: what a turn costs hardly depends on how
+  // much it moves. Of such, two CTAs on one, whose turns overlap, then the smallest. Where there are too few rows for
+  // all, larger ones share what every CTA begins with.
   const int usual = device.largest_cluster < 8 ? device.largest_cluster : 8;
+  FusedPlan best;
   for (int most = 1; most <= device.largest_cluster; most *= 2) {
-    const bool a_larger_one_is_usual = ceil_div(d, most) > 512 && 2 * most <= usual;
-    if (a_larger_one_is_usual) continue;
+    const bool few_rows = ceil_div(n, 16) * most < device.multiprocessors;
+    if (few_rows && ceil_div(d, most) > 512 && 2 * most <= usual) continue;
     s.width = static_cast<int>(round_up(ceil_div(d, most), 16 * kFusedWarps));
     s.cluster = static_cast<int>(ceil_div(d, s.width));  // fewer than `most` where the last ones would have no columns
     const bool too_wide = columns > 0 && s.width > columns;
-    if (!too_wide && plan_tiles(plan, n, most_per_sm, device, fit)) return plan;
+    if (too_wide || !plan_tiles(plan, n, most_per_sm, device, fit)) continue;
+    const auto moved = [](const FusedPlan& p) { return p.per_sm * p.shape.rows * p.shape.width; };
+    const bool better = moved(plan) > moved(best) || (moved(plan) == moved(best) && plan.per_sm > best.per_sm);
+    if (best.fits && (most > usual || !better)) continue;
+    best = plan;
+    if (few_rows) break;
   }
-  return plan;
+  return best;
 }
 
 // A plain pass: the forward, or dh and the coordinates.
 inline FusedPlan plan_pass(int64_t n, int64_t d, int64_t r, int shrinks, int expands, const Device& device) {
-  return plan_fused(n, d, r, shrinks, expands, 0, 1, 0, per_sm_of_rank(padded_rank(r)), device);
+  return plan_fused(n, d, r, shrinks, expands, 0, false, 0, per_sm_of_rank(padded_rank(r)), device);
 }
 
 // The pass where the matrices do not stay in shared memory (edit_streamed.cuh): pieces of the columns, one CTA a tile.
@@ -217,8 +242,8 @@ FASTREFT_HOST_DEVICE constexpr int both_depth(int rank) {
 
 inline FusedPlan plan_both(int64_t n, int64_t d, int64_t r, int expands, const Device& device) {
   const int rank = padded_rank(r);
-  if (rank > 32) return {};
-  return plan_fused(n, d, r, 1, expands, 2 * both_depth(rank), 2, kBothColumns, 1, device);
+  if (rank > 16) return {};
+  return plan_fused(n, d, r, 1, expands, 2 * both_depth(rank), true, kBothColumns, 1, device);
 }
 
 // ---- copying what is not edited (edit_copy.cuh) --------------------------------------------------------------------
@@ -285,34 +310,36 @@ inline GradPlan plan_grad(int64_t n, int64_t d, int64_t r, int64_t columns, int6
 }
 
 // On tensor cores (edit_sums.cuh), in elements of 2 bytes.
-constexpr int kSumsColumns = 128, kSumsRows = 32;
-FASTREFT_HOST_DEVICE constexpr int sums_stages(int depth) { return depth > 32 ? 3 : 4; }
+constexpr int kSumsRows = 32, kSumsStages = 5, kSumsThreads = kFusedThreads + 64;  // two warps move
+
+// Of a CTA: as many as leave registers for a warp's sums, of which there are three with gz.
+constexpr int sums_columns(int depth, bool three) { return depth > 32 && three ? 128 : 256; }
+
+// Elements from one row's coordinates to the next, z, gp and gz: no bank conflicts, so that a tile is one bulk copy.
+FASTREFT_HOST_DEVICE constexpr int packed_pitch(int depth) { return 3 * depth + 8; }
 
 struct SumsLayout {
   int pitch = 0;        // of g and h
   int h = 0;            // from g to h
-  int coordinates = 0;  // from g to [kSumsRows, coordinate_pitch]: z, gp, gz
-  int coordinate_pitch = 0;
+  int coordinates = 0;  // from g to [kSumsRows, packed_pitch]
   int stage = 0;  // elements of one stage
 };
-FASTREFT_HOST_DEVICE constexpr SumsLayout sums_layout(int depth) {
+FASTREFT_HOST_DEVICE constexpr SumsLayout sums_layout(int depth, int columns) {
   SumsLayout at;
-  at.pitch = kSumsColumns + 8;
+  at.pitch = columns + 8;
   at.h = kSumsRows * at.pitch;
   at.coordinates = 2 * at.h;
-  at.coordinate_pitch = 3 * depth + 8;
-  at.stage = at.coordinates + kSumsRows * at.coordinate_pitch;
+  at.stage = at.coordinates + kSumsRows * packed_pitch(depth);
   return at;
 }
-constexpr int64_t sums_shared(int depth) {
-  return static_cast<int64_t>(sums_stages(depth)) * sums_layout(depth).stage * 2;
+// Bytes: the stages and, of each, two Arrivals.
+constexpr int64_t sums_shared(int depth, int columns, int stages) {
+  return static_cast<int64_t>(stages) * (sums_layout(depth, columns).stage * 2 + 16);
 }
-
-// CTAs of a multiprocessor: as compiled, the sums of 64 coordinates taking more than half of the registers, and as
-// shared memory allows.
-constexpr int sums_compiled_per_sm(int depth) { return depth > 32 ? 1 : 2; }
-constexpr int sums_per_sm(int depth, const Device& device) {
-  return sums_shared(depth) > half_of_shared(device.shared) ? 1 : sums_compiled_per_sm(depth);
+constexpr int sums_stages(int depth, int columns, const Device& device) {
+  int stages = kSumsStages;
+  while (stages > 1 && sums_shared(depth, columns, stages) > device.shared) --stages;
+  return stages;
 }
 
 // ---- retraction (retract.cu) --------------------------------------------------------------------------------------

@@ -74,23 +74,24 @@ inline void bind_policy(pybind11::module_& module) {
       py::arg("n"), py::arg("r"), py::arg("size"), py::arg("device"), "A pass on CUDA cores; size: bytes of a sum.");
   policy.def(
       "sums",
-      [](int64_t n, int64_t d, int64_t r, bool tensor_cores, const Device& device) {
-        const int per_sm = tensor_cores ? sums_per_sm(both_depth(padded_rank(r)), device) : kGradPerSm;
-        const GradPlan plan = tensor_cores ? plan_grad(n, d, r, kSumsColumns, r, per_sm, device)
+      [](int64_t n, int64_t d, int64_t r, bool tensor_cores, const Device& device, bool three) {
+        const int depth = both_depth(padded_rank(r)), columns = sums_columns(depth, three);
+        const int stages = sums_stages(depth, columns, device), per_sm = tensor_cores ? 1 : kGradPerSm;
+        const GradPlan plan = tensor_cores ? plan_grad(n, d, r, columns, r, per_sm, device)
                                            : plan_grad(n, d, r, kGradThreads, kGradChunk, per_sm, device);
         py::dict out;
         out["range"] = plan.range;
         out["splits"] = plan.splits;
         out["column_blocks"] = plan.column_blocks;
-        out["columns"] = tensor_cores ? kSumsColumns : kGradThreads;
+        out["columns"] = tensor_cores ? columns : kGradThreads;
         out["chunks"] = plan.chunks;
         out["per_sm"] = per_sm;
         out["coordinates"] = tensor_cores ? r : kGradChunk;
-        out["shared"] = tensor_cores ? sums_shared(both_depth(padded_rank(r))) : grad_shared(8);
+        out["shared"] = tensor_cores ? sums_shared(depth, columns, stages) : grad_shared(8);
         return out;
       },
-      py::arg("n"), py::arg("d"), py::arg("r"), py::arg("tensor_cores"), py::arg("device"),
-      "The sums over rows of the weights' gradients.");
+      py::arg("n"), py::arg("d"), py::arg("r"), py::arg("tensor_cores"), py::arg("device"), py::arg("three") = false,
+      "The sums over rows of the weights' gradients; three: with gz's.");
   policy.def(
       "retract",
       [](int64_t r, int64_t d, int64_t matrices, bool wide, const Device& device) {

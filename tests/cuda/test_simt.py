@@ -73,14 +73,14 @@ def test_edit_on_tensor_cores(kwargs, runner, tmp_path):
 
 
 # Where the matrices do not stay in shared memory.
-STREAM = dict(dtype=BF16, d=896, r=8, n=150, device=(8, 6, 2, 101376, 1))  # 7 pieces, 5 tiles for 4 CTAs
+STREAM = dict(dtype=BF16, d=896, r=8, n=150, device=(8, 6, 2, 60_000, 1))  # 7 pieces, 5 tiles for 4 CTAs
 STREAM_12 = dict(dtype=BF16, d=512, r=64, n=100, act="gelu", method="untied", device=(12, 0, 3, 101376, 1))
 STREAMED = [
     STREAM,
     STREAM_12,
     dict(dtype=BF16, d=2048, r=16, n=40, device=harness.A100),
     dict(dtype=F16, d=4096, r=50, n=20, device=harness.A100),
-    dict(dtype=BF16, d=2048, r=8, rows=ROWS, total=20, device=harness.A100),
+    dict(dtype=BF16, d=2048, r=8, rows=ROWS, total=20, device=(8, 0, 4, 120_000, 1)),
     dict(dtype=BF16, d=1048, r=24, n=40, method="untied", act="mish", device=harness.A100),
     dict(dtype=BF16, d=1048, r=50, n=20, method="untied", act="relu", rows=ROWS, total=20, device=harness.A100),
     *(dict(STREAM, method=m, n=18) for m in METHODS),
@@ -174,7 +174,8 @@ def test_skipped_rows_are_not_touched(runner, tmp_path):
 
 
 # Faults on purpose: what is left out must be noticed, in some order of the threads.
-TILED = dict(dtype=BF16, d=1024, r=8, n=70, device=(9, 0, 2, 100_000, 8))
+TILED = dict(dtype=BF16, d=512, r=8, n=70, device=(9, 0, 2, 40_000, 8))  # clusters of 4, two stages; one pass: four
+AHEAD = dict(dtype=BF16, d=512, r=32, n=70, device=(9, 0, 2, 52_000, 8))  # three stages: the next tile is shrunk first
 COPY = dict(dtype=BF16, d=64, r=4, rows=ROWS, total=20, apart=True)
 SUMS = dict(dtype=BF16, d=128, r=8, n=300, act="gelu", method="untied", device=(9, 0, 1, 232448, 8))
 
@@ -191,7 +192,9 @@ def noticed(kwargs: dict, runner, folder, plant: str = "") -> bool:
 
 
 @pytest.mark.parametrize(
-    "kwargs", [TILED, STREAM, STREAM_12, SUMS, COPY, {}], ids="clusters streamed streamed_12 sums copy cores".split()
+    "kwargs",
+    [TILED, AHEAD, STREAM, STREAM_12, SUMS, COPY, {}],
+    ids="clusters ahead streamed streamed_12 sums copy cores".split(),
 )
 def test_without_faults_all_is_well(kwargs, runner, tmp_path):
     assert not noticed(kwargs, runner, tmp_path)
@@ -200,29 +203,35 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
 @pytest.mark.parametrize(
     ("plant", "kwargs"),
     [
-        pytest.param("0 -1 -1 -1 0", TILED, id="the first CTA barrier: the tile is there"),
-        pytest.param("1 -1 -1 -1 0", TILED, id="the second CTA barrier"),
         pytest.param("-1 0 -1 -1 0", TILED, id="the cluster barrier"),
-        pytest.param("-1 -1 0 -1 0", TILED, id="the first wait for a copy"),
-        pytest.param("-1 -1 1 -1 0", TILED, id="the second wait for a copy"),
-        pytest.param("-1 -1 -1 0 0", TILED, id="the first wait for sums"),
-        pytest.param("-1 -1 -1 1 0", TILED, id="the first wait for coordinates"),
-        pytest.param("-1 -1 -1 2 0", TILED, id="the second wait for sums"),
-        pytest.param("-1 -1 -1 3 0", TILED, id="the second wait for coordinates"),
-        pytest.param("0 -1 -1 -1 1", TILED, id="one pass: the first CTA barrier"),
+        pytest.param("-1 -1 -1 0 0", TILED, id="the wait for the first tile"),
+        pytest.param("-1 -1 -1 1 0", TILED, id="the first wait for sums"),
+        pytest.param("-1 -1 -1 2 0", TILED, id="the first wait for coordinates"),
+        pytest.param("-1 -1 -1 3 0", TILED, id="the first wait for the CTA's other warps"),
+        pytest.param("-1 -1 -1 4 0", TILED, id="the wait for the second tile"),
+        pytest.param("-1 -1 -1 5 0", TILED, id="the second wait for sums"),
+        pytest.param("-1 -1 -1 6 0", TILED, id="the second wait for coordinates"),
+        pytest.param("-1 -1 0 -1 0", TILED, id="the wait before a stage is filled again"),
+        pytest.param("-1 -1 -1 2 0", AHEAD, id="ahead: the wait for the second tile"),
+        pytest.param("-1 -1 -1 3 0", AHEAD, id="ahead: the first wait for coordinates"),
+        pytest.param("-1 -1 -1 4 0", AHEAD, id="ahead: the second wait for sums"),
         pytest.param("-1 0 -1 -1 1", TILED, id="one pass: the cluster barrier"),
-        pytest.param("-1 -1 0 -1 1", TILED, id="one pass: the first wait for a copy"),
-        pytest.param("-1 -1 -1 0 1", TILED, id="one pass: the first wait for sums"),
-        pytest.param("-1 -1 -1 3 1", TILED, id="one pass: the second wait for coordinates"),
+        pytest.param("-1 -1 -1 0 1", TILED, id="one pass: the wait for the first tile"),
+        pytest.param("-1 -1 -1 1 1", TILED, id="one pass: the first wait for sums"),
+        pytest.param("-1 -1 -1 3 1", TILED, id="one pass: the first wait for coordinates"),
+        pytest.param("-1 -1 -1 4 1", TILED, id="one pass: the wait for the second input"),
+        pytest.param("-1 -1 -1 6 1", TILED, id="one pass: the wait for the CTA's other warps"),
+        pytest.param("-1 -1 0 -1 1", TILED, id="one pass: the wait before a stage is filled again"),
+        pytest.param("0 -1 -1 -1 1", TILED, id="one pass: the CTA barrier before the vectors are added"),
         pytest.param("0 -1 -1 -1 0", STREAM, id="streamed: the CTA barrier (A)"),
         pytest.param("1 -1 -1 -1 0", STREAM, id="streamed: the CTA barrier (B)"),
         pytest.param("13 -1 -1 -1 0", STREAM, id="streamed: the CTA barrier (B) of the last piece"),
-        pytest.param("-1 -1 -1 0 0", STREAM_12, id="streamed, cc 12: the wait for coordinates"),
         pytest.param("15 -1 -1 -1 0", STREAM, id="streamed: the CTA barrier (C)"),
         pytest.param("16 -1 -1 -1 0", STREAM, id="streamed: the CTA barrier (D)"),
         pytest.param("-1 -1 0 -1 0", STREAM, id="streamed: the first wait for a copy"),
-        pytest.param("0 -1 -1 -1 2", SUMS, id="sums: the CTA barrier after the wait"),
-        pytest.param("1 -1 -1 -1 2", SUMS, id="sums: the CTA barrier before a stage is filled again"),
+        pytest.param("0 -1 -1 -1 2", SUMS, id="sums: the CTA barrier after the arrivals are made"),
+        pytest.param("-1 -1 -1 0 2", SUMS, id="sums: the first waits, for a tile and for a stage to be free"),
+        pytest.param("-1 -1 -1 1 2", SUMS, id="sums: the second waits"),
         pytest.param("0 -1 -1 -1 0", dict(), id="CUDA cores: the first CTA barrier"),
         pytest.param("1 -1 -1 -1 0", COPY, id="copy: the CTA barrier before the marks are read"),
     ],
@@ -235,7 +244,7 @@ def test_a_barrier_or_wait_left_out_is_noticed(plant, kwargs, runner, tmp_path):
     "patches",
     [
         {"edit_cta.cuh": ("+ lane % 4 / 2 * 4, part, four", "+ (lane + 2) % 4 / 2 * 4, part, four")},
-        {"edit_cta.cuh": ("(shared_memory() + at.coordinates)", "(shared_memory() + at.coordinates + 32)")},
+        {"edit_cta.cuh": ("(shared_memory() + at.coordinates +", "(shared_memory() + at.coordinates + 64 +")},
     ],
     ids=["a coordinate", "past the end of shared memory"],
 )
@@ -249,6 +258,6 @@ def test_a_patch_reaches_the_units_that_are_made_of_its_file_and_no_others(runne
         return {listing.stem for listing in runner.parent.glob("*.d") if name in harness.made_of(listing)}
 
     assert units("edit_streamed.cuh") == {"edit_streamed_forward", "edit_streamed_backward"}
-    fused = {"edit_fused_forward", "edit_fused_backward", "edit_both"}
+    fused = {"edit_fused_forward", "edit_fused_backward", "edit_both", "edit_sums"}
     assert units("edit_cta.cuh") == units("edit_streamed.cuh") | fused
     assert "runner" not in units("policy.h") >= units("edit_args.h") | {"retract", "launch"}

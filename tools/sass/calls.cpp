@@ -30,7 +30,7 @@ struct Tiles {
 };
 Tiles tiles_of(const Fused& f) {
   const FusedShape& shape = f.shape;
-  const int moved = shape.inputs + (f.pass.out.p != nullptr);
+  const int moved = 1 + shape.second + (f.pass.out.p != nullptr);
   const int64_t columns = int64_t{shape.width} * shape.pieces;
   const int64_t bytes = 2 * shape.rows * (columns < f.pass.d ? columns : f.pass.d) * moved;
   return {shape.rows, bytes, f.tiles, f.clusters, shape.pieces};
@@ -38,7 +38,8 @@ Tiles tiles_of(const Fused& f) {
 Tiles tiles_of(const Both& both) { return tiles_of(both.f); }
 Tiles tiles_of(const Gradient& s) {
   const int depth = both_depth(padded_rank(s.r));
-  return {kSumsRows, int64_t{2} * kSumsRows * (2 * kSumsColumns + 3 * depth), ceil_div(s.n, kSumsRows), s.splits};
+  const int columns = sums_columns(depth, s.slot[2] >= 0);
+  return {kSumsRows, int64_t{2} * kSumsRows * (2 * columns + packed_pitch(depth)), ceil_div(s.n, kSumsRows), s.splits};
 }
 template <typename Arg>
 Tiles tiles_of(const Arg&) {

@@ -166,7 +166,7 @@ std::unique_ptr<Cluster> start(int64_t first_x, int y, int z, int threads, int s
     block.shared = static_cast<char*>(shared);
     memset(block.shared, 0xff, static_cast<size_t>(machine.shared));
     block.running = threads;
-    block.meeting = {threads, 0, 0};
+    block.meeting = block.first_threads = {threads, 0, 0};
     block.warps.resize(static_cast<size_t>((threads + 31) / 32));
     for (Warp& warp : block.warps) warp.meeting = {32, 0, 0};
     if (threads % 32 != 0) fail("a CTA is not a whole number of warps");
@@ -194,42 +194,59 @@ std::unique_ptr<Cluster> start(int64_t first_x, int y, int z, int threads, int s
   // Half of the time a warp goes on for as long as it can before the next one's turn, which drives warps as far apart
   // as the barriers let them; else it stops at its first meeting.
   cluster->greedy = machine.random() % 2 == 0;
+  cluster->late_moves = machine.random() % 2 == 0;
+  if (machine.random() % 2 == 0) {
+    Block& block = cluster->blocks[machine.random() % cluster->blocks.size()];
+    cluster->lazy = &block.warps[machine.random() % block.warps.size()];
+  }
   return cluster;
 }
 
 [[noreturn]] void fail_of_deadlock(const Cluster& cluster) {
   for (const auto& thread : cluster.threads) {
     if (thread->done) continue;
-    const char* at = thread->waits == &thread->block->meeting ? "a CTA barrier"
+    const char* at = thread->waits == &thread->block->meeting || thread->waits == &thread->block->first_threads
+                         ? "a CTA barrier"
                      : thread->waits == &cluster.meeting      ? "a cluster barrier"
                      : thread->gate != nullptr                ? "what is sent to it"
                                                               : thread->block->warps[thread->index.x / 32].what;
     fprintf(stderr, "CTA %u thread %u of rank %d waits for %s", thread->block->index.x, thread->index.x,
             thread->block->rank, at);
     if (thread->gate != nullptr)
-      fprintf(stderr, ": %ld bytes are missing in phase %ld", static_cast<long>(thread->gate->missing),
-              static_cast<long>(thread->gate->phase));
+      fprintf(stderr, ": %d of %d threads have arrived and %ld bytes are missing in phase %ld", thread->gate->arrived,
+              thread->gate->threads, static_cast<long>(thread->gate->missing), static_cast<long>(thread->gate->phase));
     fputc('\n', stderr);
   }
   fail("deadlock: some threads wait where others never come");
 }
 
-// A turn for every warp, in a shuffled order, sends arriving between them.
+// A turn for every warp but a lazy one, in a shuffled order, sends arriving between them.
 void go_round(Cluster& cluster) {
   std::shuffle(cluster.warps.begin(), cluster.warps.end(), machine.random);
   const size_t before = cluster.alive;
   bool moved = false;
+  std::vector<Thread*>* lazy = nullptr;
   for (auto& warp : cluster.warps) {
+    if (&warp.front()->block->warps[warp.front()->index.x / 32] == cluster.lazy) {
+      lazy = &warp;
+      continue;
+    }
     while (turn(warp, cluster)) {
       moved = true;
       if (!cluster.greedy) break;
     }
-    if (machine.random() % 4 == 0 && arrive_one(cluster)) moved = true;
+    if (!cluster.late_moves && machine.random() % 4 == 0 && arrive_one(cluster)) moved = true;
   }
-  if (!moved && before == cluster.alive && !arrive_one(cluster)) fail_of_deadlock(cluster);
+  if (moved || before != cluster.alive) return;
+  // Nobody can go on but who was held back: one of them does.
+  const bool move_first = machine.random() % 2 == 0;
+  if (move_first && arrive_one(cluster)) return;
+  if (lazy != nullptr && turn(*lazy, cluster)) return;
+  if (!arrive_one(cluster)) fail_of_deadlock(cluster);
 }
 
 void end(Cluster& cluster) {
+  for (const auto& read : cluster.late) read();
   for (Block& block : cluster.blocks) {
 #if SIMT_ASAN
     ASAN_UNPOISON_MEMORY_REGION(block.shared, static_cast<size_t>(machine.shared));
@@ -287,6 +304,12 @@ bool planted(int& met, int fault) {
 }
 void block_barrier() {
   if (!planted(current->block_barriers, plant.block_barrier)) arrive(current->block->meeting);
+}
+void barrier_of(int threads) {
+  Meeting& meeting = current->block->first_threads;
+  if (static_cast<int>(current->index.x) >= threads) fail("a thread at a barrier that is not for it");
+  meeting.expected = threads;
+  if (!planted(current->block_barriers, plant.block_barrier)) arrive(meeting);
 }
 int block_any(int mine) {
   Block& block = *current->block;

@@ -4,8 +4,10 @@
 //
 // What it is made to catch:
 // * a missing barrier: shared memory starts poisoned (NaN), and the order of threads changes with the seed;
-// * a missing wait: an asynchronous copy poisons its target when issued and fills it only at the wait that covers it; a
-//   send to another CTA poisons its target, too, and arrives at any time from then on, in any order;
+// * a missing wait: an asynchronous copy poisons its target when issued and fills it only at the wait that covers it, or
+//   at any time before the arrival it was told to count; a send to another CTA and a bulk copy poison their targets,
+//   too, and arrive at any time from then on, in any order; what is stored in bulk is read at once or at the wait;
+// * a send in a launch without clusters, which is an illegal instruction;
 // * an index out of place: shared memory is a heap block of exactly the asked size under AddressSanitizer, and so are
 //   the caller's tensors; misaligned vector accesses are UBSan's;
 // * divergence: a barrier that some threads miss is a deadlock, lanes that meet in different instructions an error;
@@ -80,11 +82,17 @@ void warp_barrier();
 int cluster_rank();
 int64_t shared_of_own(const void* p);
 char* shared_of_rank(const void* p, int rank);
-// Sends and arrivals as on cc 9.0 and later; device.cuh says what they are before that.
-void arrivals_init(const void* a);
-void arrivals_expect(const void* a, int bytes);
+void barrier_of(int threads);
+void arrivals_init(const void* a, int threads);
+void arrive(const void* a);
+void arrive_when_copied(const void* a);
 void arrivals_wait(const void* a, int parity);
+// From cc 9.0 on; device.cuh says what comes before that.
+void arrivals_expect(const void* a, int bytes);
 void send(void* to, const void* bytes, const void* a, int rank);
+void bulk_load(void* to, const void* from, int bytes, const void* a);
+void bulk_store(void* to, const void* from, int bytes);
+void bulk_wait();
 void copy_async(void* to, const void* from, bool valid);
 void copy_commit();
 void copy_wait(int pending);
@@ -129,6 +137,13 @@ void store_matrices(void* row, const uint32_t (&r)[4]);
 inline void __syncthreads() { simt::block_barrier(); }
 inline int __syncthreads_or(int mine) { return simt::block_any(mine); }
 inline void __syncwarp() { simt::warp_barrier(); }
+inline uint32_t __ballot_sync(uint32_t, bool mine) {
+  const char* all = simt::meet("ballot", &mine, sizeof(mine));
+  uint32_t ballot = 0;
+  for (int lane = 0; lane < 32; ++lane) ballot |= static_cast<uint32_t>(simt::of_lane<bool>(all, lane)) << lane;
+  return ballot;
+}
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 
 template <typename T>
 T __shfl_xor_sync(uint32_t, T x, int mask) {
@@ -167,27 +182,24 @@ void store_block(T* block, int64_t pitch, const uint32_t (&r)[4]) {
 }
 
 using Arrivals = uint64_t;
-inline bool has_arrivals() { return simt::device.major >= 9; }
-inline void arrivals_init(Arrivals* a) {
-  if (has_arrivals()) simt::arrivals_init(a);
+inline bool has_bulk_copies() { return simt::device.major >= 9; }
+inline void arrivals_init(Arrivals* a, int threads) { simt::arrivals_init(a, threads); }
+inline void arrivals_init_fence() {}
+inline void arrive(Arrivals* a) { simt::arrive(a); }
+inline void arrive_when_copied(Arrivals* a) { simt::arrive_when_copied(a); }
+inline void arrivals_expect(Arrivals* a, int bytes) { simt::arrivals_expect(a, bytes); }
+inline void arrivals_wait(Arrivals* a, int parity) { simt::arrivals_wait(a, parity); }
+template <int Threads>
+void barrier_of() {
+  simt::barrier_of(Threads);
 }
-inline void arrivals_expect(Arrivals* a, int bytes) {
-  if (has_arrivals()) simt::arrivals_expect(a, bytes);
-}
-inline void arrivals_wait(Arrivals* a, int parity) {
-  if (has_arrivals()) {
-    simt::arrivals_wait(a, parity);
-  } else {
-    simt::block_barrier();
-  }
-}
-inline void send(void* to, const uint4& x, Arrivals* a, int rank) {
-  if (has_arrivals()) {
-    simt::send(to, &x, a, rank);
-  } else {
-    *static_cast<uint4*>(to) = x;
-  }
-}
+inline void send(void* to, const uint4& x, Arrivals* a, int rank) { simt::send(to, &x, a, rank); }
+inline void wait_for_launch_before() {}
+inline bool elected() { return simt::lane() == 0; }
+inline void async_fence() {}
+inline void bulk_load(void* to, const void* from, int bytes, Arrivals* a) { simt::bulk_load(to, from, bytes, a); }
+inline void bulk_store(void* to, const void* from, int bytes) { simt::bulk_store(to, from, bytes); }
+inline void bulk_wait() { simt::bulk_wait(); }
 
 inline int cluster_rank() { return simt::cluster_rank(); }
 inline void cluster_arrive_and_wait() { simt::cluster_barrier(); }

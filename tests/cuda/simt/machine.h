@@ -2,6 +2,7 @@
 // (moves.cpp) share.
 #pragma once
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <random>
@@ -45,7 +46,7 @@ struct Block {
   int rank = 0;
   char* shared = nullptr;
   int running = 0;
-  Meeting meeting;
+  Meeting meeting, first_threads;  // of all, and of those that a barrier_of names
   int any[2] = {0, 0};
   std::vector<Warp> warps;
 };
@@ -58,19 +59,28 @@ struct Copy {
   bool use_early;
 };
 
-// An mbarrier of one arrival a phase: over when that has come and as many bytes as were expected.
+// An mbarrier: a phase is over when all its threads have arrived and as many bytes as they expected.
 struct Counter {
-  bool armed = false;
+  int threads = 1, arrived = 0;
   int64_t missing = 0;  // bytes expected and not arrived; below 0 where they came before they were expected
   uint64_t phase = 0;
 };
 
-// 16 bytes on their way to another CTA.
-struct Send {
+// What is on its way to a CTA's shared memory, or the arrival of a thread's copies there.
+struct Move {
   Block* block;
-  char* to;
-  char bytes[16];
+  std::function<void()> land;
   Counter* counter;
+  int bytes;     // that it counts
+  bool arrives;  // as a thread does
+};
+
+// Bytes on their way out of shared memory, read when issued or when the thread waits.
+struct BulkStore {
+  char* to;
+  const char* from;
+  int bytes;
+  bool early;
 };
 
 struct Thread {
@@ -87,6 +97,7 @@ struct Thread {
   int block_barriers = 0, cluster_barriers = 0, copy_waits = 0, arrival_waits = 0;  // met so far
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
+  std::vector<BulkStore> bulk_stores;
 
   bool blocked() const {
     return done || (waits != nullptr && waits->phase == waits_for) || (gate != nullptr && gate->phase % 2 == parity);
@@ -100,8 +111,11 @@ struct Cluster {
   std::vector<std::vector<Thread*>> warps;
   size_t alive = 0;
   bool greedy = false;
+  bool late_moves = false;     // what is on its way arrives when nobody can go on without it
+  const Warp* lazy = nullptr;  // goes on when nobody else can
   std::map<const void*, Counter> counters;
-  std::vector<Send> under_way;
+  std::vector<Move> under_way;
+  std::vector<std::function<void()>> late;  // stores that were not waited for: read when the cluster has ended
 };
 
 struct Machine {
@@ -123,7 +137,7 @@ void to_scheduler(bool for_good);
 // Whether the fault of that number is the one to plant here; counts what was met.
 bool planted(int& met, int fault);
 
-// Lets one send arrive, whichever; false where none is under way.
+// Lets one move arrive, whichever; false where none is under way.
 bool arrive_one(Cluster& cluster);
 // What no CTA may leave behind.
 void check_moves_of(const Thread& thread);

@@ -1,4 +1,5 @@
-// What moves data without its threads in cuda_host.h: asynchronous copies, and sends between the CTAs of a cluster.
+// What moves data without its threads in cuda_host.h: asynchronous copies, bulk copies, and sends between the CTAs of a
+// cluster.
 #include "machine.h"
 
 namespace simt {
@@ -11,9 +12,30 @@ Counter& counter_at(const void* a, Block& block) {
 }
 
 void end_phase_if_all_came(Counter& counter) {
-  if (!counter.armed || counter.missing != 0) return;
-  counter.armed = false;
+  if (counter.arrived < counter.threads || counter.missing != 0) return;
+  counter.arrived = 0;
   ++counter.phase;
+}
+
+void arrive_at(Counter& counter) {
+  if (++counter.arrived > counter.threads) fail("more threads arrived in a phase than were to");
+  end_phase_if_all_came(counter);
+}
+
+void land(const Copy& copy) {
+  if (copy.valid) {
+    memcpy(copy.to, copy.use_early ? copy.early : copy.from, 16);
+  } else {
+    memset(copy.to, 0, 16);
+  }
+}
+
+void store(const BulkStore& bulk) { memcpy(bulk.to, bulk.from, static_cast<size_t>(bulk.bytes)); }
+
+void set_out(const Move& move) {
+  move.block->cluster->under_way.push_back(move);
+  Cluster& cluster = *move.block->cluster;
+  if (!cluster.late_moves && machine.random() % 2 == 0) arrive_one(cluster);
 }
 
 }  // namespace
@@ -35,13 +57,7 @@ void copy_commit() {
 void copy_wait(int pending) {
   if (planted(current->copy_waits, plant.copy_wait)) return;
   while (static_cast<int>(current->groups.size()) > pending) {
-    for (const Copy& copy : current->groups.front()) {
-      if (copy.valid) {
-        memcpy(copy.to, copy.use_early ? copy.early : copy.from, 16);
-      } else {
-        memset(copy.to, 0, 16);
-      }
-    }
+    for (const Copy& copy : current->groups.front()) land(copy);
     current->groups.pop_front();
   }
 }
@@ -50,21 +66,38 @@ void check_moves_of(const Thread& thread) {
   bool open = !thread.uncommitted.empty();
   for (const auto& group : thread.groups) open = open || !group.empty();
   if (open) fail("a thread ended with asynchronous copies on their way");
+  if (!thread.bulk_stores.empty()) fail("a thread ended before what it stores had been read");
 }
 
-void arrivals_init(const void* a) {
+void arrivals_init(const void* a, int threads) {
   if (shared_of_own(a) % 8 != 0) fail("misaligned arrivals");
-  if (!current->block->cluster->counters.emplace(a, Counter{}).second) fail("arrivals were initialised twice");
+  Counter counter;
+  counter.threads = threads;
+  if (!current->block->cluster->counters.emplace(a, counter).second) fail("arrivals were initialised twice");
 }
 
 void arrivals_expect(const void* a, int bytes) {
   shared_of_own(a);
   Counter& counter = counter_at(a, *current->block);
-  if (counter.armed) fail("a phase was to expect bytes twice");
-  counter.armed = true;
   counter.missing += bytes;
   if (counter.missing >= 1 << 20) fail("more bytes than an mbarrier counts");
-  end_phase_if_all_came(counter);
+  arrive_at(counter);
+}
+
+void arrive(const void* a) {
+  shared_of_own(a);
+  arrive_at(counter_at(a, *current->block));
+}
+
+// All that this thread has copied lands at some time, and then it arrives.
+void arrive_when_copied(const void* a) {
+  shared_of_own(a);
+  std::vector<Copy> copies;
+  copy_commit();
+  for (auto& group : current->groups) copies.insert(copies.end(), group.begin(), group.end());
+  current->groups.clear();
+  Block& block = *current->block;
+  set_out({&block, [copies] { for (const Copy& copy : copies) land(copy); }, &counter_at(a, block), 0, true});
 }
 
 void arrivals_wait(const void* a, int parity) {
@@ -78,32 +111,76 @@ void arrivals_wait(const void* a, int parity) {
 
 // Between a send and its arrival nobody may count on what lies there: neither the old nor the new.
 void send(void* to, const void* bytes, const void* a, int rank) {
+  Cluster& cluster = *current->block->cluster;
+  if (cluster.blocks.size() == 1) fail("a send in a launch without clusters: an illegal instruction");
   char* there = shared_of_rank(to, rank);
   if (reinterpret_cast<uintptr_t>(there) % 16 != 0) fail("a misaligned send");
-  Cluster& cluster = *current->block->cluster;
   Block& block = cluster.blocks[static_cast<size_t>(rank)];
   if (block.running == 0) fail("a send to a CTA that has ended");
-  Send sent{&block, there, {}, &counter_at(shared_of_rank(a, rank), block)};
-  memcpy(sent.bytes, bytes, 16);
+  const std::vector<char> sent(static_cast<const char*>(bytes), static_cast<const char*>(bytes) + 16);
   memset(there, 0xff, 16);
-  cluster.under_way.push_back(sent);
-  if (machine.random() % 2 == 0) arrive_one(cluster);
+  const auto land = [there, sent] { memcpy(there, sent.data(), 16); };
+  set_out({&block, land, &counter_at(shared_of_rank(a, rank), block), 16, false});
+}
+
+void check_bulk(const void* shared, const void* global, int bytes) {
+  const int64_t offset = shared_of_own(shared);
+  if (bytes <= 0 || bytes % 16 != 0) fail("a bulk copy of other than whole 16 bytes");
+  if (offset % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("a misaligned bulk copy");
+  if (offset + bytes > machine.shared) fail("a bulk copy past the end of shared memory");
+}
+
+void bulk_load(void* to, const void* from, int bytes, const void* a) {
+  check_bulk(to, from, bytes);
+  const auto size = static_cast<size_t>(bytes);
+  const bool early = machine.random() % 2 == 0;  // the source as it was when issued, or as it is when it arrives
+  const std::vector<char> then(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
+  memset(to, 0xff, size);
+  const auto land = [=] { memcpy(to, early ? then.data() : from, size); };
+  Block& block = *current->block;
+  set_out({&block, land, &counter_at(a, block), bytes, false});
+}
+
+void bulk_store(void* to, const void* from, int bytes) {
+  check_bulk(from, to, bytes);
+  const BulkStore bulk{static_cast<char*>(to), static_cast<const char*>(from), bytes, machine.random() % 2 == 0};
+  if (bulk.early) store(bulk);
+  current->bulk_stores.push_back(bulk);
+}
+
+// What was not read at once is read now; where the wait is left out, when the cluster has ended.
+void bulk_wait() {
+  std::vector<BulkStore> stores;
+  stores.swap(current->bulk_stores);
+  const auto read = [stores] {
+    for (const BulkStore& bulk : stores)
+      if (!bulk.early) store(bulk);
+  };
+  if (planted(current->copy_waits, plant.copy_wait)) {
+    current->block->cluster->late.push_back(read);
+  } else {
+    read();
+  }
 }
 
 bool arrive_one(Cluster& cluster) {
   if (cluster.under_way.empty()) return false;
   std::swap(cluster.under_way[machine.random() % cluster.under_way.size()], cluster.under_way.back());
-  const Send sent = cluster.under_way.back();
+  const Move move = cluster.under_way.back();
   cluster.under_way.pop_back();
-  memcpy(sent.to, sent.bytes, 16);
-  sent.counter->missing -= 16;
-  end_phase_if_all_came(*sent.counter);
+  move.land();
+  move.counter->missing -= move.bytes;
+  if (move.arrives) {
+    arrive_at(*move.counter);
+  } else {
+    end_phase_if_all_came(*move.counter);
+  }
   return true;
 }
 
 void check_moves_to(const Block& block) {
-  for (const Send& sent : block.cluster->under_way)
-    if (sent.block == &block) fail("a CTA ended before what was sent to it had arrived");
+  for (const Move& move : block.cluster->under_way)
+    if (move.block == &block) fail("a CTA ended before what was sent to it had arrived");
 }
 
 }  // namespace simt
