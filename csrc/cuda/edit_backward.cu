@@ -81,7 +81,8 @@ Plan make_plan(const EditGradArgs& args, const Pass& p, const Device& device) {
 }
 
 int run_pass(const Pass& p, const EditGradArgs& args, const Plan& plan, bool shrinks, const Device& device) {
-  if (plan.fused.fits && plan.road != Road::cuda_cores) return fused_pass<true>(p, args.type, plan.fused, args.stream, device);
+  if (plan.fused.fits && plan.road != Road::cuda_cores)
+    return fused_pass<true>(p, args.type, plan.fused, args.stream, device);
   return simple_pass<true>(p, args.type, shrinks, args.stream, device);
 }
 

@@ -13,6 +13,16 @@ __device__ __forceinline__ int only_second(const Matrix2 (&pair)[2]) { return pa
 template <int Rank, bool Backward>
 constexpr int kExpandSteps = Backward ? (Rank > 8 ? Rank / 8 : 1) : (Rank > 16 ? Rank / 16 : 1);
 
+// Rows of an expand that a warp does at a time, in 16s: as many as registers allow, of which addresses take more before
+// cc 9.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int Rank, bool Backward>
+constexpr int kExpandBlocks = 1;
+#else
+template <int Rank, bool Backward>
+constexpr int kExpandBlocks = Backward && Rank > 8 ? 1 : 2;
+#endif
+
 // What a row's owner needs to know of coordinate k beside its sums.
 struct Known {
   int live = 0;        // whether the row is there and is edited; a whole register: bytes are put together one by one
@@ -24,12 +34,12 @@ struct Turn {
   int stage = 0, filled = 0;  // of the tile, and the phase in which it is filled
   int second = 0, second_filled = 0;
   int set = 0, phase = 0;  // of what is received, likewise
-  bool odd = false;
+  int odd = 0;
   __device__ __forceinline__ void step(const FusedShape& s, const FusedLayout& at) {
     go_on(stage, filled, s.stages);
     go_on(second, second_filled, at.second_stages);
     go_on(set, phase, at.sets);
-    odd = !odd;
+    odd ^= 1;
   }
   static __device__ __forceinline__ void go_on(int& i, int& phase, int count) {
     if (++i < count) return;
@@ -104,11 +114,13 @@ struct Cta {
   // The warp's columns of a tile, which begin at `column`, from `rows` in global memory (see tile_rows) and to
   // Pass::out.
   __device__ __forceinline__ void load(T* to, const Rows& rows, int64_t first, bool direct, int64_t column) const {
-    load_tile(to, rows.p, tile_rows({p.index, p.n, p.total}, rows, first, s.rows, direct), s.rows, pitch, columns, column, p.d);
+    load_tile(to, rows.p, tile_rows({p.index, p.n, p.total}, rows, first, s.rows, direct), s.rows, pitch, columns,
+              column, p.d);
   }
   __device__ __forceinline__ void store(const T* mine, const Rows& rows, int64_t first, bool direct,
                                         int64_t column) const {
-    store_tile(rows.p, mine, tile_rows({p.index, p.n, p.total}, rows, first, s.rows, direct), s.rows, pitch, columns, column, p.d);
+    store_tile(rows.p, mine, tile_rows({p.index, p.n, p.total}, rows, first, s.rows, direct), s.rows, pitch, columns,
+               column, p.d);
   }
 
   // The slices of the matrices that begin at column `slice`: of those that shrink, of those that expand, or of both.
@@ -278,7 +290,7 @@ struct Cta {
   __device__ __forceinline__ int units() const { return owned * Groups; }
   // Every other turn the other half of the warps begins: where units are few, some would else have all the work.
   __device__ __forceinline__ int first_unit(const Turn& turn) const {
-    return (warp ^ (turn.odd ? kFusedWarps / 2 : 0)) * (32 / UnitLanes);
+    return (warp ^ turn.odd * (kFusedWarps / 2)) * (32 / UnitLanes);
   }
   __device__ __forceinline__ bool takes(int base) const { return base + lane / UnitLanes < units(); }
   __device__ __forceinline__ int own_row(int base) const {
@@ -319,7 +331,8 @@ struct Cta {
 
   // The forward's coordinates of the rows that this rank owns, from what the ranks sent, to every rank. `b`, `c`: of
   // coordinate k; `next`: known of this lane's first unit.
-  __device__ __forceinline__ void forward_coordinates(const Turn& turn, int64_t first, Known next, float b, float c) const {
+  __device__ __forceinline__ void forward_coordinates(const Turn& turn, int64_t first, Known next, float b,
+                                                      float c) const {
     const int set = turn.set;
     const bool linear = p.act == Act::identity;
     for (int base = first_unit(turn); base < units(); base += UnitsAtOnce) {
@@ -346,9 +359,11 @@ struct Cta {
     }
   }
 
-  // The backward's likewise. `Extra`: z and gp behind those of the expand, as add_products takes them, and the sum of gp.
+  // The backward's likewise. `Extra`: z and gp behind those of the expand, as add_products takes them, and the sum of
+  // gp.
   template <bool Extra>
-  __device__ __forceinline__ void backward_coordinates(const Turn& turn, int64_t first, Known next, float& vector) const {
+  __device__ __forceinline__ void backward_coordinates(const Turn& turn, int64_t first, Known next,
+                                                       float& vector) const {
     const int set = turn.set;
     const bool wants_z = Extra || p.packed != nullptr;
     for (int base = first_unit(turn); base < units(); base += UnitsAtOnce) {
@@ -383,7 +398,7 @@ struct Cta {
   // The coordinates times the matrices' slices, added to the warp's columns of the tile.
   template <bool Backward>
   __device__ __forceinline__ void expand_tile(T* mine, const T* coordinates) const {
-    constexpr int Blocks = Backward && Rank > 8 ? 1 : 2;  // of 16 rows at a time, as many as registers allow
+    constexpr int Blocks = kExpandBlocks<Rank, Backward>;
     if (s.rows >= 16 * Blocks) {
       for (int m = 0; m < s.rows; m += 16 * Blocks) expand_blocks<Backward, Blocks>(mine, coordinates, m);
     } else {

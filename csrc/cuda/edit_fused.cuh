@@ -1,8 +1,8 @@
 // The edit on tensor cores, weights stationary: one pass over 16-bit rows, read once and written once.
 //
 // A cluster of CTAs owns a tile of rows, each CTA a slice of `width` columns, each of its 8 warps an eighth of those. A
-// CTA keeps its slices of the matrices in shared memory for as long as it lives and walks over tiles, which a ninth warp
-// moves (edit_mover.cuh):
+// CTA keeps its slices of the matrices in shared memory for as long as it lives and walks over tiles, which a ninth
+// warp moves (edit_mover.cuh):
 //     shrink      mma: rows x columns of the tile times the matrices' slices. The CTA's warps share that work by rows,
 //                 coordinates and parts of the columns (Cta::shrink_tile) and send each sum to the rank that owns its
 //                 row

@@ -1,6 +1,7 @@
 // The warp that moves a CTA's tiles, beside the 8 that work on them (edit_fused.cuh, edit_both.cuh): it brings the rows
 // of a tile to a stage of shared memory and takes them back when they have been edited. Addresses, lists of rows and
-// waits for memory are its affair alone; on an H200 they took a third of the time of warps that moved their own columns.
+// waits for memory are its affair alone; on an H200 they took a third of the time of warps that moved their own
+// columns.
 //
 //     filled   of a stage: its rows have arrived, and what is not there is zeros
 //     edited   of a stage: every warp is through with it
@@ -11,9 +12,9 @@
 
 namespace fastreft {
 
-// move(the row in global memory, the row in shared memory) of every row there is of a tile, by one lane each. Where rows
-// follow one another one lane does them all, with addresses that are the same for the warp: a bulk copy takes those, and
-// lanes with their own take turns, at six times the instructions.
+// move(the row in global memory, the row in shared memory) of every row there is of a tile, by one lane each. Where
+// rows follow one another one lane does them all, with addresses that are the same for the warp: a bulk copy takes
+// those, and lanes with their own take turns, at six times the instructions.
 template <typename G, typename T, typename F>
 __device__ __forceinline__ void each_row(const TileRows& where, int rows, G* global, T* shared, int pitch,
                                          const F& move) {
@@ -52,7 +53,8 @@ __device__ __forceinline__ RowMask rows_there(const TileRows& where, int rows) {
   return {low, __ballot_sync(0xffffffffu, where.own(lane + 32, rows) >= 0)};
 }
 
-// Zeros in a tile where no row is, and past column `there` of `width`. Of a tile before, what lies there may be anything.
+// Zeros in a tile where no row is, and past column `there` of `width`. Of a tile before, what lies there may be
+// anything.
 template <typename T>
 __device__ __forceinline__ void clear_rest(T* tile, const RowMask& mask, int rows, int pitch, int there, int width) {
   if (mask.count() == rows && there >= width) return;

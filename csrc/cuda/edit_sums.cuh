@@ -3,8 +3,8 @@
 //     sums[0] = z^T g      sums[1] = gp^T h      sums[2] = gz^T h         each (r, d), absent ones not computed
 //
 // A CTA of 8 warps owns 128 Pairs columns and one range of rows; a warp owns 16 Pairs of the columns and all
-// coordinates. Two more warps bring tiles of 32 rows as in edit_mover.cuh, one of g and of the coordinates (written in T
-// by the pass before), the other of h; nobody else waits for anybody. Each CTA leaves one partial sum; finish_kernel
+// coordinates. Two more warps bring tiles of 32 rows as in edit_mover.cuh, one of g and of the coordinates (written in
+// T by the pass before), the other of h; nobody else waits for anybody. Each CTA leaves one partial sum; finish_kernel
 // adds those in order.
 #pragma once
 #include "edit_mover.cuh"
@@ -54,7 +54,8 @@ struct SumsMover {
     T *to = stages() + stage * at.stage + (brings_h ? at.h : 0), *z = stages() + stage * at.stage + at.coordinates;
     if (!has_bulk_copies()) {
       if (wanted) load_tile(to, rows.p, where, kSumsRows, at.pitch, Width, block, p.d);
-      if (!brings_h) load_tile(z, from, TileRows{0, Pitch, there, false, -1, -1}, kSumsRows, Pitch, 3 * Depth, 0, 3 * Depth);
+      if (!brings_h)
+        load_tile(z, from, TileRows{0, Pitch, there, false, -1, -1}, kSumsRows, Pitch, 3 * Depth, 0, 3 * Depth);
       arrive_when_copied(filled + stage);
       return;
     }
@@ -77,8 +78,8 @@ struct SumsMover {
 };
 
 template <typename T, int Depth, int Pairs>
-__device__ __forceinline__ void store_one_sum(const Gradient& p, const float (&sum)[Depth / 16][2 * Pairs][4], int which,
-                                              int64_t column) {
+__device__ __forceinline__ void store_one_sum(const Gradient& p, const float (&sum)[Depth / 16][2 * Pairs][4],
+                                              int which, int64_t column) {
   if (p.slot[which] < 0) return;
   float* to = static_cast<float*>(p.partial) +
               (static_cast<int64_t>(blockIdx.y) * p.slots + p.slot[which]) * p.r * static_cast<int64_t>(p.d);
@@ -118,8 +119,7 @@ __global__ void __launch_bounds__(kSumsThreads, 1) sums_kernel(const __grid_cons
     for (int m = 0; m < kSumsRows; m += 16) {
       const T* tile = g + m * at.pitch + warp * 16 * Pairs;
       const T* row = z + m * packed_pitch(Depth);
-      if (p.slot[0] >= 0)
-        add_products<T, Depth, Pairs>(sum[0], row, packed_pitch(Depth), tile, at.pitch, 16 * Pairs);
+      if (p.slot[0] >= 0) add_products<T, Depth, Pairs>(sum[0], row, packed_pitch(Depth), tile, at.pitch, 16 * Pairs);
       if (p.slot[1] >= 0)
         add_products<T, Depth, Pairs>(sum[1], row + Depth, packed_pitch(Depth), tile + at.h, at.pitch, 16 * Pairs);
       if constexpr (Sums > 2) {

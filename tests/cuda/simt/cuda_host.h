@@ -4,7 +4,8 @@
 //
 // What it is made to catch:
 // * a missing barrier: shared memory starts poisoned (NaN), and the order of threads changes with the seed;
-// * a missing wait: an asynchronous copy poisons its target when issued and fills it only at the wait that covers it, or
+// * a missing wait: an asynchronous copy poisons its target when issued and fills it only at the wait that covers it,
+// or
 //   at any time before the arrival it was told to count; a send to another CTA and a bulk copy poison their targets,
 //   too, and arrive at any time from then on, in any order; what is stored in bulk is read at once or at the wait;
 // * a send in a launch without clusters, which is an illegal instruction;

@@ -97,7 +97,11 @@ void arrive_when_copied(const void* a) {
   for (auto& group : current->groups) copies.insert(copies.end(), group.begin(), group.end());
   current->groups.clear();
   Block& block = *current->block;
-  set_out({&block, [copies] { for (const Copy& copy : copies) land(copy); }, &counter_at(a, block), 0, true});
+  set_out({&block,
+           [copies] {
+             for (const Copy& copy : copies) land(copy);
+           },
+           &counter_at(a, block), 0, true});
 }
 
 void arrivals_wait(const void* a, int parity) {
