@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 CPP    := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 NATIVE := $(CPP) setup.py
 
-.PHONY: demo test suite attack test-pyreft check format clean
+.PHONY: demo test suite attack arches test-pyreft check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastreft demo
@@ -25,6 +25,10 @@ suite: $(VENV)/.installed
 ATTACK ?= 2000
 attack: $(VENV)/.installed
 	FASTREFT_ATTACK=$(ATTACK) $(BIN)/python -m pytest -s tests/attack
+
+# Every kernel for every arch that we know, where nvcc is.
+arches: $(VENV)/.installed
+	FASTREFT_ARCHES=all $(BIN)/python -m pytest tests/cuda/test_nvcc.py
 
 # Against the real pyreft and pyvene, which pin a Transformers they no longer need: installed without their dependencies.
 test-pyreft: .venv-pyreft/.installed
