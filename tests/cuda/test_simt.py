@@ -243,8 +243,8 @@ def test_a_barrier_or_wait_left_out_is_noticed(plant, kwargs, runner, tmp_path):
 @pytest.mark.parametrize(
     "patches",
     [
-        {"edit_cta.cuh": ("+ lane % 4 / 2 * 4, part, four", "+ (lane + 2) % 4 / 2 * 4, part, four")},
-        {"edit_cta.cuh": ("(shared_memory() + at.coordinates +", "(shared_memory() + at.coordinates + 64 +")},
+        {"edit_both.cuh": ("second_sum, row + Depth,", "second_sum, row + Depth + 8,")},
+        {"edit_both.cuh": ("float* vectors = cta.received(0);", "float* vectors = cta.received(0) + 8192;")},
     ],
     ids=["a coordinate", "past the end of shared memory"],
 )

@@ -87,13 +87,13 @@ def test_without_faults_a_retraction_is_right(device, runner, tmp_path):
     assert not wrong(runner, tmp_path, device=device)
 
 
-# The barriers of a thread in their order; those of cholesky's loop, three a row from 4 on, end at 4 + 3 * 8.
+# The barriers of a thread in their order; those of cholesky's loop, three a row from 4 on, end at 4 + 3 * 8. Without 2 (the
+# chunk has been fetched) or 3 (the diagonal is kept) there is NaN in the Gram matrix, and a matrix that is finite itself
+# goes the other way, to the same result.
 @pytest.mark.parametrize(
     ("plant", "device"),
     [
         pytest.param("0 -1 -1 0", harness.H200, id="what the CTA works with is there"),
-        pytest.param("2 -1 -1 0", harness.H200, id="the chunk has been fetched"),
-        pytest.param("3 -1 -1 0", harness.H200, id="cholesky: the diagonal is kept"),
         pytest.param("4 -1 -1 0", harness.H200, id="cholesky: the pivot has been read"),
         pytest.param("5 -1 -1 0", harness.H200, id="cholesky: the column is there"),
         pytest.param("6 -1 -1 0", harness.H200, id="cholesky: the rest is there"),
@@ -235,6 +235,7 @@ def test_a_step_writes_nothing_past_a_parameter_whose_elements_are_no_whole_quad
 @pytest.mark.parametrize(
     ("plant", "device"),
     [
+        pytest.param("2 -1 -1 0", harness.H200, id="the chunk has been fetched"),
         pytest.param("3 -1 -1 0", harness.H200, id="the tangent's matrix is there"),
         pytest.param("4 -1 -1 0", harness.H200, id="the tangent gradient is there"),
         pytest.param("5 -1 -1 0", harness.H200, id="Y is there"),
