@@ -127,18 +127,13 @@ def _edit_output(local: PerThread, edit: Edit, module: nn.Module, args: Any, out
 
 
 def _edit_apart(local: PerThread, edit: Edit, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """The forward hook of a module whose output may not be its own."""
-    plan = local.here.plan
-    if plan is None:
-        plan = local.past.find(module)
-    if plan is None or plan.idle:
-        return None
-    given = output if isinstance(output, Tensor) else _first(output)
-    apart = given.clone() if not traced() and _is_kept(given, (*args, *kwargs.values())) else given
-    hidden = edit(module, plan, apart)
-    if hidden is given:
-        return None
-    return hidden if isinstance(output, Tensor) else _with_first(output, hidden)
+    """The forward hook of a module whose output may not be its own: a copy is edited then."""
+
+    def apart(module: nn.Module, plan: Any, given: Tensor) -> Tensor:
+        kept = not traced() and _is_kept(given, (*args, *kwargs.values()))
+        return edit(module, plan, given.clone() if kept else given)
+
+    return _edit_output(local, apart, module, args, output)
 
 
 def _is_kept(given: Tensor, inputs: tuple[Any, ...]) -> bool:
