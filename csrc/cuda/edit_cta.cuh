@@ -101,7 +101,6 @@ struct Cta {
   // Of a stage: its tile is there; every warp is through with it.
   __device__ __forceinline__ Arrivals* filled(int stage) const { return sums_arrivals(2 * at.sets + stage); }
   __device__ __forceinline__ Arrivals* edited(int stage) const { return filled(s.stages + stage); }
-
   __device__ __forceinline__ Arrivals* second_filled(int stage) const { return edited(s.stages + stage); }
 
   // The i-th tile in shared memory, and the warp's columns of it. Those of the second input come behind the stages.

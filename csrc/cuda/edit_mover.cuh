@@ -74,12 +74,12 @@ struct Mover {
 
   __device__ __forceinline__ void begin() const {
     if (cta.lane == 0) {
-      const int Arriving = has_bulk_copies() ? 1 : 32;
+      const int arriving = has_bulk_copies() ? 1 : 32;
       for (int stage = 0; stage < cta.s.stages; ++stage) {
-        arrivals_init(cta.filled(stage), Arriving);
+        arrivals_init(cta.filled(stage), arriving);
         arrivals_init(cta.edited(stage), kFusedWarps);
       }
-      for (int stage = 0; stage < cta.at.second_stages; ++stage) arrivals_init(cta.second_filled(stage), Arriving);
+      for (int stage = 0; stage < cta.at.second_stages; ++stage) arrivals_init(cta.second_filled(stage), arriving);
       arrivals_init_fence();
     }
     __syncwarp();
