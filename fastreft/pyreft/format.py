@@ -36,6 +36,7 @@ _NAMES: dict[str, dict[str, str]] = {
 _ROTATABLE = ("loreft", "direft", "lobireft")  # those whose edit can be written with another R
 _TWINS = {"noreft": "loreft", "nodireft": "direft"}  # the same edits with an R in place of P
 _IGNORED = {"embed_dim", "interchange_dim"}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class CheckpointError(ValueError):
@@ -107,7 +108,7 @@ def to_intervention(
         wanted = (r, d) if name in "RWP" else (r,)
         if tuple(value.shape) != wanted:
             raise CheckpointError(f"{where}: {name} has shape {tuple(value.shape)}; beside {main} it must be {wanted}")
-        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+        if not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{where}: {name} ({value.dtype}) holds values that are not finite numbers")
     for name in _IGNORED & state.keys():
         if state[name].numel() != 1 or int(state[name]) != d:
@@ -146,6 +147,9 @@ def _ours(state: dict[str, Tensor], kind: str, where: str) -> dict[str, Tensor]:
     """A file's tensors by our names, none missing and none over."""
     orthonormal = INTERVENTIONS[kind].orthonormal
     given = {name for name in state if name not in _IGNORED}
+    odd = next((name for name in sorted(given) if state[name].dtype not in _DTYPES), None)
+    if odd is not None:
+        raise CheckpointError(f"{where}: {odd} ({state[odd].dtype}) holds values of no dtype that an intervention has")
     if ("R" if orthonormal else "P") in given:  # pyreft saved one of our modules
         names = {name: name for name in _NAMES[kind]} | ({"R": "R"} if orthonormal else {})
         rotation: set[str] = set()

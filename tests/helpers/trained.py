@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import sys
+import threading
 from pathlib import Path
 
 FLAGS = (
@@ -23,15 +24,21 @@ def write_records(path: Path) -> None:
 
 
 def start(folder: Path, *flags: str, limit: int | None = None) -> multiprocessing.Process:
-    """A run into ``folder / "out"``, started; no file of it may grow over ``limit`` bytes. What it says is in :func:`said`.
+    """A run into ``folder / "out"``, started; no file of it may grow over ``limit`` bytes. What it says comes through a pipe,
+    which is no file, and is in :func:`said` when it has ended.
 
     The process is forked off one that holds the modules and has run nothing, as a process with torch's threads must not fork.
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["trained", "fastreft.tasks.train"])
     flags = ("--train_file", str(folder / "train.jsonl"), "--output_dir", str(folder / "out"), *FLAGS, *flags)
-    process = processes.Process(target=_train, args=(flags, str(folder / "said"), limit))
+    hear, speak = processes.Pipe(duplex=False)
+    process = processes.Process(target=_train, args=(flags, speak, limit))
     process.start()
+    speak.close()
+    listener = threading.Thread(target=_listen, args=(hear, folder / "said"))
+    listener.start()
+    process.listener = listener
     return process
 
 
@@ -39,21 +46,28 @@ def finish(folder: Path, *flags: str, limit: int | None = None) -> int:
     """The exit code of a run that nobody kills."""
     process = start(folder, *flags, limit=limit)
     process.join()
+    process.listener.join()
     return process.exitcode
+
+
+def _listen(hear, path: Path) -> None:
+    with path.open("wb") as file:
+        while chunk := os.read(hear.fileno(), 1 << 16):
+            file.write(chunk)
 
 
 def said(folder: Path) -> str:
     return (folder / "said").read_text(errors="replace")
 
 
-def _train(flags: tuple[str, ...], heard: str, limit: int | None) -> None:
+def _train(flags: tuple[str, ...], speak, limit: int | None) -> None:
     import torch
 
     from fastreft.cli import main
 
-    file = os.open(heard, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    os.dup2(speak.fileno(), 1)
+    os.dup2(speak.fileno(), 2)
+    speak.close()
     torch.set_num_threads(1)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
