@@ -43,13 +43,12 @@ class Asked(NamedTuple):
     run: Run | None
     causal: bool
 
-    @property
+    # Not properties: the compiler of torch 2.10 does not follow those of a NamedTuple.
     def continues(self) -> bool:
         """Would labels be a continuation of the input? Not those of a classifier."""
         kinds = [self.entrance.kind, *(o.kind for o in self.outer)]
-        return not self.entrance.in_stacks and (LM in kinds or self.headless)
+        return not self.entrance.in_stacks and (LM in kinds or self.headless())
 
-    @property
     def headless(self) -> bool:
         """Is it a decoder whose head, if it has one, is none of Transformers' that we know of?"""
         return self.causal and not self.entrance.in_stacks and all(o.kind is OTHER for o in self.outer)
@@ -70,7 +69,7 @@ class Asked(NamedTuple):
                     f"{NAMES[name]} counts the {theirs[1]} tokens a sample that the {type(teller.module).__name__} is given, "
                     f"which runs a {type(self.module).__name__} with {shape[1]}: have it give that model {NAMES[name]} itself"
                 )
-        answers = self.first("answers") if self.continues else None
+        answers = self.first("answers") if self.continues() else None
         if answers is not None and tuple(answers.shape) != shape:
             raise ValueError(
                 f"reft_labels has shape {tuple(answers.shape)}; it must have one entry a token, here {shape}"
@@ -85,12 +84,12 @@ class Asked(NamedTuple):
         its loss itself. Elsewhere labels are something else, and all of the input is prompt."""
         given = self.first("answers")
         if given is not None:
-            return given if self.continues or self.entrance.in_stacks else None
+            return given if self.continues() or self.entrance.in_stacks else None
         own = [(self.entrance.kind, self.said), *((o.kind, o.said) for o in self.outer)]
         kind, given = next(((kind, said.labels) for kind, said in own if said.labels is not None), (MODEL, None))
         if kind is MODEL or (kind is OTHER and (not isinstance(given, Tensor) or tuple(given.shape) != shape)):
             return None  # labels of classes, or of another call
-        return given if self.continues or self.entrance.in_stacks else None
+        return given if self.continues() or self.entrance.in_stacks else None
 
     def side(self, explicit: Tensor | None, answers: Tensor | None) -> tuple[Tensor | None, Tensor | None, Run | None]:
         """What a stack of an encoder-decoder takes of what the whole is given: positions, labels, the call of generate.

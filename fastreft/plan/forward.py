@@ -279,7 +279,7 @@ class Shared:
             if lengths is not None:
                 raise ValueError(silence.LENGTHS_AFTER_CACHE)
             if shape is not None and shape[1] > 1:
-                if asked.headless:
+                if asked.headless():
                     raise ValueError(silence.HEADLESS)
                 if run is None and not traced():
                     self.silence.chunk(self.specs)
@@ -308,7 +308,7 @@ class Shared:
         if explicit is not None and not module.training and torch.is_grad_enabled() and not traced():
             self.silence.explicit(explicit)
         if explicit is None and run is None:
-            unanswered = answers is None and lengths is None and asked.continues
+            unanswered = answers is None and lengths is None and asked.continues()
             if not traced():
                 answered = shape if answers is not None or lengths is not None else None
                 self.silence.before(module, self.specs, answers, unanswered, answered, tokens)
