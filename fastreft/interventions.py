@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .ops import activations
 from .ops.checks import Weights
 from .ops.edit import IN_PLACE, NEW, edit, settled
-from .ops.names import METHODS, unknown_activation
+from .ops.names import STARTS, may_be_identity, unknown_activation
 
 # Every intervention alive, so that an optimizer's parameters can be told apart from other people's.
 _alive: weakref.WeakSet[Intervention] = weakref.WeakSet()
@@ -46,10 +46,13 @@ class Intervention(nn.Module):
     """The edit h + U^T (act(V h + b) - P h - c); a subclass says what U, V, P, b and c are.
 
     ``embed_dim`` d and ``low_rank_dimension`` r, 1 <= r <= d (``ValueError`` else); ``dropout`` in [0, 1);
-    ``act_fn`` a name of Transformers' ``ACT2FN``. Unknown keywords are ignored, as pyreft's callers expect.
+    ``act_fn`` a name of Transformers' ``ACT2FN``; ``init_weights`` "random", pyreft's start, or "identity", where the edit
+    changes nothing (``ValueError`` for one that cannot: ConsReFT, LoReFT and NoReFT with an activation, and DiReFT and
+    NodiReFT with one that is not 0 at 0). Unknown keywords are ignored, as pyreft's callers expect.
     """
 
     orthonormal = True  # is there an R to keep orthonormal?
+    method = ""  # the edit's name in a configuration
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Intervention(nn.Module):
         dropout: float = 0.0,
         act_fn: str | None = None,
         add_bias: bool = False,
+        init_weights: str = "random",
         **others: Any,
     ):
         super().__init__()
@@ -72,6 +76,10 @@ class Intervention(nn.Module):
         dtype = dtype or torch.float32
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; it must be a floating-point dtype")
+        if init_weights not in STARTS:
+            raise ValueError(f"init_weights is {init_weights!r}; it must be one of {', '.join(STARTS)}")
+        if init_weights == "identity" and not may_be_identity(self.method, act_fn):
+            raise ValueError(f"init_weights is 'identity', but {self.method} with act_fn {act_fn!r} edits in any case")
         self.embed_dim, self.r = embed_dim, low_rank_dimension
         self.dropout = dropout  # a number and no module: an edit costs microseconds, as does a module's attribute
         self.act_fn = act_fn
@@ -79,6 +87,8 @@ class Intervention(nn.Module):
         self.act = None if activations.is_fused(act_fn) else activation_module(str(act_fn))
         self._build(dtype, add_bias)
         self.reset_parameters()
+        if init_weights == "identity":
+            self.become_identity()
         _alive.add(self)
         if "use_fast" in others:
             self.use_fast = others["use_fast"]
@@ -120,6 +130,19 @@ class Intervention(nn.Module):
                 nn.init.orthogonal_(parameter)
             else:
                 parameter.uniform_(-bound, bound)
+
+    @torch.no_grad()
+    def become_identity(self) -> None:
+        """V = P, or 0 where there is no P, and b = c = 0: nothing is changed, and V and b have gradients.
+
+        Exact where V has P's dtype, as it has by default; a narrower V is P rounded.
+        """
+        _, V, P, b, c = self.weights()
+        for vector in (b, c):
+            if vector is not None:
+                vector.zero_()
+        if V is not None:
+            V.zero_() if P is None else V.copy_(P)
 
     def forward(
         self,
@@ -169,6 +192,8 @@ class Intervention(nn.Module):
 class LoreftIntervention(Intervention):
     """LoReFT: h + R^T (act(W h + b) - R h), R R^T = I."""
 
+    method = "loreft"
+
     def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
         self.R = self._matrix(torch.promote_types(dtype, torch.float32))
         self.W, self.b = self._matrix(dtype), self._vector(dtype)
@@ -181,6 +206,8 @@ class LoreftIntervention(Intervention):
 class DireftIntervention(LoreftIntervention):
     """pyreft's DiReFT: h + R^T act(W h + b), R R^T = I."""
 
+    method = "direft"
+
     def weights(self):
         p = self._parameters or self.__dict__  # the second for a replica of DataParallel
         return p["R"], p["W"], None, p["b"], None
@@ -189,6 +216,7 @@ class DireftIntervention(LoreftIntervention):
 class NoreftIntervention(Intervention):
     """NoReFT: h + P^T (act(W h + b) - P h - c); c only with ``add_bias``."""
 
+    method = "noreft"
     orthonormal = False
 
     def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
@@ -204,6 +232,8 @@ class NoreftIntervention(Intervention):
 class NodireftIntervention(NoreftIntervention):
     """The paper's DiReFT: h + P^T act(W h + b). With ``add_bias`` c is held, as pyreft does, and unused."""
 
+    method = "nodireft"
+
     def weights(self):
         p = self._parameters or self.__dict__  # the second for a replica of DataParallel
         return p["P"], p["W"], None, p["b"], None
@@ -211,6 +241,8 @@ class NodireftIntervention(NoreftIntervention):
 
 class ConsreftIntervention(Intervention):
     """ConsReFT: h + R^T (b - R h), R R^T = I; b fp32 and started as uniform on [0, 1). No dropout."""
+
+    method = "consreft"
 
     def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
         wide = torch.promote_types(dtype, torch.float32)
@@ -231,6 +263,8 @@ class ConsreftIntervention(Intervention):
 class LobireftIntervention(ConsreftIntervention):
     """LobiReFT: h + R^T b, R R^T = I."""
 
+    method = "lobireft"
+
     def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
         dropout = self.dropout
         super()._build(dtype, add_bias)
@@ -242,20 +276,15 @@ class LobireftIntervention(ConsreftIntervention):
 
 
 # By the names that a configuration uses.
-INTERVENTIONS: dict[str, type[Intervention]] = dict(
-    zip(
-        METHODS,
-        (
-            LoreftIntervention,
-            NoreftIntervention,
-            ConsreftIntervention,
-            LobireftIntervention,
-            DireftIntervention,
-            NodireftIntervention,
-        ),
-        strict=True,
-    )
+_CLASSES = (
+    LoreftIntervention,
+    NoreftIntervention,
+    ConsreftIntervention,
+    LobireftIntervention,
+    DireftIntervention,
+    NodireftIntervention,
 )
+INTERVENTIONS: dict[str, type[Intervention]] = {made.method: made for made in _CLASSES}
 
 
 def orthonormal_parameters() -> dict[int, nn.Parameter]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .models.components import COMPONENTS
-from .ops.names import FUSED_ACTIVATIONS, METHODS, unknown_activation
+from .ops.names import FUSED_ACTIVATIONS, METHODS, STARTS, may_be_identity, unknown_activation
 from .plan.spec import parse
 from .sources import assigned, tree_of
 
@@ -77,6 +77,13 @@ class ReftSettings:
     pyreft_compat: bool = field(
         default=False, metadata={"help": "Whether to count the positions of short prompts as pyreft does."}
     )
+    init_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "How an edit starts: 'identity' changes nothing until it is trained, as LoRA does; 'random' is pyreft's "
+            "start, which edits from the first step; where not given, the identity for every edit that can be one."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train in full and save with the adapter, such as a new classifier."}
     )
@@ -99,6 +106,7 @@ class ReftSettings:
             raise unknown_activation(self.act_fn if isinstance(self.act_fn, str) else _short(self.act_fn))
         if not isinstance(self.component, str) or self.component not in EDITABLE:
             raise ValueError(f"component is {_short(self.component)}; it must be one of {', '.join(EDITABLE)}")
+        self._check_start()
         for name in ("add_bias", "pyreft_compat"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {_short(getattr(self, name))}; it must be True or False")
@@ -126,6 +134,22 @@ class ReftSettings:
                 f"tied is 'position' and positions {self.positions!r}, which is no fixed number of positions that could "
                 "have an intervention each; it must be 'fN', 'lM' or 'fN+lM', or tied True"
             )
+
+    def _check_start(self) -> None:
+        """``ValueError`` for a start that there is not, or that this edit cannot have."""
+        if self.init_weights not in (None, *STARTS):
+            raise ValueError(f"init_weights is {_short(self.init_weights)}; it must be one of {', '.join(STARTS)}, or None")
+        if self.init_weights == "identity" and not may_be_identity(self.intervention_type, self.act_fn):
+            raise ValueError(
+                f"init_weights is 'identity', but {self.intervention_type} with act_fn {self.act_fn!r} edits whatever its "
+                "weights are; it must be 'random', or left out"
+            )
+
+    def start(self) -> str:
+        """How the edit starts, one of ``STARTS``: ``init_weights``, or where that is None the identity if it can be."""
+        if self.init_weights is not None:
+            return self.init_weights
+        return "identity" if may_be_identity(self.intervention_type, self.act_fn) else "random"
 
     def _check_layers(self) -> None:
         """``ValueError`` for layers that no model has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 METHODS = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
+STARTS = ("identity", "random")
 
 # By Transformers' names (``ACT2FN``), those of one function together; their order is the numbering of `Act` in csrc/edit.h.
 ACTIVATIONS = (
@@ -24,6 +25,26 @@ ACTIVATIONS = (
     ("sqrtsoftplus",),
 )
 FUSED_ACTIVATIONS = tuple(name for names in ACTIVATIONS for name in names)
+
+
+# Activations other than 0 at 0.
+_NOT_ZERO_AT_ZERO = ("sigmoid", "laplace", "sqrtsoftplus")
+
+
+def may_be_identity(method: str, act_fn: str | None) -> bool:
+    """Whether weights exist with which an edit changes nothing, whatever the hidden state.
+
+    LoReFT and NoReFT: act(V h + b) = P h for V = P and b = 0, of a linear act alone. DiReFT and NodiReFT: V = 0, b = 0 and
+    act(0) = 0, asked here of the activations that kernels have. LobiReFT: b = 0. ConsReFT: never.
+    """
+    linear = act_fn in (None, "linear")
+    return {
+        "loreft": linear,
+        "noreft": linear,
+        "direft": act_fn not in _NOT_ZERO_AT_ZERO,
+        "nodireft": act_fn not in _NOT_ZERO_AT_ZERO,
+        "lobireft": True,
+    }.get(method, False)
 
 
 def unknown_activation(act_fn: object) -> ValueError:

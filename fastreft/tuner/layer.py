@@ -70,6 +70,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 dropout=config.dropout,
                 act_fn=config.act_fn,
                 add_bias=config.add_bias,
+                init_weights=config.start(),
             )
             for _ in positions.shares(config.tied)
         ]
