@@ -138,7 +138,9 @@ class ReftSettings:
     def _check_start(self) -> None:
         """``ValueError`` for a start that there is not, or that this edit cannot have."""
         if self.init_weights not in (None, *STARTS):
-            raise ValueError(f"init_weights is {_short(self.init_weights)}; it must be one of {', '.join(STARTS)}, or None")
+            raise ValueError(
+                f"init_weights is {_short(self.init_weights)}; it must be one of {', '.join(STARTS)}, or None"
+            )
         if self.init_weights == "identity" and not may_be_identity(self.intervention_type, self.act_fn):
             raise ValueError(
                 f"init_weights is 'identity', but {self.intervention_type} with act_fn {self.act_fn!r} edits whatever its "

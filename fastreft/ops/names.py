@@ -28,7 +28,7 @@ FUSED_ACTIVATIONS = tuple(name for names in ACTIVATIONS for name in names)
 
 
 # Activations other than 0 at 0.
-_NOT_ZERO_AT_ZERO = ("sigmoid", "laplace", "sqrtsoftplus")
+_NOT_ZERO_AT_ZERO = ("sigmoid", "laplace", "sqrtsoftplus", "xielu")
 
 
 def may_be_identity(method: str, act_fn: str | None) -> bool:

@@ -10,12 +10,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
-from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS
 
 
-def lacks(folder: Path) -> str | None:
-    """What a checkpoint lacks, in words; None for a whole one. Nothing of it is unpickled."""
-    for name in ("trainer_state.json", ADAPTER_CONFIG):  # the first is written last
+def lacks(folder: Path, *, adapter: bool = True) -> str | None:
+    """What a checkpoint lacks, in words; None for a whole one. Nothing of it is unpickled. ``adapter``: it is an adapter's, and
+    not a whole model's."""
+    configuration, weights = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if adapter else (MODEL_CONFIG, MODEL_WEIGHTS)
+    for name in ("trainer_state.json", configuration):  # the first is written last
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -23,10 +25,10 @@ def lacks(folder: Path) -> str | None:
         if not isinstance(found, dict):
             return f"no {name} that can be read"
     try:
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        with safe_open(folder / weights, framework="pt") as file:
             file.keys()
     except (OSError, SafetensorError):
-        return f"no {ADAPTER_WEIGHTS} that can be read"
+        return f"no {weights} that can be read"
     states = sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
     for path in (folder / "optimizer.pt", folder / "scheduler.pt", *states):
         try:
@@ -39,13 +41,13 @@ def lacks(folder: Path) -> str | None:
     return None
 
 
-def newest_whole(output_dir: str) -> str:
+def newest_whole(output_dir: str, *, adapter: bool = True) -> str:
     """The newest whole checkpoint of a run's folder; says which are passed over. :class:`UserError` where there is none."""
     named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*"))
     found = [(int(match[1]), path) for match, path in named if match]
     passed: list[str] = []
     for _, folder in sorted(found, reverse=True):
-        missing = lacks(folder)
+        missing = lacks(folder, adapter=adapter)
         if missing is None:
             if passed:
                 print(f"note: resuming from {folder.name}; not whole: {', '.join(passed)}")

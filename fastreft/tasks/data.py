@@ -1,91 +1,25 @@
-"""Training data: JSONL, JSON, CSV or TSV files of prompts and completions -> token ids and labels.
-
-Files are read here and not by ``datasets.load_dataset`` because its errors cannot name a record's line, and because
-it refuses files whose unused columns change type; what is read becomes a ``datasets.Dataset``.
-"""
+"""Records -> token ids and labels, as a ``datasets.Dataset``."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
-from .errors import UserError, nearest, user_errors
-from .flags.train import DataArguments
+from .errors import UserError
+from .records import label_index
+from .sets import Record
+from .sets.registry import CLASSIFY
 
 IGNORED = -100  # the label that no loss is taken on
 
 
-def read_records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it is, record) of every record of a file; 'line 3 of data.jsonl' is where."""
-    file = Path(path).expanduser()
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read the data file '{path}': {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the data file '{path}' is not UTF-8 text (byte {error.start})") from error
-    if file.suffix in (".csv", ".tsv"):
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",")
-        csv.field_size_limit(max(len(text), csv.field_size_limit()))
-        with user_errors(csv.Error, prefix=f"'{path}' is not a table (line {reader.line_num}): "):
-            for record in reader:
-                yield f"line {reader.line_num} of '{path}'", record
-    elif text.lstrip().startswith("["):
-        records = _parse_json(text, path, first_line=1)
-        for i, record in enumerate(records, 1):
-            yield f"record {i} of '{path}'", _as_record(record, f"record {i} of '{path}'")
-    else:
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"line {i} of '{path}'", _as_record(_parse_json(line, path, i), f"line {i} of '{path}'")
-
-
-def _parse_json(text: str, path: str, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(f"bad JSON in line {line} of '{path}': {error.msg} (column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists without end
-        raise UserError(f"bad JSON in line {first_line} of '{path}': {error}") from error
-
-
-def _as_record(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is not a record: expected a JSON object with fields")
-    return value
-
-
-def _text_of(record: dict[str, Any], name: str, where: str) -> str:
-    if name not in record:
-        raise UserError(f"{where} has no field '{name}'{nearest(name, record)}")
-    value = record[name]
-    if not isinstance(value, str) or not value:
-        kind = "is empty" if value in ("", None) else f"is {type(value).__name__}, not text"
-        raise UserError(f"the field '{name}' in {where} {kind}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the field '{name}' in {where} holds half a character, {value[error.start]!r}") from error
-    return value
-
-
-def _chat_texts(record: dict[str, Any], name: str, where: str, tokenizer: Any) -> tuple[str, str]:
+def chat_texts(messages: list[dict[str, Any]], where: str, tokenizer: Any) -> tuple[str, str]:
     """(prompt, completion) of a conversation: the completion is what the last message adds to the template's text."""
     if not tokenizer.chat_template:
-        raise UserError(f"messages_field is '{name}' but the model's tokenizer has no chat template")
-    if name not in record:
-        raise UserError(f"{where} has no field '{name}'{nearest(name, record)}")
-    messages = record[name]
-    well_formed = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages)
-    if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise UserError(f"the field '{name}' in {where} is not a list of messages that ends with the assistant's")
+        raise UserError("a conversation needs a chat template, and the model's tokenizer has none")
     try:
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -96,6 +30,17 @@ def _chat_texts(record: dict[str, Any], name: str, where: str, tokenizer: Any) -
             f"the chat template rewrites the prompt in {where} once the reply is there; use prompt and completion"
         )
     return prompt, whole[len(prompt) :]
+
+
+def chat_prompt(text: str, tokenizer: Any) -> str:
+    """A user's message as the chat template puts it, with the beginning of the answer."""
+    if not tokenizer.chat_template:
+        raise UserError("--chat needs a chat template, and the model's tokenizer has none")
+    try:
+        turn = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template raises whatever its author chose
+        raise UserError(f"the chat template refuses a user's message: {' '.join(str(error).split())}") from error
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, templated: bool = False) -> list[int]:
@@ -119,25 +64,79 @@ def encode(tokenizer: Any, prompt: str, completion: str, *, templated: bool = Fa
     return {"input_ids": start + rest, "labels": [IGNORED] * len(start) + rest}
 
 
-def load_dataset(path: str, tokenizer: Any, arguments: DataArguments, max_length: int) -> tuple[Dataset, int]:
-    """(the encoded records of a file, how many completions were cut at ``max_length`` tokens).
+@dataclass
+class Encoded:
+    """Records as tokens, and how many were cut or left out for their length."""
 
-    Every record must have its fields, and a prompt short enough to leave room for a completion.
+    data: Dataset
+    cut: int = 0
+    dropped: int = 0
+
+
+def encode_written(
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    too_long: str = "error",
+    chat: bool = False,
+    apart: bool = False,
+) -> Encoded:
+    """What a model learns to write; see :class:`fastreft.tasks.flags.data.DataArguments` for ``too_long``.
+
+    ``apart``: for an encoder-decoder, whose prompt is the input and whose completion the labels, each up to ``max_length``.
     """
-    encoded, cut = [], 0
-    for where, record in read_records(path):
-        if arguments.messages_field:
-            prompt, completion = _chat_texts(record, arguments.messages_field, where, tokenizer)
+    rows, cut, dropped = [], 0, 0
+    for record in records:
+        templated = chat or record.messages is not None
+        prompt, completion = record.prompt, record.completion
+        if templated:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            prompt, completion = chat_texts(record.messages or turns, record.where, tokenizer)
+        if apart:
+            ids = {
+                "input_ids": tokenizer(prompt).input_ids,
+                "labels": tokenizer(text_target=completion).input_ids,
+            }
+            length = max(map(len, ids.values()))
         else:
-            prompt = _text_of(record, arguments.prompt_field, where)
-            completion = _text_of(record, arguments.completion_field, where)
-        example = encode(tokenizer, prompt, completion, templated=bool(arguments.messages_field))
-        if all(label == IGNORED for label in example["labels"][:max_length]):
-            raise UserError(
-                f"the prompt in {where} leaves no room for a completion in max_length = {max_length} tokens"
-            )
-        cut += len(example["input_ids"]) > max_length
-        encoded.append({name: values[:max_length] for name, values in example.items()})
-    if not encoded:
-        raise UserError(f"the data file '{path}' has no records")
-    return Dataset.from_list(encoded), cut
+            ids = encode(tokenizer, prompt, completion, templated=templated)
+            length = len(ids["input_ids"])
+        if length > max_length:
+            if too_long == "drop":
+                dropped += 1
+                continue
+            cut += 1
+            no_room = not apart and all(label == IGNORED for label in ids["labels"][:max_length])
+            if no_room and too_long == "error":
+                raise UserError(
+                    f"the prompt in {record.where} leaves no room for a completion in max_length = {max_length} tokens; "
+                    "--too_long drop leaves such records out, --too_long cut cuts the prompt"
+                )
+            if no_room:  # half of the room for the completion at most
+                room = min(sum(label != IGNORED for label in ids["labels"]), max(1, max_length // 2))
+                start = sum(label == IGNORED for label in ids["labels"]) + room - max_length
+                ids = {name: values[start:] for name, values in ids.items()}
+        rows.append({name: values[:max_length] for name, values in ids.items()})
+    if not rows:
+        raise UserError(f"all {dropped} records are longer than max_length = {max_length} tokens")
+    return Encoded(Dataset.from_list(rows), cut, dropped)
+
+
+def encode_labelled(
+    records: Sequence[Record], tokenizer: Any, kind: str, labels: tuple[str, ...], *, max_length: int, too_long: str
+) -> Encoded:
+    """Texts and pairs with the numbers of their labels, or with their scores; longer ones are cut at their end."""
+    rows, cut, dropped = [], 0, 0
+    for record in records:
+        ids = tokenizer(record.prompt, record.pair).input_ids
+        if len(ids) > max_length:
+            if too_long == "drop":
+                dropped += 1
+                continue
+            cut += 1
+        row = dict(tokenizer(record.prompt, record.pair, truncation=True, max_length=max_length))
+        rows.append({**row, "labels": label_index(record, labels) if kind == CLASSIFY else float(record.answer)})
+    if not rows:
+        raise UserError(f"all {dropped} records are longer than max_length = {max_length} tokens")
+    return Encoded(Dataset.from_list(rows), cut, dropped)

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 import fastreft  # noqa: F401  # registers the method with PEFT
 
-from .data import prompt_ids
+from .data import chat_prompt, prompt_ids
 from .errors import UserError, user_errors
 from .flags.generate import NO_PROMPT, GenerateArguments
 from .models import adapter_config, load_adapter, load_base, load_tokenizer
@@ -31,7 +31,8 @@ def complete(
         batch = batch.to(model.device)
         with torch.inference_mode():
             out = model.generate(**batch, pad_token_id=tokenizer.pad_token_id, **options)
-        texts += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        texts += tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
     return texts
 
 
@@ -49,14 +50,7 @@ def _prompts(arguments: GenerateArguments) -> list[str]:
 def _encoded(tokenizer: Any, prompts: Sequence[str], chat: bool) -> list[list[int]]:
     if not chat:
         return [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    if not tokenizer.chat_template:
-        raise UserError("--chat needs a chat template, and the model's tokenizer has none")
-    turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
-    try:
-        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
-    except Exception as error:  # a template raises whatever its author chose
-        raise UserError(f"the chat template refuses a user's message: {' '.join(str(error).split())}") from error
-    return [prompt_ids(tokenizer, text, templated=True) for text in texts]
+    return [prompt_ids(tokenizer, chat_prompt(prompt, tokenizer), templated=True) for prompt in prompts]
 
 
 def _report(prompts: Sequence[str], texts: dict[str, list[str]]) -> Iterator[str]:

@@ -42,6 +42,22 @@ def models() -> list[str]:
     return [*lines, "", "* generate:", *notes, "", *totals(table)]
 
 
+def tasks() -> list[str]:
+    """Every task, a line each: what it is trained to do, and its metrics."""
+    from .sets.registry import families, find, names
+
+    rows = []
+    for name in names():
+        members = families().get(name)
+        if members:
+            rows.append((name, "family", ", ".join(members)))
+        else:
+            (task,) = find(name)
+            rows.append((name, task.kind, ", ".join(task.metrics) or "judged elsewhere"))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return [f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {rest}" for name, kind, rest in rows]
+
+
 def totals(table: dict[str, Any]) -> list[str]:
     """How many types and classes of the table work, have their ``generate`` checked, and do not work."""
     entries = table["models"].values()
@@ -60,9 +76,9 @@ def totals(table: dict[str, Any]) -> list[str]:
 
 
 def run(chosen: Namespace) -> int:
-    """Print the facts, one a line; or the models."""
-    if chosen.models:
-        print("\n".join(models()))
+    """Print the facts, one a line; or the models; or the tasks."""
+    if chosen.models or chosen.tasks:
+        print("\n".join(models() if chosen.models else tasks()))
         return 0
     found = facts()
     width = max(map(len, found))

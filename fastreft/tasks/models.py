@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from fastreft.files import staged
 
 from ..settings import ReftSettings
 from .errors import UserError, user_errors
-from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDED, find_adapter, find_model
+from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDED, MODEL_CONFIG, find_adapter, find_model
+from .run_log import put_log
+from .sets.registry import CLASSIFY, GENERATE
 
 # What Transformers raises for files that are not what they should be.
 BROKEN = (
@@ -47,8 +55,11 @@ def own_code(model: str, trust_remote_code: bool) -> Any:
     return named(), {"trust_remote_code": trust_remote_code}
 
 
-def load_tokenizer(model: str, adapter: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer saved with the adapter, else the model's; pads on the right, with </s> if it has no <pad>."""
+def load_tokenizer(
+    model: str, adapter: str | None = None, trust_remote_code: bool = False, *, writes: bool = True
+) -> Any:
+    """The tokenizer saved with the adapter, else the model's; pads on the right, with </s> if it has no <pad>. ``writes``: it
+    ends completions, and so has to have an end of sequence."""
     if adapter and (Path(adapter).expanduser() / "tokenizer_config.json").is_file():
         source, keywords = str(Path(adapter).expanduser()), {"local_files_only": True}
         named, code = own_code(adapter, False)
@@ -57,7 +68,7 @@ def load_tokenizer(model: str, adapter: str | None = None, trust_remote_code: bo
         named, code = own_code(model, trust_remote_code)
     with user_errors(*BROKEN, prefix=f"cannot load the tokenizer of '{model}': "), named:
         tokenizer = AutoTokenizer.from_pretrained(source, **keywords, **code)
-    if tokenizer.eos_token_id is None:
+    if writes and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of '{model}' has no end-of-sequence token, which ends every completion")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -65,19 +76,68 @@ def load_tokenizer(model: str, adapter: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
-def load_base(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
-    """The causal language model, on the CPU; ``dtype`` is a name of torch's, or "auto" for the checkpoint's own.
+def dtype_of(model: str, dtype: str, *, on_gpu: bool) -> str:
+    """The dtype that a name means; "auto" is the checkpoint's own, but fp32 on a processor that has no bf16 and for the
+    embedded model, which is kept in bf16 to be small: a processor computes in fp32 many times faster then."""
+    if dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise UserError(f"'{dtype}' is not a dtype; give 'auto', 'float32', 'bfloat16' or 'float16'")
+        return dtype
+    if model == EMBEDDED or not (on_gpu or _processor_has_bf16()):
+        return "float32"
+    return dtype
 
-    The embedded model is kept in bf16 to be small, and "auto" runs it in fp32, which a CPU does faster.
-    """
+
+def _processor_has_bf16() -> bool:
+    """Whether torch's own question says so; no where torch has another name for it."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def load_base(
+    model: str,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    *,
+    kind: Any = None,
+    use_cpu: bool = False,
+    **more: Any,
+) -> Any:
+    """The model, on the CPU. ``kind``: a class of Transformers' ``AutoModel...``, the causal language model's if not given;
+    ``more`` goes to its ``from_pretrained``. ``dtype``: see :func:`dtype_of`."""
     source, keywords = find_model(model)
-    if model == EMBEDDED and dtype == "auto":
-        dtype = "float32"
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UserError(f"'{dtype}' is not a dtype; give 'auto', 'float32', 'bfloat16' or 'float16'")
+    dtype = dtype_of(model, dtype, on_gpu=torch.cuda.is_available() and not use_cpu)
     named, code = own_code(model, trust_remote_code)
     with user_errors(*BROKEN, prefix=f"cannot load the model '{model}': "), named:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords, **code)
+        return (kind or AutoModelForCausalLM).from_pretrained(source, dtype=dtype, **keywords, **code, **more)
+
+
+def load_config(model: str, trust_remote_code: bool = False) -> Any:
+    """The model's configuration."""
+    source, keywords = find_model(model)
+    named, code = own_code(model, trust_remote_code)
+    with user_errors(*BROKEN, prefix=f"cannot load the model '{model}': "), named:
+        return AutoConfig.from_pretrained(source, **keywords, **code)
+
+
+def class_for(kind: str, config: Any) -> tuple[Any, str]:
+    """(the class of Transformers' that a task of this kind takes, PEFT's name of the kind)."""
+    if kind != GENERATE:
+        return AutoModelForSequenceClassification, "SEQ_CLS"
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"
+    return AutoModelForCausalLM, "CAUSAL_LM"
+
+
+def head_settings(kind: str, labels: tuple[str, ...], tokenizer: Any) -> dict[str, Any]:
+    """What a classifier's ``from_pretrained`` is told; nothing of a model that writes."""
+    if kind == GENERATE:
+        return {}
+    named = (
+        {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}} if labels else {}
+    )
+    problem = "single_label_classification" if kind == CLASSIFY else "regression"
+    sizes = {} if named else {"num_labels": 1}
+    return {**named, **sizes, "problem_type": problem, "pad_token_id": tokenizer.pad_token_id}
 
 
 def adapter_config(adapter: str) -> PeftConfig:
@@ -119,11 +179,17 @@ def load_adapter(base: Any, adapter: str) -> PeftModel:
     return model.eval()
 
 
-def save_adapter(model: Any, tokenizer: Any, base: str, output_dir: str) -> None:
-    """Adapter and tokenizer, if any, into ``output_dir``, each file whole or not at all, the adapter's configuration last."""
-    if base == EMBEDDED:  # a name that holds on every machine, where the package's folder does not
+def save_adapter(model: Any, tokenizer: Any, base: str, output_dir: str, log: dict[str, Any] | None = None) -> None:
+    """Adapter, tokenizer and the log of its training, if any, into ``output_dir``, each file whole or not at all, the adapter's
+    configuration last; of a model without an adapter, all of it."""
+    last = ADAPTER_CONFIG if isinstance(model, PeftModel) else MODEL_CONFIG
+    if (
+        base == EMBEDDED and last == ADAPTER_CONFIG
+    ):  # a name that holds on every machine, where the package's folder does not
         model.peft_config[model.active_adapter].base_model_name_or_path = EMBEDDED
-    with staged(output_dir, last=ADAPTER_CONFIG) as staging:
-        model.save_pretrained(staging, save_embedding_layers=False)
+    with staged(output_dir, last=last) as staging:
+        model.save_pretrained(staging, **({"save_embedding_layers": False} if last == ADAPTER_CONFIG else {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+        if log is not None:
+            put_log(staging, log)

@@ -9,6 +9,7 @@ from ..settings import EMBEDDED, EMBEDDED_PATH
 from .errors import UserError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
 
 
 def find_model(model: str) -> tuple[str, dict[str, Any]]:
@@ -22,11 +23,11 @@ def find_model(model: str) -> tuple[str, dict[str, Any]]:
         return str(EMBEDDED_PATH), {"local_files_only": True}
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"the model folder '{model}' has no config.json")
+        if not (path / MODEL_CONFIG).is_file():
+            raise UserError(f"the model folder '{model}' has no {MODEL_CONFIG}")
         return str(path), {"local_files_only": True}
     if path.exists():
-        raise UserError(f"the model '{model}' is a file; give the folder that holds it and its config.json")
+        raise UserError(f"the model '{model}' is a file; give the folder that holds it and its {MODEL_CONFIG}")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(f"there is no model folder '{model}'")
     return model, {}

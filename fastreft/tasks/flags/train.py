@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from ...settings import ReftSettings
 from ..errors import UserError, user_errors
 from ..places import find_model
+from .data import DataArguments
 from .parser import Parser, refuse_empty, with_flag_types
 from .training import training_arguments
 
@@ -26,30 +28,51 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """What to train on."""
+class MethodArguments:
+    """How to train it."""
 
-    train_file: str = field(metadata={"help": "records to train on: .jsonl, .json, .csv or .tsv"})
-    eval_file: str | None = field(default=None, metadata={"help": "records to report the loss on after training"})
-    prompt_field: str = field(default="prompt", metadata={"help": "the field that holds the prompt"})
-    completion_field: str = field(default="completion", metadata={"help": "the field that holds the completion"})
-    messages_field: str | None = field(
-        default=None,
+    method: str = field(
+        default="reft",
         metadata={
-            "help": "a field that holds a list of {role, content} messages, the last the assistant's, instead of prompt"
-            " and completion; goes through the tokenizer's chat template"
+            "help": "what is trained: 'reft', another of PEFT's methods by its name ('lora', 'ia3', ...), 'full', 'head' (a "
+            "classifier's) or 'last' (the last block, and the head): same data, same order, same seed"
         },
     )
-    max_length: int | None = field(
+    method_config: str | None = field(
         default=None,
-        metadata={"help": "most tokens of prompt and completion together; 512 or the model's context where not given"},
+        metadata={"help": "JSON of the configuration of another of PEFT's methods, such as '{\"r\": 8}'"},
     )
+    early_stopping: int = field(
+        default=0,
+        metadata={
+            "help": "stop after so many evaluations without a better one, and keep the best: needs --eval_strategy and "
+            "--load_best_model_at_end"
+        },
+    )
+
+    def check(self) -> None:
+        """:class:`UserError` for what does not go together."""
+        self.settings()
+        if self.method == "reft" and self.method_config is not None:
+            raise UserError("method_config is for other methods; a ReFT adapter's settings are flags of their own")
+        if self.early_stopping < 0:
+            raise UserError(f"early_stopping is {self.early_stopping}; it must be at least 0")
+
+    def settings(self) -> dict[str, Any]:
+        """method_config as a dict."""
+        try:
+            found = json.loads(self.method_config or "{}")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"method_config is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise UserError(f"method_config is {self.method_config}; it must be a JSON object")
+        return found
 
 
 def parser_of(training: type) -> Parser:
     """The parser of all that a run can be told, ``training`` being Transformers' class or its stand-in."""
     parser = Parser(
-        [ModelArguments, DataArguments, with_flag_types(ReftSettings), training],
+        [ModelArguments, DataArguments, MethodArguments, with_flag_types(ReftSettings), training],
         command="fastreft train",
         description="Train a ReFT adapter. Every setting can be a flag or a key of --config's YAML file.",
     )
@@ -66,16 +89,17 @@ def parse(argv: Sequence[str]) -> list[str]:
     """
     parser = parser_of(training_arguments())
     flags = parser.with_config(argv)
-    model, data, adapter, training = parser.parse(flags)
+    model, data, method, adapter, training = parser.parse(flags)
+    data.check()
+    method.check()
     with user_errors(ValueError, TypeError):
         ReftSettings(**settings_of(adapter)).check()
     find_model(model.model)
-    for file in filter(None, (data.train_file, data.eval_file)):
-        if not Path(file).expanduser().exists():
-            raise UserError(f"cannot read the data file '{file}': No such file or directory")
     _check_ranges(training)
     refuse_empty(training, "output_dir")
     _check_optimizer(training)
+    if method.early_stopping and not training.load_best_model_at_end:
+        raise UserError("early_stopping needs --load_best_model_at_end and an --eval_strategy, as it keeps the best")
     if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
         raise UserError(f"output_dir '{training.output_dir}' is a file; give a folder")
     return flags

@@ -1,0 +1,91 @@
+"""The flags that say what records a command reads, shared by those that train and those that score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import UserError
+
+TOO_LONG = ("error", "drop", "cut")
+
+
+@dataclass
+class DataArguments:
+    """What to train on: a task by its name, or a file of records."""
+
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "a task or family of tasks, such as boolq, commonsense, gsm8k, arithmetic, alpaca, sst2, banking77; "
+            "'fastreft info --tasks' lists them"
+        },
+    )
+    task_module: str | None = field(
+        default=None, metadata={"help": "a Python file of yours that registers tasks; it is run"}
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "the folder with the task's files; they come from the hub where not given"}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "records to train on in place of a task: .jsonl, .json, .csv or .tsv"}
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "records like those of train_file, to report the loss on"}
+    )
+    prompt_field: str = field(default="prompt", metadata={"help": "the field that holds the prompt"})
+    completion_field: str = field(default="completion", metadata={"help": "the field that holds the completion"})
+    messages_field: str | None = field(
+        default=None,
+        metadata={
+            "help": "a field that holds a list of {role, content} messages, the last the assistant's, instead of prompt"
+            " and completion; goes through the tokenizer's chat template"
+        },
+    )
+    text_field: str | None = field(default=None, metadata={"help": "the field that holds a text to be classified"})
+    pair_field: str | None = field(default=None, metadata={"help": "the field that holds a second text, of pairs"})
+    label_field: str | None = field(
+        default=None, metadata={"help": "the field that holds the label; makes the model a classifier"}
+    )
+    chat: bool = field(
+        default=False, metadata={"help": "put prompt and completion through the chat template as two messages"}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "most tokens of prompt and completion together; 512 or the model's context where not given"},
+    )
+    too_long: str = field(
+        default="error",
+        metadata={
+            "help": "what to do about a longer one: 'error' cuts completions and refuses a prompt that leaves no room for "
+            "one, 'drop' leaves such records out, 'cut' cuts the prompt's beginning away, too",
+            "choices": list(TOO_LONG),
+        },
+    )
+    max_train_records: int | None = field(default=None, metadata={"help": "train on the first so many records alone"})
+    max_eval_records: int | None = field(default=None, metadata={"help": "score the first so many records alone"})
+    hold_out: int = field(
+        default=0, metadata={"help": "keep the last so many training records for the evaluation during training"}
+    )
+
+    def check(self, *, training: bool = True) -> None:
+        """:class:`UserError` for what does not go together, and for files that are not there."""
+        if training and (self.task is None) is (self.train_file is None):
+            raise UserError("give either --task or --train_file: what to train on")
+        if (self.text_field is None) is not (self.label_field is None):
+            raise UserError("text_field and label_field go together: the text, and what it is to be classified as")
+        if self.too_long not in TOO_LONG:
+            raise UserError(f"too_long is {self.too_long!r}; it must be one of {', '.join(TOO_LONG)}")
+        for name in ("max_train_records", "max_eval_records"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        if self.hold_out < 0:
+            raise UserError(f"hold_out is {self.hold_out}; it must be at least 0")
+        if self.eval_file and self.hold_out:
+            raise UserError("eval_file and hold_out each say what to evaluate on; give one of them")
+        for file in filter(None, (self.train_file, self.eval_file, self.task_module)):
+            if not Path(file).expanduser().exists():
+                raise UserError(f"cannot read the data file '{file}': No such file or directory")
+        if self.data_dir is not None and not Path(self.data_dir).expanduser().is_dir():
+            raise UserError(f"there is no data folder '{self.data_dir}'")

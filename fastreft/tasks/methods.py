@@ -1,0 +1,94 @@
+"""What is trained of a model: a ReFT adapter, any other of PEFT's, the head, the last block, or everything.
+
+One road for all, so that a comparison shares code, data order and seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType
+
+import fastreft
+
+from ..models.blocks import find_blocks
+from .errors import UserError, nearest, user_errors
+
+REFT, FULL, HEAD, LAST = "reft", "full", "head", "last"
+
+
+def methods() -> list[str]:
+    """The names that --method takes."""
+    return [
+        REFT,
+        FULL,
+        HEAD,
+        LAST,
+        *sorted(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind != "REFT"),
+    ]
+
+
+def check_method(name: str) -> None:
+    """:class:`UserError` for a method that there is not."""
+    if name not in methods():
+        raise UserError(f"method is {name!r}; it must be one of {', '.join(methods())}{nearest(name, methods())}")
+
+
+def apply(base: Any, method: str, config: Any, settings: dict[str, Any], task_type: str) -> Any:
+    """``base`` made ready to train: a PeftModel, or itself with the right parameters requiring gradients.
+
+    ``config``: the :class:`fastreft.ReftConfig` of "reft"; ``settings`` of --method_config for any other of PEFT's.
+    """
+    if method == REFT:
+        with user_errors(ValueError, TypeError):
+            return fastreft.get_reft_model(base, config)
+    if method in (FULL, HEAD, LAST):
+        if settings:
+            raise UserError(f"method_config is {settings!r}; the method '{method}' takes none")
+        _choose(base, method)
+        return base
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
+    with user_errors(ValueError, TypeError, KeyError, ImportError, prefix=f"the method '{method}': "):
+        return get_peft_model(base, made(task_type=task_type, **settings))
+
+
+def head_of(base: Any) -> list[torch.nn.Module]:
+    """What stands behind a model's blocks and is the task's own: a classifier's layers."""
+    inner = getattr(base, base.base_model_prefix, None)
+    return [module for module in base.children() if module is not inner and any(True for _ in module.parameters())]
+
+
+def _choose(base: Any, method: str) -> None:
+    """Gradients for a part of a model alone."""
+    if method == FULL:
+        return
+    base.requires_grad_(False)
+    head = head_of(base)
+    embedded = base.get_output_embeddings()
+    if method == HEAD and (not head or embedded is not None):
+        raise UserError("the method 'head' trains a classifier's head, and this model has none; take 'last'")
+    for module in [*head, *(find_blocks(base).modules[-1:] if method == LAST else [])]:
+        if module is not embedded:
+            module.requires_grad_(True)
+
+
+def optimizer_of(model: Any, method: str, training: Any) -> Any:
+    """:class:`fastreft.ReftAdamW` for ReFT, whose Rs it keeps orthonormal; None else: Trainer's own AdamW."""
+    if method != REFT:
+        return None
+    return fastreft.ReftAdamW(
+        fastreft.param_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay),
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+    )
+
+
+def counts(model: Any) -> tuple[int, int]:
+    """(numbers that are trained, all numbers)."""
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

@@ -1,0 +1,120 @@
+"""What a command is told of its data -> records, before a model is loaded: what is wrong with them is said at once."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError, in_words, nearest
+from .flags.data import DataArguments
+from .read import read_records, text_of
+from .sets import Record, TaskSet, find, training_records
+from .sets.instructions import from_record
+from .sets.labelled import from_file
+from .sets.registry import CLASSIFY, GENERATE
+
+
+@dataclass
+class Data:
+    """The records of a run. ``scored``: the tasks whose test records are scored afterwards; ``notes``: for the user."""
+
+    kind: str
+    train: list[Record]
+    evaluated: list[Record] = field(default_factory=list)
+    scored: list[TaskSet] = field(default_factory=list)
+    labels: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+def folder_of(arguments: DataArguments) -> Path | None:
+    """The folder of --data_dir."""
+    return None if arguments.data_dir is None else Path(arguments.data_dir).expanduser()
+
+
+def tasks_of(arguments: DataArguments) -> list[TaskSet]:
+    """The tasks that --task names, those of --task_module registered first."""
+    if arguments.task_module is not None:
+        try:
+            runpy.run_path(str(Path(arguments.task_module).expanduser()))
+        except Exception as error:
+            raise UserError(f"the task module '{arguments.task_module}' fails: {in_words(error)}") from error
+    return find(str(arguments.task))
+
+
+def of_file(path: str, arguments: DataArguments) -> Iterator[Record]:
+    """The records of a file of the user's: labelled texts, chats, prompts and completions, or Alpaca's fields."""
+    if arguments.label_field is not None:
+        yield from from_file(path, str(arguments.text_field), arguments.label_field, arguments.pair_field)
+        return
+    for where, row in read_records(path):
+        if arguments.messages_field:
+            yield Record("", messages=_messages(row, arguments.messages_field, where), where=where)
+        elif arguments.prompt_field == "prompt" and "prompt" not in row and {"instruction", "output"} <= {*row}:
+            yield from_record(row, where)
+        else:
+            prompt = text_of(row, arguments.prompt_field, where)
+            yield Record(prompt, text_of(row, arguments.completion_field, where), where=where)
+
+
+def _messages(row: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
+    if name not in row:
+        raise UserError(f"{where} has no field '{name}'{nearest(name, row)}")
+    messages = row[name]
+    well_formed = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages)
+    if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise UserError(f"the field '{name}' in {where} is not a list of messages that ends with the assistant's")
+    return messages
+
+
+def gather(arguments: DataArguments) -> Data:
+    """All that a training reads; :class:`UserError` for what is wrong with it."""
+    if arguments.task is not None:
+        sets = tasks_of(arguments)
+        train, left_out = training_records(arguments.task, folder_of(arguments))
+        data = Data(sets[0].kind, train, scored=sets, labels=sets[0].labels)
+        if left_out:
+            data.notes.append(f"{left_out} training records are among the test's and were left out")
+    else:
+        kind = CLASSIFY if arguments.label_field is not None else GENERATE
+        data = Data(kind, list(of_file(str(arguments.train_file), arguments)))
+        if not data.train:
+            raise UserError(f"the data file '{arguments.train_file}' has no records")
+    if arguments.max_train_records is not None:
+        data.train = data.train[: arguments.max_train_records]
+    if arguments.eval_file is not None:
+        data.evaluated = list(of_file(arguments.eval_file, arguments))
+        if not data.evaluated:
+            raise UserError(f"the data file '{arguments.eval_file}' has no records")
+    elif arguments.hold_out:
+        if arguments.hold_out >= len(data.train):
+            raise UserError(f"hold_out is {arguments.hold_out}, and there are {len(data.train)} training records")
+        data.train, data.evaluated = data.train[: -arguments.hold_out], data.train[-arguments.hold_out :]
+    elif data.kind != GENERATE and data.scored:
+        data.evaluated = to_score(data.scored[0], arguments)
+    if data.kind == CLASSIFY:
+        data.labels = data.labels or tuple(sorted({str(record.answer) for record in data.train}))
+        _check_labels(data)
+    return data
+
+
+def to_score(task: TaskSet, arguments: DataArguments, split: str = "test") -> list[Record]:
+    """The records of a task that are scored."""
+    return task.records(split, folder_of(arguments))[: arguments.max_eval_records]
+
+
+def label_index(record: Record, labels: tuple[str, ...]) -> int:
+    """The number of a record's label; -1 where it is none of ``labels``."""
+    if isinstance(record.answer, int):
+        return record.answer
+    return labels.index(record.answer) if record.answer in labels else -1
+
+
+def _check_labels(data: Data) -> None:
+    if len(data.labels) < 2:
+        raise UserError(f"the training records have {len(data.labels)} label; classifying takes two at least")
+    unknown = next((record for record in data.evaluated if label_index(record, data.labels) < 0), None)
+    if unknown is not None:
+        raise UserError(f"the label {unknown.answer!r} of a record to evaluate is none of the training records'")

@@ -1,0 +1,141 @@
+"""What a model makes of a task's records, and what that is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from .data import chat_prompt, prompt_ids
+from .generate import complete
+from .records import label_index
+from .sets import Record, TaskSet
+from .sets.metrics import METRICS
+from .sets.registry import CLASSIFY, GENERATE
+
+
+@dataclass
+class Score:
+    """A task's metrics in percent, of ``records`` records. ``unparsed``: those in whose text no answer was found, which count
+    as wrong. ``predictions``: one of them each, as written to a file."""
+
+    task: str
+    metrics: dict[str, float]
+    records: int
+    unparsed: int = 0
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+
+    def in_words(self) -> str:
+        """One line."""
+        values = "   ".join(f"{name} {value:.2f}" for name, value in self.metrics.items()) or "written, not scored"
+        return f"{self.task}: {values}   ({self.records:,} records" + (
+            f", {self.unparsed:,} without an answer)" if self.unparsed else ")"
+        )
+
+
+def score(
+    task: TaskSet,
+    records: Sequence[Record],
+    model: Any,
+    tokenizer: Any,
+    *,
+    labels: tuple[str, ...] = (),
+    chat: bool = False,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> Score:
+    """A model's score on records: greedily written answers, or the likeliest label."""
+    if task.kind == GENERATE:
+        written = write(records, model, tokenizer, chat=chat, batch_size=batch_size, max_new_tokens=task.max_new_tokens)
+        return _score_written(task, records, written)
+    values = predict(records, model, tokenizer, batch_size=batch_size, max_length=max_length)
+    if task.kind != CLASSIFY:
+        return _scored(task, records, values, [float(record.answer) for record in records], values)
+    found = [max(range(len(row)), key=row.__getitem__) for row in values]
+    named = [labels[i] if i < len(labels) else str(i) for i in found]
+    return _scored(task, records, found, [label_index(record, labels) for record in records], named)
+
+
+def write(
+    records: Sequence[Record], model: Any, tokenizer: Any, *, chat: bool, batch_size: int, max_new_tokens: int
+) -> list[str]:
+    """What a model writes after each record's prompt, greedily."""
+    if model.config.is_encoder_decoder:
+        prompts = [tokenizer(record.prompt).input_ids for record in records]
+    elif chat:
+        texts = (chat_prompt(record.prompt, tokenizer) for record in records)
+        prompts = [prompt_ids(tokenizer, text, templated=True) for text in texts]
+    else:
+        prompts = [prompt_ids(tokenizer, record.prompt) for record in records]
+    return complete(model, tokenizer, prompts, batch_size, max_new_tokens=max_new_tokens, do_sample=False)
+
+
+@torch.inference_mode()
+def predict(records: Sequence[Record], model: Any, tokenizer: Any, *, batch_size: int, max_length: int) -> list[Any]:
+    """A row of scores for each record, or its number where the model has one output."""
+    found: list[Any] = []
+    for i in range(0, len(records), batch_size):
+        some = records[i : i + batch_size]
+        pairs = [record.pair for record in some]
+        batch = tokenizer(
+            [record.prompt for record in some],
+            None if pairs[0] is None else pairs,
+            truncation=True,
+            max_length=max_length,
+            padding=True,
+            return_tensors="pt",
+        ).to(model.device)
+        logits = model(**batch).logits.float().cpu()
+        found += logits[:, 0].tolist() if logits.shape[1] == 1 else logits.tolist()
+    return found
+
+
+def _score_written(task: TaskSet, records: Sequence[Record], written: Sequence[str]) -> Score:
+    found = [task.answer_of(text) for text in written]
+    right = [a is not None and task.same(a, record.answer) for a, record in zip(found, records, strict=True)]
+    rows = []
+    for record, text, answer, good in zip(records, written, found, right, strict=True):
+        row: dict[str, Any] = {**record.about, "output": text}
+        if task.metrics:
+            row |= {"found": answer, "answer": record.answer, "right": good}
+        rows.append(row)
+    if not task.metrics:
+        return Score(task.name, {}, len(records), 0, rows)
+    values = {name: METRICS[name](right, [True] * len(right)) for name in task.metrics}
+    return Score(task.name, values, len(records), sum(a is None for a in found), rows)
+
+
+def _scored(
+    task: TaskSet, records: Sequence[Record], found: Sequence[Any], wanted: Sequence[Any], shown: Sequence[Any]
+) -> Score:
+    rows = [
+        {"text": record.prompt, **({} if record.pair is None else {"pair": record.pair}), "found": s, "answer": record.answer,
+         **({"right": a == b} if task.kind == CLASSIFY else {})}
+        for record, a, b, s in zip(records, found, wanted, shown, strict=True)
+    ]  # fmt: skip
+    return Score(task.name, {name: METRICS[name](found, wanted) for name in task.metrics}, len(records), 0, rows)
+
+
+def metrics_for_trainer(kind: str, names: Sequence[str]) -> Callable[[Any], dict[str, float]] | None:
+    """``compute_metrics`` of Trainer; None for text, of which it has the loss alone."""
+    if kind == GENERATE:
+        return None
+
+    def compute(prediction: Any) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        found = logits.argmax(-1) if kind == CLASSIFY else logits.reshape(-1)
+        return {name: METRICS[name](found, prediction.label_ids) for name in names}
+
+    return compute
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """ "81.2 ± 0.4" of several runs, the spread being the standard deviation over them."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    spread = stdev(values)
+    return f"{fmean(values):.2f} ± {spread:.2f}" if math.isfinite(spread) else "nan"

@@ -1,0 +1,56 @@
+"""Texts with labels: 77 intents of a bank's customers, 150 intents of CLINC's, or files of your own.
+
+BANKING77 (Casanueva et al. 2020); CLINC150 (Larson et al. 2019), whose out-of-scope texts are one label more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import UserError
+from ..read import read_records, text_of
+from .places import file_of, from_hub
+from .registry import CLASSIFY, Record, register
+
+
+def from_file(path: Path | str, text: str, label: str, pair: str | None = None) -> Iterator[Record]:
+    """The records of a file whose fields are named."""
+    for where, row in read_records(path):
+        value = row.get(label)
+        if isinstance(value, (bool, int)):  # numbered classes are labels, too
+            row = {**row, label: str(value)}
+        yield Record(
+            text_of(row, text, where),
+            answer=text_of(row, label, where),
+            pair=text_of(row, pair, where) if pair else None,
+        )
+
+
+@register("banking77", kind=CLASSIFY)
+def banking77(split: str, folder: Path | None) -> Iterator[Record]:
+    """``train.csv`` and ``test.csv`` with the columns text and category."""
+    held = "train" if split == "train" else "test"
+    if folder is not None:
+        yield from from_file(file_of(folder, f"banking77/{held}.csv", f"{held}.csv"), "text", "category")
+        return
+    for row in from_hub("mteb/banking77", None, held):
+        yield Record(row["text"], answer=row["label_text"])
+
+
+@register("clinc150", kind=CLASSIFY)
+def clinc150(split: str, folder: Path | None) -> Iterator[Record]:
+    """``data_full.json``: for each split a list of [text, intent], and one of those out of scope."""
+    if folder is None:
+        rows = from_hub("clinc/clinc_oos", "plus", split)
+        yield from (Record(row["text"], answer=str(row["intent"])) for row in rows)
+        return
+    path = file_of(folder, "clinc150/data_full.json", "data_full.json")
+    held = {"validation": "val"}.get(split, split)
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        for text, intent in [*whole[held], *whole[f"oos_{held}"]]:
+            yield Record(text, answer=intent)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' is not CLINC150's data_full.json: {error}") from error
