@@ -87,12 +87,13 @@ def encode_written(
     ``apart``: for an encoder-decoder, whose prompt is the input and whose completion the labels, each up to ``max_length``.
     """
     rows, cut, dropped = [], 0, 0
-    for record in records:
+    for i, record in enumerate(records, 1):
+        where = record.where or f"record {i}"
         templated = chat or record.messages is not None
         prompt, completion = record.prompt, record.completion
         if templated:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            prompt, completion = chat_texts(record.messages or turns, record.where, tokenizer)
+            prompt, completion = chat_texts(record.messages or turns, where, tokenizer)
         if apart:
             ids = {
                 "input_ids": tokenizer(prompt).input_ids,
@@ -110,7 +111,7 @@ def encode_written(
             no_room = not apart and all(label == IGNORED for label in ids["labels"][:max_length])
             if no_room and too_long == "error":
                 raise UserError(
-                    f"the prompt in {record.where} leaves no room for a completion in max_length = {max_length} tokens; "
+                    f"the prompt in {where} leaves no room for a completion in max_length = {max_length} tokens; "
                     "--too_long drop leaves such records out, --too_long cut cuts the prompt"
                 )
             if no_room:  # half of the room for the completion at most

@@ -161,7 +161,7 @@ def test_an_adapter_in_output_dir_stays_until_the_new_one_is_whole(settings, tmp
         ({"layers_to_transform": [99]}, ["99"]),
         ({"intervention_type": "lorefft"}, ["lorefft"]),
         ({"learning_rat": 1}, ["unknown setting 'learning_rat'", "did you mean 'learning_rate'"]),
-        ({"train_file": None}, ["required", "train_file"]),
+        ({"train_file": None}, ["give either --task or --train_file"]),
         ({"output_dir": None}, ["required", "output_dir"]),
         ({"max_length": 100000}, ["max_length is 100000", "context"]),
         ({"dtype": "float33"}, ["'float33' is not a dtype"]),

@@ -6,10 +6,12 @@ import json
 
 import pytest
 
-from fastreft.tasks.data import IGNORED, load_dataset, read_records
+from fastreft.tasks.data import IGNORED, encode_written
 from fastreft.tasks.errors import UserError
-from fastreft.tasks.flags.train import DataArguments
+from fastreft.tasks.flags.data import DataArguments
 from fastreft.tasks.models import load_tokenizer
+from fastreft.tasks.read import read_records
+from fastreft.tasks.records import gather
 
 MODEL = "embedded"
 RECORD = {"prompt": "The king was sad.", "completion": ' "I am sad," said the king.'}
@@ -30,7 +32,8 @@ def write(path, text):
 
 
 def load(path, tokenizer, max_length=64, **fields):
-    return load_dataset(path, tokenizer, DataArguments(train_file=path, **fields), max_length)
+    encoded = encode_written(gather(DataArguments(train_file=path, **fields)).train, tokenizer, max_length=max_length)
+    return encoded.data, encoded.cut
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "list.json", "a.csv", "a.tsv"])
@@ -76,7 +79,7 @@ def test_long_completions_are_cut_and_counted(tmp_path, tokenizer):
 def test_messages_go_through_the_chat_template(tmp_path, tokenizer, monkeypatch):
     turns = [{"role": "user", "content": "Who is sad?"}, {"role": "assistant", "content": "The king."}]
     path = write(tmp_path / "a.jsonl", json.dumps({"turns": turns}))
-    with pytest.raises(UserError, match="has no chat template"):
+    with pytest.raises(UserError, match="tokenizer has none"):
         load(path, tokenizer, messages_field="turns")
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     data, _ = load(path, tokenizer, messages_field="turns")

@@ -36,7 +36,9 @@ def from_record(record: dict[str, Any], where: str) -> Record:
     instruction, given = text_of(record, "instruction", where), record.get("input") or ""
     if not isinstance(given, str):
         raise UserError(f"the field 'input' in {where} is {type(given).__name__}, not text")
-    return Record(ask(instruction, given), text_of(record, "output", where), about={"instruction": instruction})
+    return Record(
+        ask(instruction, given), text_of(record, "output", where), about={"instruction": instruction}, where=where
+    )
 
 
 def _alpaca_eval(folder: Path | None) -> Iterator[Record]:
