@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .optim import ReftAdamW, attach_retraction, param_groups, retract_model_
     from .tuner.config import ReftConfig
     from .tuner.model import get_reft_model
+    from .tuner.rate import suggest_lr
 
 __all__ = [
     "ConsreftIntervention",
@@ -39,6 +40,7 @@ __all__ = [
     "param_groups",
     "reference",
     "retract_model_",
+    "suggest_lr",
 ]
 
 _ROOMS = {  # name -> the module that has it; interventions for all others
@@ -48,6 +50,7 @@ _ROOMS = {  # name -> the module that has it; interventions for all others
     "get_reft_model": "tuner.model",
     "param_groups": "optim",
     "retract_model_": "optim",
+    "suggest_lr": "tuner.rate",
 }
 _MODULES = ("functional", "interventions", "optim", "pyreft", "reference")
 

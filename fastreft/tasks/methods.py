@@ -86,6 +86,18 @@ def optimizer_of(model: Any, method: str, training: Any) -> Any:
     )
 
 
+# Where nothing is measured: rates that others use.
+_USUAL = {FULL: 1e-4, HEAD: 1e-2, LAST: 1e-3}
+
+
+def suited_rate(model: Any, method: str) -> float:
+    """:func:`fastreft.suggest_lr`'s for ReFT; for other methods a usual one."""
+    if method != REFT:
+        return _USUAL.get(method, 1e-3)
+    with user_errors(ValueError, RuntimeError, TypeError, prefix="no learning_rate could be found, give one: "):
+        return fastreft.suggest_lr(model)
+
+
 def counts(model: Any) -> tuple[int, int]:
     """(numbers that are trained, all numbers)."""
     if isinstance(model, PeftModel):

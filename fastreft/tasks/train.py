@@ -25,7 +25,7 @@ from .checkpoints import lacks, newest_whole
 from .data import Encoded, encode_labelled, encode_written
 from .errors import UserError, user_errors
 from .flags.data import DataArguments
-from .flags.train import MethodArguments, ModelArguments, parser_of, settings_of
+from .flags.train import AUTO, MethodArguments, ModelArguments, parser_of, settings_of
 from .models import class_for, head_settings, load_base, load_config, load_tokenizer, save_adapter
 from .records import Data, gather, to_score
 from .run_log import peak_memory, versions, write_log
@@ -175,9 +175,15 @@ def run(flags: Sequence[str]) -> int:
         **head_settings(data.kind, data.labels, tokenizer),
     )  # fmt: skip
     model = methods.apply(base, run.method.method, adapter, run.method.settings(), task_type)
+    notes = list(data.notes)
+    if run.training.learning_rate is AUTO:
+        model.to(run.training.device)
+        run.training.learning_rate = methods.suited_rate(model, run.method.method)
+        notes.append(
+            f"learning_rate is {run.training.learning_rate:g}, which suits this model and what is trained of it"
+        )
     with user_errors(ValueError, RuntimeError, ImportError):
         trainer = _trainer(run, data, model, tokenizer, train, evaluated)
-    notes = list(data.notes)
     for what, encoded in (("training", train), ("evaluation", evaluated)):
         if encoded and encoded.cut:
             notes.append(f"{encoded.cut} {what} records were cut at max_length = {length} tokens")
@@ -200,6 +206,7 @@ def run(flags: Sequence[str]) -> int:
             "chat": run.data.chat,
             "dtype": run.model.dtype,
             "max_length": length,
+            "learning_rate": run.training.learning_rate,
             "trained_numbers": trained,
             "steps": result.global_step,
             "train_records": len(train.data),

@@ -30,6 +30,11 @@ class Parser(HfArgumentParser):
         """Make an optional field a required one."""
         next(action for action in self._actions if action.dest == name).required = True
 
+    def let(self, name: str, kind: Any, default: Any, said: str) -> None:
+        """Give a field another type, default and help."""
+        action = next(action for action in self._actions if action.dest == name)
+        action.type, action.default, action.help = kind, default, said
+
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """One instance of each dataclass; an unknown flag is an error that names the nearest valid one."""
         with user_errors(ValueError, TypeError, ImportError):

@@ -69,6 +69,22 @@ class MethodArguments:
         return found
 
 
+class _Auto(float):
+    """A rate that is yet to be found, where a number is expected."""
+
+    def __repr__(self) -> str:
+        return "auto"
+
+    __str__ = __repr__
+
+
+AUTO = _Auto()
+
+
+def _rate_or_auto(text: str) -> float:
+    return AUTO if text == "auto" else float(text)
+
+
 def parser_of(training: type) -> Parser:
     """The parser of all that a run can be told, ``training`` being Transformers' class or its stand-in."""
     parser = Parser(
@@ -76,8 +92,9 @@ def parser_of(training: type) -> Parser:
         command="fastreft train",
         description="Train a ReFT adapter. Every setting can be a flag or a key of --config's YAML file.",
     )
-    # The paper's learning rate and warmup; Trainer's defaults are meant for whole models.
-    parser.set_defaults(learning_rate=9e-4, warmup_steps=0.1)
+    # A rate for the model and the adapter, and the paper's warmup; Trainer's defaults are meant for whole models.
+    parser.let("learning_rate", _rate_or_auto, AUTO, "the rate, or 'auto': one that suits the model and the adapter")
+    parser.set_defaults(warmup_steps=0.1)
     parser.require("output_dir")  # TrainingArguments would make one up
     return parser
 
