@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,13 +10,12 @@ import torch
 
 import fastreft  # noqa: F401  # registers the method with PEFT
 
-from ..files import staged
-from .errors import UserError, user_errors
+from .errors import UserError
 from .flags.eval import EvalArguments
 from .models import adapter_config, class_for, head_settings, load_adapter, load_base, load_config, load_tokenizer
 from .places import ADAPTER_CONFIG
 from .records import tasks_of, to_score
-from .run_log import read_log
+from .run_log import read_log, write_rows
 from .scoring import Score, mean_and_spread, score
 from .sets.registry import GENERATE
 
@@ -78,23 +76,6 @@ def _scores(arguments: EvalArguments, folder: str | None, base: bool) -> Iterato
                 )
 
 
-def _write(path: str, found: list[tuple[str, Score]]) -> None:
-    """The predictions of all, whose they are said in ``generator``."""
-    rows = [{**row, "generator": whose, "task": each.task} for whose, each in found for row in each.predictions]
-    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
-    text = (
-        "\n".join(lines) + "\n"
-        if path.endswith(".jsonl")
-        else json.dumps(rows, indent=1, ensure_ascii=False, default=str)
-    )
-    where = Path(path).expanduser()
-    with (
-        user_errors(OSError, prefix=f"cannot write the predictions to '{path}': "),
-        staged(where.parent, last=where.name) as staging,
-    ):
-        (staging / where.name).write_text(text, encoding="utf-8")
-
-
 def run(arguments: EvalArguments) -> int:
     """Print a line for each task and adapter, and the mean of several."""
     found: list[tuple[str, Score]] = []
@@ -111,5 +92,6 @@ def run(arguments: EvalArguments) -> int:
             )
             print(f"{task}, {len(of_task)} adapters: {'   '.join(means)}")
     if arguments.predictions is not None:
-        _write(arguments.predictions, found)
+        rows = [{**row, "generator": whose, "task": each.task} for whose, each in found for row in each.predictions]
+        write_rows(arguments.predictions, rows)
     return 0

@@ -17,6 +17,8 @@ from .data import chat_prompt, prompt_ids
 from .errors import UserError, user_errors
 from .flags.generate import NO_PROMPT, GenerateArguments
 from .models import adapter_config, load_adapter, load_base, load_tokenizer
+from .read import read_records, text_of
+from .run_log import read_log, write_rows
 
 
 def complete(
@@ -38,7 +40,10 @@ def complete(
 
 def _prompts(arguments: GenerateArguments) -> list[str]:
     prompts = list(arguments.prompt or [])
-    if arguments.prompt_file:
+    if arguments.prompt_file and Path(arguments.prompt_file).suffix in (".jsonl", ".json", ".csv", ".tsv"):
+        rows = read_records(arguments.prompt_file)
+        prompts += [text_of(record, arguments.prompt_field, where) for where, record in rows]
+    elif arguments.prompt_file:
         with user_errors(OSError, UnicodeDecodeError, prefix="cannot read the prompt file: "):
             text = sys.stdin.read() if arguments.prompt_file == "-" else Path(arguments.prompt_file).read_text("utf-8")
         prompts += [line for line in text.splitlines() if line.strip()]
@@ -68,9 +73,11 @@ def run(arguments: GenerateArguments) -> int:
     name = arguments.model or named
     if not name:
         raise UserError(f"the adapter in '{arguments.adapter}' names no base model; give --model")
+    trained = read_log(arguments.adapter)  # what it was trained with, it is asked with
     tokenizer = load_tokenizer(name, arguments.adapter, arguments.trust_remote_code)
-    encoded = _encoded(tokenizer, prompts, arguments.chat)
-    model = load_adapter(load_base(name, arguments.dtype, arguments.trust_remote_code), arguments.adapter)
+    encoded = _encoded(tokenizer, prompts, arguments.chat or bool(trained.get("chat")))
+    dtype = arguments.dtype if arguments.dtype != "auto" else str(trained.get("dtype", "auto"))
+    model = load_adapter(load_base(name, dtype, arguments.trust_remote_code), arguments.adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.do_sample}
     if arguments.do_sample:
@@ -80,5 +87,9 @@ def run(arguments: GenerateArguments) -> int:
         set_seed(arguments.seed)
         with model.disable_adapter() if label == "base" else nullcontext():
             texts[label] = complete(model, tokenizer, encoded, arguments.batch_size, **options)
-    print("\n".join(_report(prompts, texts)))
+    if arguments.output is not None:
+        rows = ({"prompt": prompt, **{name: texts[name][i] for name in texts}} for i, prompt in enumerate(prompts))
+        write_rows(arguments.output, list(rows))
+    else:
+        print("\n".join(_report(prompts, texts)))
     return 0

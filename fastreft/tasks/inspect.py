@@ -59,7 +59,7 @@ def adapter_rows(path: str) -> tuple[list[str], list[tuple[str, ...]]]:
     if others:
         settings.append(f"and {len(others)} tensors that are no edit's, such as {others[0]}")
     rows = []
-    for module, edits in found.items():
+    for module, edits in sorted(found.items(), key=lambda item: _by_number(item[0])):
         _check_edits(path, config, module, edits)
         for which, own in edits.items():
             held = torch.nn.Module()
@@ -70,6 +70,11 @@ def adapter_rows(path: str) -> tuple[list[str], list[tuple[str, ...]]]:
             where = module + (f" ({which})" if which else "")
             rows.append(_row(where, config.intervention_type, r, d, own.values(), format.orthonormality_error(held)))
     return settings, rows
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _check_edits(path: str, config: Any, module: str, edits: dict[str, dict[str, Tensor]]) -> None:

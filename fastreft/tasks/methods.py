@@ -75,7 +75,7 @@ def _choose(base: Any, method: str) -> None:
             module.requires_grad_(True)
 
 
-def optimizer_of(model: Any, method: str, training: Any) -> Any:
+def optimizer_of(model: Any, method: str, training: Any, r_lr_scale: float) -> Any:
     """:class:`fastreft.ReftAdamW` for ReFT, whose Rs it keeps orthonormal; None else: Trainer's own AdamW."""
     if method != REFT:
         return None
@@ -83,6 +83,7 @@ def optimizer_of(model: Any, method: str, training: Any) -> Any:
         fastreft.param_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay),
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
+        r_lr_scale=r_lr_scale,
     )
 
 

@@ -78,7 +78,7 @@ def _as_record(value: Any, where: str) -> dict[str, Any]:
 
 def text_of(record: dict[str, Any], name: str, where: str) -> str:
     if name not in record:
-        raise UserError(f"{where} has no field '{name}'{nearest(name, record)}")
+        raise UserError(f"{where} has no field '{name}' among {', '.join(map(str, record))}{nearest(name, record)}")
     value = record[name]
     if not isinstance(value, str) or not value:
         kind = "is empty" if value in ("", None) else f"is {type(value).__name__}, not text"

@@ -1,4 +1,4 @@
-"""What is written beside an adapter: how it was trained, what it is to be given, and what it scored."""
+"""What is written beside an adapter (how it was trained, what it is to be given, what it scored), and rows of what it wrote."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import staged
+from .errors import user_errors
 from .places import ADAPTER_CONFIG
 
 RUN = "training.json"
@@ -42,6 +43,19 @@ def write_log(folder: str | Path, log: dict[str, Any]) -> None:
     """The log into a folder, whole or not at all."""
     with staged(folder, last=ADAPTER_CONFIG) as staging:
         put_log(staging, log)
+
+
+def write_rows(path: str, rows: list[dict[str, Any]]) -> None:
+    """Rows into a file, one a line (.jsonl) or as a list (.json), whole or not at all."""
+    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+    as_list = json.dumps(rows, indent=1, ensure_ascii=False, default=str)
+    text = "\n".join(lines) if path.endswith(".jsonl") else as_list
+    where = Path(path).expanduser()
+    with (
+        user_errors(OSError, prefix=f"cannot write '{path}': "),
+        staged(where.parent, last=where.name) as staging,
+    ):
+        (staging / where.name).write_text(text + "\n", encoding="utf-8")
 
 
 def peak_memory() -> int:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
@@ -145,7 +146,7 @@ def _trainer(
         eval_dataset=evaluated.data if evaluated else None,
         data_collator=partial(with_answers, pad) if smoothed else pad,
         processing_class=tokenizer,
-        optimizers=(methods.optimizer_of(model, run.method.method, run.training), None),
+        optimizers=(methods.optimizer_of(model, run.method.method, run.training, run.method.r_lr_scale), None),
         compute_metrics=metrics_for_trainer(data.kind, names),
         callbacks=stopping,
     )
@@ -169,6 +170,8 @@ def run(flags: Sequence[str]) -> int:
     kind, task_type = class_for(data.kind, config)
     with user_errors(ValueError, TypeError):
         adapter = fastreft.ReftConfig(task_type=task_type, **run.adapter)
+    if not torch.cuda.is_available():
+        run.training.dataloader_pin_memory = False  # which torch would warn of, each epoch
     set_seed(run.training.seed)  # before the weights of an adapter, or of a head, are drawn
     base = load_base(
         named, run.model.dtype, trusts, kind=kind, use_cpu=run.training.use_cpu,

@@ -38,13 +38,13 @@ def suggest_lr(
     """
     from .model import get_reft_model
 
-    if config is not None:
-        model = get_reft_model(model, config)
-    try:
+    if config is None:
         return _suggested(model, inputs, move)
+    adapted: Any = get_reft_model(model, config)
+    try:
+        return _suggested(adapted, inputs, move)
     finally:
-        if config is not None:
-            model.unload()
+        adapted.unload()
 
 
 def _suggested(model: nn.Module, inputs: Mapping[str, Tensor] | None, move: float) -> float:
@@ -60,7 +60,7 @@ def _suggested(model: nn.Module, inputs: Mapping[str, Tensor] | None, move: floa
         before = found.detach()
         direction = torch.randn(found.shape[-1], device=device, dtype=torch.float32)
         grads = torch.autograd.grad((found.float() @ direction).sum(), trained, allow_unused=True)
-        signs = [None if g is None else g.sign() for g in grads]
+        signs: list[Tensor | None] = [None if g is None else g.sign() for g in grads]
         del found, grads
         return _rate(lambda rate: _moved(model, batch, before, trained, signs, rate), move)
 

@@ -25,7 +25,7 @@ TRAIN = ["train", "--model", "embedded", "--train_file", sys.executable, "--outp
         *[([command, "--help"], 0, "usage: fastreft") for command in COMMANDS],
         (["train", "--modle", "x"], 2, "required"),
         ([*TRAIN, "--lerning_rate", "1"], 2, "did you mean '--learning_rate'?"),
-        ([*TRAIN, "--learning_rate", "fast"], 2, "invalid float value: 'fast'"),
+        ([*TRAIN, "--learning_rate", "fast"], 2, "'fast' is neither a number nor 'auto'"),
         ([*TRAIN, "--eval_strategy", "sometimes"], 2, "invalid choice: 'sometimes'"),
         ([*TRAIN, "--log_level", "loud"], 2, "invalid choice: 'loud'"),
         ([*TRAIN, "--positions", "f0"], 2, "positions is 'f0'"),

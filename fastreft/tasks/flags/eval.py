@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..places import MODEL_CONFIG, find_adapter, find_model
 from ..sets.registry import SPLITS
 from .data import DataArguments
-from .parser import Parser
+from .parser import Parser, check_rows_file
 
 
 @dataclass
@@ -71,7 +71,6 @@ def parse(argv: Sequence[str]) -> EvalArguments:
         raise UserError(f"split is {arguments.split!r}; it must be one of {', '.join(SPLITS)}")
     if arguments.batch_size < 1:
         raise UserError(f"batch_size is {arguments.batch_size}; it must be at least 1")
-    if arguments.predictions is not None and Path(arguments.predictions).suffix not in (".json", ".jsonl"):
-        raise UserError(f"predictions is '{arguments.predictions}'; give a name that ends in .jsonl or .json")
+    check_rows_file("predictions", arguments.predictions)
     arguments.data("").check(training=False)
     return arguments

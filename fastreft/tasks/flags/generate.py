@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..errors import UserError
 from ..places import find_adapter, find_model
-from .parser import Parser, refuse_empty
+from .parser import Parser, check_rows_file, refuse_empty
 
 
 @dataclass
@@ -19,9 +19,19 @@ class GenerateArguments:
     dtype: str = field(default="auto", metadata={"help": "the base model's dtype, or 'auto' for its checkpoint's"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run Python code of the model's own folder"})
     prompt: list[str] | None = field(default=None, metadata={"help": "one prompt or more"})
-    prompt_file: str | None = field(default=None, metadata={"help": "a text file, one prompt a line; '-' is stdin"})
+    prompt_file: str | None = field(
+        default=None,
+        metadata={"help": "a text file, one prompt a line, or records (.jsonl, .json, .csv, .tsv); '-' is stdin"},
+    )
+    prompt_field: str = field(default="prompt", metadata={"help": "the field of a record that holds the prompt"})
+    output: str | None = field(
+        default=None, metadata={"help": "a file for what is written, .jsonl or .json, in place of the screen"}
+    )
     chat: bool = field(
-        default=False, metadata={"help": "put each prompt through the chat template as a user's message"}
+        default=False,
+        metadata={
+            "help": "put each prompt through the chat template as a user's message; said by the adapter's training"
+        },
     )
     base: bool = field(default=False, metadata={"help": "write the untouched model's text too"})
     max_new_tokens: int = field(default=128, metadata={"help": "most tokens to write after a prompt"})
@@ -49,6 +59,7 @@ def parse(argv: Sequence[str]) -> GenerateArguments:
         raise UserError("--max_new_tokens and --batch_size must be at least 1")
     if arguments.do_sample and not (0 < arguments.temperature < float("inf") and 0 < arguments.top_p <= 1):
         raise UserError("--temperature must be above 0 and finite, and --top_p above 0 and at most 1")
+    check_rows_file("output", arguments.output)
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed is {arguments.seed}; it must be from 0 to {2**32 - 1}")
     return arguments

@@ -16,6 +16,22 @@ from transformers.hf_argparser import string_to_bool
 
 from ..errors import UserError, nearest, user_errors
 
+# What other libraries call settings of ours and Transformers'.
+USUAL_NAMES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "rank": "r",
+    "low_rank_dimension": "r",
+    "layers": "layers_to_transform",
+    "target_layers": "layers_to_transform",
+    "data": "train_file",
+    "dataset": "task",
+    "output": "output_dir",
+    "share_weights": "tied",
+}
+
 
 class Parser(HfArgumentParser):
     """``HfArgumentParser`` whose complaints are :class:`UserError`; ``--config FILE.yaml`` comes before the flags."""
@@ -43,7 +59,10 @@ class Parser(HfArgumentParser):
             )
         if unknown:
             flag = unknown[0].split("=")[0]
-            raise UserError(f"unknown argument '{flag}'{nearest(flag, self._option_string_actions)}")
+            usual = USUAL_NAMES.get(flag.lstrip("-").replace("-", "_"))
+            known = f"--{usual}" in self._option_string_actions
+            hint = f"; did you mean '--{usual}'?" if known else nearest(flag, self._option_string_actions)
+            raise UserError(f"unknown argument '{flag}'{hint}")
         return tuple(parsed)
 
     def with_config(self, argv: Sequence[str]) -> list[str]:
@@ -82,6 +101,12 @@ class Parser(HfArgumentParser):
             elif value is not None:
                 flags.append(f"--{name}={value}")
         return flags
+
+
+def check_rows_file(name: str, path: str | None) -> None:
+    """:class:`UserError` for a file of rows, if any, whose name does not say of which kind it is to be."""
+    if path is not None and Path(path).suffix not in (".json", ".jsonl"):
+        raise UserError(f"{name} is '{path}'; give a name that ends in .jsonl or .json")
 
 
 def refuse_empty(arguments: Any, *names: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ class MethodArguments:
         default=None,
         metadata={"help": "JSON of the configuration of another of PEFT's methods, such as '{\"r\": 8}'"},
     )
+    r_lr_scale: float = field(default=2.0, metadata={"help": "the rate of ReFT's R as a multiple of that of all else"})
     early_stopping: int = field(
         default=0,
         metadata={
@@ -55,6 +57,8 @@ class MethodArguments:
         self.settings()
         if self.method == "reft" and self.method_config is not None:
             raise UserError("method_config is for other methods; a ReFT adapter's settings are flags of their own")
+        if not 0 < self.r_lr_scale < float("inf"):
+            raise UserError(f"r_lr_scale is {self.r_lr_scale}; it must be above 0, and finite")
         if self.early_stopping < 0:
             raise UserError(f"early_stopping is {self.early_stopping}; it must be at least 0")
 
@@ -82,7 +86,10 @@ AUTO = _Auto()
 
 
 def _rate_or_auto(text: str) -> float:
-    return AUTO if text == "auto" else float(text)
+    try:
+        return AUTO if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
 
 
 def parser_of(training: type) -> Parser:
