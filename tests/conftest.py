@@ -11,12 +11,13 @@ from common import DEVICES, SHARED
 from simt import harness
 
 from fastreft.ops import native
+from fastreft.settings import ReftSettings
 
 torch.set_num_threads(1)  # small problems; more threads only wait for each other
 
 # What a machine may lack that has just enough to check a GPU (benchmarks/gpu_check.sh), and the tests that need it.
 NEEDS = {
-    "datasets": ("tasks/test_data.py", "pyreft/*"),
+    "datasets": ("tasks/test_data.py", "tasks/test_tasks.py", "pyreft/*"),
     "hypothesis": ("plan/test_positions.py", "ops/test_shapes.py"),
     "rich": ("tasks/test_demo.py",),
 }
@@ -34,6 +35,14 @@ def shared() -> Path:
     if not SHARED.exists():
         pytest.skip("no ../shared beside this checkout")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def fresh_adapters_edit(request, monkeypatch):
+    """Adapters whose start nobody names start at random, so that a test sees their edits without training them first; a user's
+    start as the identity. ``default_start`` leaves that."""
+    if request.node.get_closest_marker("default_start") is None:
+        monkeypatch.setattr(ReftSettings, "start", lambda self: self.init_weights or "random")
 
 
 @pytest.fixture(scope="session")

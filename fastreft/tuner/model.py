@@ -119,6 +119,7 @@ class ReftModel(BaseTuner):
         for name in (name for name, held in self.peft_config.items() if held is config):
             adapter_names.check_beside(self, name, names_of_new)
         self._check_modules_to_save(config)
+        self._say_of_head(config)
         for name in sorted(self._targets):
             self._check_width(config, name)
         return peft_config
@@ -133,6 +134,21 @@ class ReftModel(BaseTuner):
             raise ValueError(
                 f"modules_to_save is {config.modules_to_save!r}; this {type(self.model).__name__} has no module whose name "
                 f"ends in {missing!r}"
+            )
+
+    def _say_of_head(self, config: ReftConfig) -> None:
+        """A classifier's head is trained where ``task_type`` or ``modules_to_save`` say so; a fresh one is nothing without."""
+        kind = type(self.model).__name__.partition("For")[2]
+        task = {
+            "SequenceClassification": "SEQ_CLS",
+            "TokenClassification": "TOKEN_CLS",
+            "QuestionAnswering": "QUESTION_ANS",
+        }
+        if kind in task and not (config.task_type or config.modules_to_save or config.inference_mode):
+            warnings.warn(
+                f"the head of this {type(self.model).__name__} is not trained: give task_type='{task[kind]}', or "
+                "modules_to_save, unless it has been trained before",
+                stacklevel=2,
             )
 
     def _check_width(self, config: ReftConfig, name: str) -> None:

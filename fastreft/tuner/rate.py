@@ -21,6 +21,7 @@ from .loading import layers_of
 MOVE = 0.1  # of the last hidden state's length: what docs/rates.md measured to suit models of several widths and depths
 TOKENS, SAMPLES = 48, 4
 _STEPS, _NEAR = 6, 0.02
+_NO_CHANGE = "a step changes no hidden state behind the prompt, so that no rate can be told from another"
 
 
 def suggest_lr(
@@ -57,6 +58,8 @@ def _suggested(model: nn.Module, inputs: Mapping[str, Tensor] | None, move: floa
     with torch.random.fork_rng(devices=[]), _still(model):
         torch.manual_seed(0)
         found = _last_hidden(model, batch)
+        if not found.requires_grad:
+            raise ValueError(_NO_CHANGE)
         before = found.detach()
         direction = torch.randn(found.shape[-1], device=device, dtype=torch.float32)
         grads = torch.autograd.grad((found.float() @ direction).sum(), trained, allow_unused=True)
@@ -71,9 +74,7 @@ def _rate(moved: Callable[[float], float], move: float) -> float:
     for _ in range(_STEPS):
         found = moved(rate)
         if not found > 0:
-            raise ValueError(
-                "a step changes no hidden state behind the prompt, so that no rate can be told from another"
-            )
+            raise ValueError(_NO_CHANGE)
         rate *= min(max(move / found, 1e-2), 1e2)
         if abs(found - move) <= _NEAR * move:
             break

@@ -21,7 +21,11 @@ pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="tor
 def problem(dtype=torch.float32, r=4):
     """A model, and four samples with the same number of labels each."""
     torch.manual_seed(7)
-    model = get_reft_model(make("llama"), ReftConfig(task_type="CAUSAL_LM", positions="f2+l3", r=r)).to(dtype).train()
+    model = (
+        get_reft_model(make("llama"), ReftConfig(init_weights="random", task_type="CAUSAL_LM", positions="f2+l3", r=r))
+        .to(dtype)
+        .train()
+    )
     inputs = batch("left", (9, 4, 7, 5))
     labels = inputs["input_ids"].clone()
     labels[:, :7] = -100

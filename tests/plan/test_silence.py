@@ -114,6 +114,7 @@ def test_disabled_adapters_train_nothing_and_need_nothing(positions):
 def test_a_classifier_has_no_answer():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "the head of this")
         made(kind="bert").train()(**batch("right"), labels=torch.zeros(3, 9, dtype=torch.long))
 
 

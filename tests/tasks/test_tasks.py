@@ -13,6 +13,8 @@ from fastreft.cli import main
 from fastreft.tasks.run_log import read_log
 from fastreft.tasks.sets import registry
 
+pytestmark = pytest.mark.default_start
+
 GOOD, BAD = "good fine great nice".split(), "bad poor dull awful".split()
 WORDS = [*GOOD, *BAD, "a", "the", "film", "story", "is"]
 QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no", "--report_to", "none"]

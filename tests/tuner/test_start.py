@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from tiny import batch, make
@@ -10,6 +12,8 @@ from transformers.activations import ACT2FN
 from fastreft import ReftConfig, get_reft_model
 from fastreft.interventions import INTERVENTIONS
 from fastreft.ops.names import METHODS, may_be_identity
+
+pytestmark = pytest.mark.default_start
 
 D, R = 24, 3
 CAN = [method for method in METHODS if method != "consreft"]
@@ -73,7 +77,7 @@ def test_a_fresh_adapter_changes_no_logit_until_it_is_trained(kind, settings):
     base = make(kind)
     inputs = batch("right")
     before = base(**inputs).logits
-    model = get_reft_model(base, ReftConfig(r=R, init_weights="identity", **settings))
+    model = get_reft_model(base, ReftConfig(r=R, **settings))
     assert torch.equal(model(**inputs).logits, before)
     model.train()
     model(**inputs, reft_prompt_lengths=inputs["attention_mask"].sum(1)).logits.sum().backward()
@@ -81,3 +85,15 @@ def test_a_fresh_adapter_changes_no_logit_until_it_is_trained(kind, settings):
     assert any(name.endswith(".W") for name in trained)
     random = get_reft_model(make(kind), ReftConfig(r=R, init_weights="random", **settings))
     assert not torch.allclose(random(**inputs).logits, before, atol=1e-3)
+
+
+def test_a_head_that_nobody_trains_is_said():
+    with pytest.warns(
+        UserWarning, match="the head of this BertForSequenceClassification is not trained: give task_type='SEQ_CLS'"
+    ):
+        get_reft_model(make("bert-cls"), ReftConfig(r=R))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_reft_model(make("bert-cls"), ReftConfig(r=R, task_type="SEQ_CLS"))
+        get_reft_model(make("bert-cls"), ReftConfig(r=R, modules_to_save=["classifier"]))
+        get_reft_model(make("llama"), ReftConfig(r=R))

@@ -212,17 +212,17 @@ def test_it_is_saved_for_pyreft_as_so_many_interventions(tmp_path):
 @pytest.mark.parametrize("given", [["--tied", "position"], ["--tied=position"]])
 def test_the_command_line_takes_it(given, tmp_path):
     base = ["--model", "embedded", "--train_file", __file__, "--output_dir", str(tmp_path)]
-    assert settings(parse([*base, *given]))[2].tied == "position"
+    assert settings(parse([*base, *given])).adapter["tied"] == "position"
 
 
 def test_the_command_line_still_takes_yes_and_no(tmp_path):
     base = ["--model", "embedded", "--train_file", __file__, "--output_dir", str(tmp_path)]
-    assert settings(parse(base))[2].tied is True
+    assert settings(parse(base)).adapter["tied"] is True
     for word, wanted in (("false", False), ("False", False), ("no", False), ("true", True), ("1", True)):
-        assert settings(parse([*base, "--tied", word]))[2].tied is wanted
+        assert settings(parse([*base, "--tied", word])).adapter["tied"] is wanted
     for value in ("position", False, True):
         (tmp_path / "c.yaml").write_text(f"tied: {json.dumps(value)}\n")
-        assert settings(parse([*base, "--config", str(tmp_path / "c.yaml")]))[2].tied == value
+        assert settings(parse([*base, "--config", str(tmp_path / "c.yaml")])).adapter["tied"] == value
 
 
 @pytest.mark.parametrize("positions", ["prompt", "all", "decode"])

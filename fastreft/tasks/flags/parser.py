@@ -46,6 +46,12 @@ class Parser(HfArgumentParser):
         """Make an optional field a required one."""
         next(action for action in self._actions if action.dest == name).required = True
 
+    def hide(self, names: set[str]) -> None:
+        """Leave fields out of the help."""
+        for action in self._actions:
+            if action.dest in names:
+                action.help = argparse.SUPPRESS
+
     def let(self, name: str, kind: Any, default: Any, said: str) -> None:
         """Give a field another type, default and help."""
         action = next(action for action in self._actions if action.dest == name)

@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,24 @@ def _rate_or_auto(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None
 
 
-def parser_of(training: type) -> Parser:
-    """The parser of all that a run can be told, ``training`` being Transformers' class or its stand-in."""
+# Of Transformers' some hundred settings, those that --help shows.
+_SHOWN = """output_dir num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps activation_checkpointing bf16
+    eval_strategy eval_steps save_strategy save_steps save_total_limit load_best_model_at_end metric_for_best_model
+    resume_from_checkpoint logging_steps report_to seed use_cpu""".split()
+
+
+def parser_of(training: type, *, help_all: bool = True) -> Parser:
+    """The parser of all that a run can be told, ``training`` being Transformers' class or its stand-in. ``help_all``: its help
+    shows all of it, and not what is asked for most alone."""
     parser = Parser(
         [ModelArguments, DataArguments, MethodArguments, with_flag_types(ReftSettings), training],
         command="fastreft train",
-        description="Train a ReFT adapter. Every setting can be a flag or a key of --config's YAML file.",
+        description="Train a ReFT adapter. Every setting can be a flag or a key of --config's YAML file."
+        + ("" if help_all else " --help-all lists the rest of Transformers' TrainingArguments."),
     )
+    if not help_all:
+        parser.hide({field.name for field in fields(training)} - {*_SHOWN})
     # A rate for the model and the adapter, and the paper's warmup; Trainer's defaults are meant for whole models.
     parser.let("learning_rate", _rate_or_auto, AUTO, "the rate, or 'auto': one that suits the model and the adapter")
     parser.set_defaults(warmup_steps=0.1)
@@ -111,7 +122,10 @@ def parse(argv: Sequence[str]) -> list[str]:
 
     What Transformers' ``TrainingArguments`` says of values that do not go together it says itself, when it is made of them.
     """
-    parser = parser_of(training_arguments())
+    if "--help-all" in argv:
+        parser_of(training_arguments()).print_help()
+        raise SystemExit(0)
+    parser = parser_of(training_arguments(), help_all=False)
     flags = parser.with_config(argv)
     model, data, method, adapter, training = parser.parse(flags)
     data.check()
