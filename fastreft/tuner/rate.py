@@ -18,7 +18,9 @@ from ..interventions import orthonormal_parameters
 from .config import ReftConfig
 from .loading import layers_of
 
-MOVE = 0.1  # of the last hidden state's length: what docs/rates.md measured to suit models of several widths and depths
+# Parts of the last hidden state's length, which suit models of several widths and depths (docs/tasks.md): what an edit of the
+# prompt does to the tokens behind it, and, three times that, what edits of the very tokens that count do.
+MOVE, MOVE_EDITED = 0.1, 0.3
 TOKENS, SAMPLES = 48, 4
 _STEPS, _NEAR = 6, 0.02
 _NO_CHANGE = "a step changes no hidden state behind the prompt, so that no rate can be told from another"
@@ -29,11 +31,13 @@ def suggest_lr(
     config: ReftConfig | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     *,
-    move: float = MOVE,
+    move: float | None = None,
 ) -> float:
     """The learning rate for ``model`` with an adapter of ``config``, or as it is where that is None and it has one.
 
     ``inputs``: a batch to look at, input_ids at least; random tokens, the first half of each row its prompt, where not given.
+    ``move``: the part of the state's length; 0.1, or 0.3 where every token is edited, if not given.
+
     The model is left as it was. W, b and whatever else is trained are moved; R, whose rate follows W's, is not.
     ``ValueError`` where nothing is trained, where the model gives no hidden states, or where a step changes none.
     """
@@ -48,13 +52,15 @@ def suggest_lr(
         adapted.unload()
 
 
-def _suggested(model: nn.Module, inputs: Mapping[str, Tensor] | None, move: float) -> float:
+def _suggested(model: nn.Module, inputs: Mapping[str, Tensor] | None, move: float | None) -> float:
     Rs = orthonormal_parameters()
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in Rs]
     if not trained:
         raise ValueError("model has no parameter that requires a gradient, so that no rate suits it")
     device = next(model.parameters()).device
     batch = _random_batch(model, device) if inputs is None else {name: t.to(device) for name, t in inputs.items()}
+    if move is None:
+        move = MOVE_EDITED if _edits_what_counts(model) else MOVE
     with torch.random.fork_rng(devices=[]), _still(model):
         torch.manual_seed(0)
         found = _last_hidden(model, batch)
@@ -95,6 +101,12 @@ def _writes(model: nn.Module) -> bool:
     """Whether what comes behind a prompt counts: of causal language models."""
     config: Any = model.config
     return bool(getattr(model, "can_generate", lambda: False)()) and not config.is_encoder_decoder
+
+
+def _edits_what_counts(model: nn.Module) -> bool:
+    """Whether the tokens whose state is looked at are all edited themselves."""
+    found = {spec.positions for layer in layers_of(model) for spec in layer.specs.values()}
+    return any(p.everywhere or p.written if _writes(model) else not p.places for p in found)
 
 
 def _last_hidden(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
