@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "memorise a passage, learn a behaviour beside LoRA, save, reload (under two minutes on a CPU)",
     "train": "train an adapter on a task or on records of your own",
     "eval": "score adapters, and the untouched model, on a task",
+    "tune": "search for a training's best settings",
     "generate": "write text with a trained adapter",
     "convert": "turn a pyreft checkpoint into an adapter, or back",
     "inspect": "what a pyreft checkpoint or an adapter holds",

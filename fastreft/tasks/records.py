@@ -25,6 +25,7 @@ class Data:
     train: list[Record]
     evaluated: list[Record] = field(default_factory=list)
     scored: list[TaskSet] = field(default_factory=list)
+    evaluated_on_test: bool = False  # the same records as scored
     labels: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -93,7 +94,7 @@ def gather(arguments: DataArguments) -> Data:
             raise UserError(f"hold_out is {arguments.hold_out}, and there are {len(data.train)} training records")
         data.train, data.evaluated = data.train[: -arguments.hold_out], data.train[-arguments.hold_out :]
     elif data.kind != GENERATE and data.scored:
-        data.evaluated = to_score(data.scored[0], arguments)
+        data.evaluated, data.evaluated_on_test = to_score(data.scored[0], arguments), True
     if data.kind == CLASSIFY:
         data.labels = data.labels or tuple(sorted({str(record.answer) for record in data.train}))
         _check_labels(data)

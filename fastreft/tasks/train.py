@@ -43,13 +43,14 @@ class Settings(NamedTuple):
     method: MethodArguments
     adapter: dict[str, Any]
     training: TrainingArguments
+    more: tuple[Any, ...] = ()  # what else a command takes
 
 
-def settings(flags: Sequence[str]) -> Settings:
-    """The settings of a run, of flags that :func:`fastreft.tasks.flags.train.parse` has looked at."""
-    model, data, method, adapter, training = parser_of(TrainingArguments).parse(flags)
+def settings(flags: Sequence[str], *more: type) -> Settings:
+    """The settings of a run, of flags that :func:`fastreft.tasks.flags.train.checked` has looked at."""
+    *own, model, data, method, adapter, training = parser_of(TrainingArguments, *more).parse(flags)
     methods.check_method(method.method)
-    return Settings(model, data, method, settings_of(adapter), training)
+    return Settings(model, data, method, settings_of(adapter), training, tuple(own))
 
 
 def longest(max_length: int | None, config: Any) -> int:
@@ -84,15 +85,56 @@ def with_answers(pad: Any, records: Any) -> Any:
     return batch
 
 
-def _encode(records: Sequence[Record], data: Data, run: Settings, tokenizer: Any, config: Any, length: int) -> Encoded:
-    if data.kind != GENERATE:
-        return encode_labelled(
-            records, tokenizer, data.kind, data.labels, max_length=length, too_long=run.data.too_long
+class Prepared(NamedTuple):
+    """What a run reads before it loads a model."""
+
+    data: Data
+    config: Any
+    tokenizer: Any
+    length: int  # of a record at most, in tokens
+    train: Encoded
+    evaluated: Encoded | None
+
+
+def prepare(run: Settings) -> Prepared:
+    """The records, looked at and as tokens; :class:`UserError` for what is wrong with them."""
+    data = gather(run.data)
+    if run.training.load_best_model_at_end and data.evaluated_on_test:
+        raise UserError(
+            "load_best_model_at_end would choose the model by the records that it is scored on; give --hold_out N, which "
+            "keeps the last N training records for that"
         )
-    apart = bool(config.is_encoder_decoder)
-    return encode_written(
-        records, tokenizer, max_length=length, too_long=run.data.too_long, chat=run.data.chat, apart=apart
-    )
+    named, trusts = run.model.model, run.model.trust_remote_code
+    config = load_config(named, trusts)
+    tokenizer = load_tokenizer(named, trust_remote_code=trusts, writes=data.kind == GENERATE)
+    length = longest(run.data.max_length, config)
+
+    def encode(records: Sequence[Record]) -> Encoded:
+        limits: dict[str, Any] = {"max_length": length, "too_long": run.data.too_long}
+        if data.kind != GENERATE:
+            return encode_labelled(records, tokenizer, data.kind, data.labels, **limits)
+        return encode_written(records, tokenizer, chat=run.data.chat, apart=bool(config.is_encoder_decoder), **limits)
+
+    evaluated = encode(data.evaluated) if data.evaluated else None
+    return Prepared(data, config, tokenizer, length, encode(data.train), evaluated)
+
+
+def make_model(run: Settings, ready: Prepared) -> Any:
+    """The model, ready to train, on the device that it trains on; a rate that is to be found is in the settings."""
+    kind, task_type = class_for(ready.data.kind, ready.config)
+    with user_errors(ValueError, TypeError):
+        adapter = fastreft.ReftConfig(task_type=task_type, **run.adapter)
+    set_seed(run.training.seed)  # before the weights of an adapter, or of a head, are drawn
+    base = load_base(
+        run.model.model, run.model.dtype, run.model.trust_remote_code, kind=kind, use_cpu=run.training.use_cpu,
+        **head_settings(ready.data.kind, ready.data.labels, ready.tokenizer),
+    )  # fmt: skip
+    model = methods.apply(base, run.method.method, adapter, run.method.settings(), task_type)
+    if run.training.learning_rate is AUTO:
+        model.to(run.training.device)
+        run.training.learning_rate = methods.suited_rate(model, run.method.method)
+        ready.data.notes.append(f"learning_rate is {run.training.learning_rate:g}, as it is left to auto")
+    return model
 
 
 def _save(model: Any, tokenizer: Any, base: str, output_dir: str, log: dict[str, Any]) -> None:
@@ -107,141 +149,119 @@ def _save(model: Any, tokenizer: Any, base: str, output_dir: str, log: dict[str,
         ) from error
 
 
-def _score_all(run: Settings, data: Data, model: Any, tokenizer: Any, length: int) -> dict[str, dict[str, float]]:
+def _score_all(run: Settings, ready: Prepared, model: Any) -> dict[str, dict[str, float]]:
     """The tasks' test records scored, a line printed for each."""
     found = {}
     model.eval()
-    for task in data.scored:
+    for task in ready.data.scored:
         if not task.metrics:
             continue  # judged elsewhere: fastreft eval writes what is
         result = score(
             task,
             to_score(task, run.data),
             model,
-            tokenizer,
-            labels=data.labels,
+            ready.tokenizer,
+            labels=ready.data.labels,
             chat=run.data.chat,
             batch_size=run.training.per_device_eval_batch_size,
-            max_length=length,
+            max_length=ready.length,
         )
         print(result.in_words())
         found[task.name] = {**result.metrics, "records": result.records, "unparsed": result.unparsed}
     return found
 
 
-def _trainer(
-    run: Settings, data: Data, model: Any, tokenizer: Any, train: Encoded, evaluated: Encoded | None
-) -> Trainer:
-    if data.kind == GENERATE:
-        pad: Any = DataCollatorForSeq2Seq(tokenizer)
-    else:
-        pad = DataCollatorWithPadding(tokenizer)
+def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
+    """What Trainer is given besides a model and its optimizer."""
+    data = ready.data
+    pad: Any = (DataCollatorForSeq2Seq if data.kind == GENERATE else DataCollatorWithPadding)(ready.tokenizer)
     smoothed = run.training.label_smoothing_factor and data.kind == GENERATE and run.method.method == methods.REFT
     names = data.scored[0].metrics if data.scored else ("accuracy",)
-    stopping: list[Any] = [EarlyStoppingCallback(run.method.early_stopping)] if run.method.early_stopping else []
-    return Trainer(
-        model=model,
-        args=run.training,
-        train_dataset=train.data,
-        eval_dataset=evaluated.data if evaluated else None,
-        data_collator=partial(with_answers, pad) if smoothed else pad,
-        processing_class=tokenizer,
-        optimizers=(methods.optimizer_of(model, run.method.method, run.training, run.method.r_lr_scale), None),
-        compute_metrics=metrics_for_trainer(data.kind, names),
-        callbacks=stopping,
-    )
+    return {
+        "args": run.training,
+        "train_dataset": ready.train.data,
+        "eval_dataset": ready.evaluated.data if ready.evaluated else None,
+        "data_collator": partial(with_answers, pad) if smoothed else pad,
+        "processing_class": ready.tokenizer,
+        "compute_metrics": metrics_for_trainer(data.kind, names),
+        "callbacks": [EarlyStoppingCallback(run.method.early_stopping)] if run.method.early_stopping else [],
+    }
+
+
+def _notes(ready: Prepared) -> list[str]:
+    """What was done to the records, and chosen."""
+    notes = list(ready.data.notes)
+    for what, encoded in (("training", ready.train), ("evaluation", ready.evaluated)):
+        if encoded and encoded.cut:
+            notes.append(f"{encoded.cut} {what} records were cut at max_length = {ready.length} tokens")
+        if encoded and encoded.dropped:
+            notes.append(
+                f"{encoded.dropped} {what} records longer than max_length = {ready.length} tokens were left out"
+            )
+    return notes
 
 
 def run(flags: Sequence[str]) -> int:
     """Train, save, score and report; everything is checked before anything is written."""
     run = settings(flags)
-    adapted = run.method.method not in (methods.FULL, methods.HEAD, methods.LAST)
     output_dir = str(run.training.output_dir)
+    adapted = run.method.method not in (methods.FULL, methods.HEAD, methods.LAST)
     checkpoint = find_checkpoint(run.training, output_dir, adapter=adapted)
     with user_errors(OSError, prefix=f"cannot write into output_dir '{output_dir}': "):
         check_writable(output_dir)
-    data = gather(run.data)
-    named, trusts = run.model.model, run.model.trust_remote_code
-    config = load_config(named, trusts)
-    tokenizer = load_tokenizer(named, trust_remote_code=trusts, writes=data.kind == GENERATE)
-    length = longest(run.data.max_length, config)
-    train = _encode(data.train, data, run, tokenizer, config, length)
-    evaluated = _encode(data.evaluated, data, run, tokenizer, config, length) if data.evaluated else None
-    kind, task_type = class_for(data.kind, config)
-    with user_errors(ValueError, TypeError):
-        adapter = fastreft.ReftConfig(task_type=task_type, **run.adapter)
     if not torch.cuda.is_available():
         run.training.dataloader_pin_memory = False  # which torch would warn of, each epoch
-    set_seed(run.training.seed)  # before the weights of an adapter, or of a head, are drawn
-    base = load_base(
-        named, run.model.dtype, trusts, kind=kind, use_cpu=run.training.use_cpu,
-        **head_settings(data.kind, data.labels, tokenizer),
-    )  # fmt: skip
-    model = methods.apply(base, run.method.method, adapter, run.method.settings(), task_type)
-    notes = list(data.notes)
-    if run.training.learning_rate is AUTO:
-        model.to(run.training.device)
-        run.training.learning_rate = methods.suited_rate(model, run.method.method)
-        notes.append(
-            f"learning_rate is {run.training.learning_rate:g}, which suits this model and what is trained of it"
-        )
+    ready = prepare(run)
+    model = make_model(run, ready)
     with user_errors(ValueError, RuntimeError, ImportError):
-        trainer = _trainer(run, data, model, tokenizer, train, evaluated)
-    for what, encoded in (("training", train), ("evaluation", evaluated)):
-        if encoded and encoded.cut:
-            notes.append(f"{encoded.cut} {what} records were cut at max_length = {length} tokens")
-        if encoded and encoded.dropped:
-            notes.append(f"{encoded.dropped} {what} records longer than max_length = {length} tokens were left out")
+        optimizer = methods.optimizer_of(model, run.method.method, run.training, run.method.r_lr_scale)
+        trainer = Trainer(model=model, optimizers=(optimizer, None), **trainer_settings(run, ready))
+    notes = _notes(ready)
     for note in notes:
         print(f"note: {note}")
     with user_errors(FloatingPointError, prefix="the training diverged; try a lower learning_rate: "):
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    measured = trainer.evaluate() if evaluated is not None else {}
-    if trainer.is_world_process_zero():
-        whole = trainer.accelerator.unwrap_model(trainer.model)
-        trained, total = methods.counts(whole)
-        log = {
-            "model": named,
-            "method": run.method.method,
-            "task": run.data.task,
-            "kind": data.kind,
-            "labels": list(data.labels) if data.kind == CLASSIFY else None,
-            "chat": run.data.chat,
-            "dtype": run.model.dtype,
-            "max_length": length,
-            "learning_rate": run.training.learning_rate,
-            "trained_numbers": trained,
-            "steps": result.global_step,
-            "train_records": len(train.data),
-            "train_loss": result.training_loss,
-            "train_seconds": result.metrics["train_runtime"],
-            "peak_memory_bytes": peak_memory(),
-            "evaluation": measured,
-            "notes": notes,
-            "settings": list(flags),
-            "versions": versions(),
-        }
-        _save(whole, tokenizer, named, output_dir, log)
-        print(f"trained {trained:,} parameters ({trained / total:.3%}) for {result.global_step} steps on "
-              f"{len(train.data):,} records")  # fmt: skip
-        figures = {name.removeprefix("eval_"): value for name, value in measured.items() if name.startswith("eval_")}
-        shown = [
-            f"eval {name} {figures[name]:.4f}"
-            for name in ("loss", "accuracy", "matthews", "pearson")
-            if name in figures
-        ]
-        print("   ".join([f"train loss {result.training_loss:.4f}", *shown]))
-        scores = _score_all(run, data, whole, tokenizer, length)
-        if scores:
-            write_log(output_dir, {**log, "scores": scores})
-        print(f"saved to {output_dir}; try: {_next(run, data, output_dir)}")
+    measured = trainer.evaluate() if ready.evaluated is not None else {}
+    if not trainer.is_world_process_zero():
+        return 0
+    whole = trainer.accelerator.unwrap_model(trainer.model)
+    trained, total = methods.counts(whole)
+    log = {
+        "model": run.model.model,
+        "method": run.method.method,
+        "task": run.data.task,
+        "kind": ready.data.kind,
+        "labels": list(ready.data.labels) if ready.data.kind == CLASSIFY else None,
+        "chat": run.data.chat or run.data.messages_field is not None,
+        "dtype": run.model.dtype,
+        "max_length": ready.length,
+        "learning_rate": run.training.learning_rate,
+        "trained_numbers": trained,
+        "steps": result.global_step,
+        "train_records": len(ready.train.data),
+        "train_loss": result.training_loss,
+        "train_seconds": result.metrics["train_runtime"],
+        "peak_memory_bytes": peak_memory(),
+        "evaluation": measured,
+        "notes": notes,
+        "settings": list(flags),
+        "versions": versions(),
+    }
+    _save(whole, ready.tokenizer, run.model.model, output_dir, log)
+    print(f"trained {trained:,} parameters ({trained / total:.3%}) for {result.global_step} steps on "
+          f"{len(ready.train.data):,} records")  # fmt: skip
+    names = ("loss", "accuracy", "matthews", "pearson")
+    shown = [f"eval {name} {measured[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in measured]
+    print("   ".join([f"train loss {result.training_loss:.4f}", *shown]))
+    scores = _score_all(run, ready, whole)
+    if scores:
+        write_log(output_dir, {**log, "scores": scores})
+    print(f"saved to {output_dir}{_next(run, ready.data, output_dir)}")
     return 0
 
 
 def _next(run: Settings, data: Data, output_dir: str) -> str:
-    """The command that one would try then."""
+    """The command that one would try then, if there is one."""
     if data.kind == GENERATE and run.method.method == methods.REFT:
-        chat = " --chat" if run.data.chat or run.data.messages_field else ""
-        return f"fastreft generate --adapter {output_dir} --prompt TEXT{chat}"
-    task = f" --task {run.data.task}" if run.data.task else " --eval_file FILE"
-    return f"fastreft eval --adapter {output_dir}{task}"
+        return f"; try: fastreft generate --adapter {output_dir} --prompt TEXT"
+    return f"; try: fastreft eval --adapter {output_dir}" if run.data.task else ""

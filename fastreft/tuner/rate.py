@@ -45,7 +45,8 @@ def suggest_lr(
 
     if config is None:
         return _suggested(model, inputs, move)
-    adapted: Any = get_reft_model(model, config)
+    with torch.random.fork_rng(devices=[]):  # for the weights that are drawn
+        adapted: Any = get_reft_model(model, config)
     try:
         return _suggested(adapted, inputs, move)
     finally:
@@ -61,13 +62,12 @@ def _suggested(model: nn.Module, inputs: Mapping[str, Tensor] | None, move: floa
     batch = _random_batch(model, device) if inputs is None else {name: t.to(device) for name, t in inputs.items()}
     if move is None:
         move = MOVE_EDITED if _edits_what_counts(model) else MOVE
-    with torch.random.fork_rng(devices=[]), _still(model):
-        torch.manual_seed(0)
+    with _still(model):
         found = _last_hidden(model, batch)
         if not found.requires_grad:
             raise ValueError(_NO_CHANGE)
         before = found.detach()
-        direction = torch.randn(found.shape[-1], device=device, dtype=torch.float32)
+        direction = torch.randn(found.shape[-1], generator=torch.Generator().manual_seed(0)).to(device)
         grads = torch.autograd.grad((found.float() @ direction).sum(), trained, allow_unused=True)
         signs: list[Tensor | None] = [None if g is None else g.sign() for g in grads]
         del found, grads

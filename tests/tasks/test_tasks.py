@@ -291,6 +291,7 @@ def test_records_that_are_too_long(tmp_path, capsys):
         ({"text_field": "prompt", "label_field": "completion"}, ["the training records have 1 label"]),
         ({"early_stopping": 2}, ["early_stopping needs --load_best_model_at_end"]),
         ({"early_stopping": -1}, ["early_stopping is -1"]),
+        ({"r_lr_scale": 0}, ["r_lr_scale is 0"]),
         ({"too_long": "shrink"}, ["shrink"]),
         ({"hold_out": 1}, ["hold_out is 1, and there are 1 training records"]),
         ({"hold_out": -1}, ["hold_out is -1"]),
@@ -308,6 +309,25 @@ def test_bad_settings(tmp_path, capsys, change, parts):
         *parts,
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_best_model_is_not_chosen_by_what_it_is_scored_on(tmp_path, films, capsys):
+    run = ["train", "--model", bert(tmp_path / "bert"), "--task", "sst2", "--data_dir", films, *QUICK]
+    run += ["--output_dir", str(tmp_path / "out"), "--eval_strategy", "epoch", "--save_strategy", "epoch"]
+    fails(main([*run, "--load_best_model_at_end", "true"]), capsys, "the records that it is scored on; give --hold_out")
+
+
+def test_generate_reads_and_writes_records(tmp_path, questions, capsys):
+    out, prompts, written = str(tmp_path / "out"), tmp_path / "p.jsonl", tmp_path / "w.jsonl"
+    run = ["train", "--model", "embedded", "--task", "boolq", "--data_dir", questions, "--output_dir", out]
+    assert main([*run, "--max_steps", "1", *QUICK]) == 0
+    prompts.write_text(json.dumps({"question": "Is it cold?"}))
+    ask = ["generate", "--adapter", out, "--prompt_file", str(prompts), "--max_new_tokens", "3", "--base"]
+    fails(main(ask), capsys, "has no field 'prompt' among question")
+    assert main([*ask, "--prompt_field", "question", "--output", str(written)]) == 0
+    (row,) = map(json.loads, written.read_text().splitlines())
+    assert row["prompt"] == "Is it cold?" and {*row} == {"prompt", "base", "adapter"}
+    fails(main([*ask, "--output", "w.txt"]), capsys, "output is 'w.txt'")
 
 
 @pytest.mark.parametrize(

@@ -99,13 +99,17 @@ _SHOWN = """output_dir num_train_epochs max_steps learning_rate lr_scheduler_typ
     resume_from_checkpoint logging_steps report_to seed use_cpu""".split()
 
 
-def parser_of(training: type, *, help_all: bool = True) -> Parser:
-    """The parser of all that a run can be told, ``training`` being Transformers' class or its stand-in. ``help_all``: its help
-    shows all of it, and not what is asked for most alone."""
+TRAIN = ("fastreft train", "Train an adapter, or anything else of a model, on a task or on records of your own.")
+
+
+def parser_of(training: type, *more: type, help_all: bool = True, of: tuple[str, str] = TRAIN) -> Parser:
+    """The parser of all that a run can be told, ``training`` being Transformers' class or its stand-in, and ``more`` what else
+    the command ``of`` takes. ``help_all``: its help shows all of it, and not what is asked for most alone."""
+    command, what = of
     parser = Parser(
-        [ModelArguments, DataArguments, MethodArguments, with_flag_types(ReftSettings), training],
-        command="fastreft train",
-        description="Train a ReFT adapter. Every setting can be a flag or a key of --config's YAML file."
+        [*more, ModelArguments, DataArguments, MethodArguments, with_flag_types(ReftSettings), training],
+        command=command,
+        description=f"{what} Every setting can be a flag or a key of --config's YAML file."
         + ("" if help_all else " --help-all lists the rest of Transformers' TrainingArguments."),
     )
     if not help_all:
@@ -122,12 +126,18 @@ def parse(argv: Sequence[str]) -> list[str]:
 
     What Transformers' ``TrainingArguments`` says of values that do not go together it says itself, when it is made of them.
     """
+    return checked(argv, *TRAIN)[0]
+
+
+def checked(argv: Sequence[str], command: str, what: str, *more: type) -> tuple[list[str], tuple[Any, ...]]:
+    """(the flags of a run, what they say of ``more``), of a command that trains."""
+    of = (command, what)
     if "--help-all" in argv:
-        parser_of(training_arguments()).print_help()
+        parser_of(training_arguments(), *more, of=of).print_help()
         raise SystemExit(0)
-    parser = parser_of(training_arguments(), help_all=False)
+    parser = parser_of(training_arguments(), *more, help_all=False, of=of)
     flags = parser.with_config(argv)
-    model, data, method, adapter, training = parser.parse(flags)
+    *own, model, data, method, adapter, training = parser.parse(flags)
     data.check()
     method.check()
     with user_errors(ValueError, TypeError):
@@ -140,7 +150,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         raise UserError("early_stopping needs --load_best_model_at_end and an --eval_strategy, as it keeps the best")
     if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
         raise UserError(f"output_dir '{training.output_dir}' is a file; give a folder")
-    return flags
+    return flags, tuple(own)
 
 
 # Of Transformers' settings, those that it takes as they come.

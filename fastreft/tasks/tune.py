@@ -1,0 +1,168 @@
+"""``fastreft tune``: a search for a training's best settings, with optuna through Transformers' Trainer.
+
+The study is a file in output_dir and goes on where it was stopped. Every trial starts from the base model and the same seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import Trainer, TrainingArguments
+
+from ..files import check_writable, staged
+from . import methods
+from .errors import UserError, user_errors
+from .flags.train import AUTO, parser_of
+from .flags.tune import FACTOR, Dimension, TuneArguments, dimensions
+from .run_log import write_rows
+from .sets.registry import GENERATE
+from .train import Prepared, Settings, make_model, prepare, settings, trainer_settings
+
+STUDY, BEST, TRIALS, PLOT = "study.sqlite", "best.yaml", "trials.jsonl", "trials.png"
+
+
+class _Search(Trainer):
+    """Trainer, with a trial's settings, model and optimizer made anew for each trial."""
+
+    def __init__(self, given: Settings, ready: Prepared, space: Sequence[Dimension]):
+        self.given, self.ready, self.space = given, ready, space
+        self.rate_given = given.training.learning_rate
+        super().__init__(model_init=self.fresh_model, **trainer_settings(given, ready))
+
+    def fresh_model(self, trial: Any = None) -> Any:
+        """The model as a trial has it, its rate in the arguments."""
+        self.mine, factor = of_trial(self.given, self.space, trial)
+        training = self.given.training
+        if not any(each.name == "learning_rate" for each in self.space):
+            training.learning_rate = self.rate_given
+        model = make_model(self.mine, self.ready)
+        training.learning_rate = factor * training.learning_rate
+        if trial is not None:
+            trial.set_user_attr("learning_rate", training.learning_rate)
+            trial.set_user_attr("trained_numbers", methods.counts(model)[0])
+        return model
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """:class:`fastreft.ReftAdamW` for ReFT, as in a training."""
+        made = methods.optimizer_of(self.model, self.mine.method.method, self.args, self.mine.method.r_lr_scale)
+        if made is None:
+            return super().create_optimizer(*args, **kwargs)
+        self.optimizer = made
+        return made
+
+
+def of_trial(run: Settings, space: Sequence[Dimension], trial: Any) -> tuple[Settings, float]:
+    """(the settings of a trial, what its model's own rate is multiplied with)."""
+    chosen = {each.name: each.suggest(trial) for each in space} if trial is not None else {}
+    adapter = {name: chosen.get(name, value) for name, value in run.adapter.items()}
+    method = dataclasses.replace(run.method, r_lr_scale=chosen.get("r_lr_scale", run.method.r_lr_scale))
+    for name, value in chosen.items():
+        if name not in adapter and hasattr(run.training, name):
+            setattr(run.training, name, value)
+    return run._replace(adapter=adapter, method=method), chosen.get(FACTOR, 1.0)
+
+
+def _study(optuna: Any, folder: Path, direction: str) -> tuple[Any, dict[str, Any]]:
+    """(the study in a folder, new or gone on with, what Trainer needs to find it); what was cut off counts as failed."""
+    found = {
+        "storage": f"sqlite:///{folder / STUDY}",
+        "study_name": "fastreft",
+        "load_if_exists": True,
+        "sampler": optuna.samplers.TPESampler(seed=0),
+        "pruner": optuna.pruners.MedianPruner(n_startup_trials=5),
+    }
+    study = optuna.create_study(direction=direction, **found)
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    return study, found
+
+
+def run(flags: Sequence[str]) -> int:
+    """Search, report, and write the best settings as a file that ``fastreft train --config`` takes."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("tune needs optuna: pip install 'fastreft[tune]'") from error
+    run = settings(flags, TuneArguments)
+    (arguments,) = run.more
+    space = dimensions(arguments, TrainingArguments)
+    folder = Path(str(run.training.output_dir))
+    with user_errors(OSError, prefix=f"cannot write into output_dir '{folder}': "):
+        check_writable(str(folder))
+    ready = prepare(run)
+    if ready.evaluated is None or ready.data.evaluated_on_test:
+        raise UserError("a search needs records of its own to choose by; give --hold_out N or --eval_file")
+    names = ready.data.scored[0].metrics if ready.data.scored else ("accuracy",)
+    objective = "eval_loss" if ready.data.kind == GENERATE else f"eval_{names[0]}"
+    direction = "minimize" if objective == "eval_loss" else "maximize"
+    run.training.save_strategy = "no"
+    folder.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study, found = _study(optuna, folder, direction)
+    done = sum(trial.state.is_finished() and trial.state.name != "FAIL" for trial in study.trials)
+    if done < arguments.trials:
+        with user_errors(ValueError, RuntimeError, ImportError):
+            _Search(run, ready, space).hyperparameter_search(
+                hp_space=lambda trial: {},
+                compute_objective=lambda metrics: metrics[objective],
+                n_trials=arguments.trials - done,
+                direction=direction,
+                backend="optuna",
+                timeout=arguments.timeout,
+                catch=(FloatingPointError,),  # a rate too high is a trial that failed
+                **found,
+            )
+    return _report(optuna, study, flags, folder, objective)
+
+
+def _report(optuna: Any, study: Any, flags: Sequence[str], folder: Path, objective: str) -> int:
+    """A table, best first; the trials, the best settings and a picture as files."""
+    finished = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    if not finished:
+        raise UserError("no trial came to its end; give more time, or lower rates")
+    finished.sort(key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")
+    rows = [
+        {"trial": t.number, "state": t.state.name.lower(), objective: t.value, **t.params, **t.user_attrs}
+        for t in (*finished, *(t for t in study.trials if t.state.name != "COMPLETE"))
+    ]
+    for row in rows[:20]:
+        print(
+            "   ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+            )
+        )
+    write_rows(str(folder / TRIALS), rows)
+    best = {**_given(flags), **{name: value for name, value in finished[0].params.items() if name != FACTOR}}
+    best |= {"learning_rate": finished[0].user_attrs["learning_rate"], "output_dir": str(folder / "best")}
+    with staged(folder, last=BEST) as staging:
+        (staging / BEST).write_text(yaml.safe_dump(best, sort_keys=False), encoding="utf-8")
+    print(
+        f"{len(finished)} of {len(study.trials)} trials came to their end; the best: fastreft train --config {folder / BEST}"
+    )
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        axes = optuna.visualization.matplotlib.plot_slice(study)
+        figure = axes.flat[0].figure if hasattr(axes, "flat") else axes.figure
+        figure.savefig(folder / PLOT, dpi=110)
+    except ImportError:
+        print("note: no picture of the trials, as there is no matplotlib")
+    return 0
+
+
+def _given(flags: Sequence[str]) -> dict[str, Any]:
+    """The settings of a training that the flags give, and not its defaults."""
+    parser = parser_of(TrainingArguments, TuneArguments)
+    chosen = vars(parser.parse_known_args(list(flags))[0])
+    own = {field.name for field in dataclasses.fields(TuneArguments)} | {"config"}
+    plain = (str, int, float, bool, list, type(None))
+    return {
+        name: getattr(value, "value", value)
+        for name, value in chosen.items()
+        if name not in own and value != parser.get_default(name) and value is not AUTO and isinstance(value, plain)
+    }

@@ -1,0 +1,116 @@
+"""The search for settings: its space, a study that is killed and goes on, and the file that it ends in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from shell import fails
+
+from fastreft.cli import main
+from fastreft.tasks.errors import UserError
+from fastreft.tasks.flags.tune import Dimension, dimension
+from fastreft.tasks.run_log import read_log
+
+pytest.importorskip("optuna")
+QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none"]
+RECORDS = [
+    {"prompt": f"The {who} was {how}.", "completion": f' "I am {how}," said the {who}.'}
+    for who in ("king", "boy", "dog", "cat")
+    for how in ("sad", "happy", "old", "cold")
+]
+
+
+@pytest.fixture
+def search(tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(map(json.dumps, RECORDS)))
+    return [
+        *("tune", "--model", "embedded", "--train_file", str(data), "--hold_out", "4", "--max_steps", "2"),
+        *(
+            "--output_dir",
+            str(tmp_path / "out"),
+            *QUICK,
+            "--search",
+            "rate_factor=0.5:2:log",
+            "r=1,2",
+            "positions=f1,all",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("r=1,2,4", Dimension("r", (1, 2, 4))),
+        ("positions=f3,all", Dimension("positions", ("f3", "all"))),
+        ("tied=true,false,position", Dimension("tied", (True, False, "position"))),
+        ("r=1:8", Dimension("r", low=1, high=8)),
+        ("rate=1e-4:1e-1:log", Dimension("rate", low=1e-4, high=1e-1, log=True)),
+        ("layers=0:4,::2", Dimension("layers", ("0:4", "::2"))),
+    ],
+)
+def test_what_is_searched(text, wanted):
+    assert dimension(text, {"r", "positions", "tied", "rate", "layers"}) == wanted
+
+
+@pytest.mark.parametrize("text", ["r", "r=", "q=1,2", "r=2:1", "r=1:2:lin", "r=0:2:log"])
+def test_what_is_not(text):
+    with pytest.raises(UserError, match="search is"):
+        dimension(text, {"r"})
+
+
+def trials_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
+
+
+def test_a_study_goes_on_and_its_best_can_be_trained(search, tmp_path, capsys):
+    assert main([*search, "--trials", "2"]) == 0
+    first = trials_of(tmp_path)
+    assert len(first) == 2 and all(row["state"] == "complete" for row in first)
+    assert main([*search, "--trials", "4"]) == 0  # two more
+    said, rows = capsys.readouterr().out, trials_of(tmp_path)
+    assert len(rows) == 4 and "4 of 4 trials" in said
+    assert sorted(row["trial"] for row in rows) == [0, 1, 2, 3]
+    assert {row["trial"]: row["eval_loss"] for row in first}.items() <= {
+        row["trial"]: row["eval_loss"] for row in rows
+    }.items()
+    best = min(rows, key=lambda row: row["eval_loss"])
+    settings = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
+    assert settings["r"] == best["r"] and settings["positions"] == best["positions"]
+    assert settings["learning_rate"] == best["learning_rate"]
+    assert main(["train", "--config", str(tmp_path / "out" / "best.yaml"), "--save_strategy", "no"]) == 0
+    log = read_log(tmp_path / "out" / "best")
+    assert log["evaluation"]["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-6)  # the trial, again
+
+
+def test_a_study_that_was_killed_goes_on(search, tmp_path, capsys, monkeypatch):
+    real, calls = __import__("fastreft.tasks.tune", fromlist=["make_model"]).make_model, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:  # the second trial
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr("fastreft.tasks.tune.make_model", stopped)
+    assert main([*search, "--trials", "3"]) == 130
+    assert main([*search, "--trials", "3"]) == 0
+    states = [row["state"] for row in trials_of(tmp_path)]
+    assert states.count("complete") == 3 and states.count("fail") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--trials", "0"], ["trials is 0"]),
+        (["--timeout", "-1"], ["timeout is -1.0"]),
+        (["--search", "rr=1,2"], ["there is no setting 'rr'; did you mean 'r'"]),
+        (["--search", "r=1", "r=2"], ["search names r twice"]),
+        (["--search", "learning_rate=1:2", "rate_factor=1:2"], ["both learning_rate and rate_factor"]),
+        (["--hold_out", "0"], ["a search needs records of its own"]),
+    ],
+)
+def test_bad_searches(search, tmp_path, capsys, flags, parts):
+    fails(main([*search, *flags]), capsys, *parts)
