@@ -1,5 +1,7 @@
 """Names of adapters that are a part of other adapters' tensors' names, by which PEFT would save those without them."""
 
+import warnings
+
 import peft
 import pytest
 import torch
@@ -78,3 +80,15 @@ def test_other_names_keep_every_tensor(names, settings, tmp_path):
         model.set_adapter(name)
         again = PeftModel.from_pretrained(make("llama"), tmp_path / name)
         assert torch.equal(logits(again, batch()), logits(model, batch()))
+
+
+def test_trls_name_for_its_reference_is_saved_and_loaded_without_a_word(tmp_path):
+    model = model_of()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_adapter("ref", ReftConfig(r=2))
+    model.set_adapter("ref")
+    wanted = logits(model, batch())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make("llama"), tmp_path / "ref", adapter_name="other")
+    assert torch.equal(logits(again, batch()), wanted)
