@@ -45,12 +45,15 @@ def suggest_lr(
 
     if config is None:
         return _suggested(model, inputs, move)
+    trained = [p for p in model.parameters() if p.requires_grad]
     with torch.random.fork_rng(devices=[]):  # for the weights that are drawn
         adapted: Any = get_reft_model(model, config)
     try:
         return _suggested(adapted, inputs, move)
     finally:
         adapted.unload()
+        for p in trained:  # which PEFT has frozen
+            p.requires_grad_(True)
 
 
 def _suggested(model: nn.Module, inputs: Mapping[str, Tensor] | None, move: float | None) -> float:

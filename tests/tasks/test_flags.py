@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
@@ -13,6 +14,7 @@ from transformers import TrainingArguments
 from fastreft import settings
 from fastreft.cli import COMMANDS
 from fastreft.tasks.flags import train, training
+from fastreft.tasks.sets import find
 
 HEAVY = {"torch", "peft", "datasets", "transformers.training_args", "safetensors"}
 TRAIN = ["train", "--model", "embedded", "--train_file", sys.executable, "--output_dir", "nowhere"]
@@ -96,3 +98,12 @@ def test_activations_that_no_kernel_has_are_known_with_and_without_their_source(
     monkeypatch.delitem(sys.modules, "transformers.activations", raising=False)
     assert "prelu" in settings.activation_names() and "geluu" not in settings.activation_names()
     assert ("transformers.activations" in sys.modules) == odd
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_papers_settings_are_settings(path, tmp_path):
+    flags = train.parse(["--config", str(path), "--data_dir", str(tmp_path)])
+    _, data, _, adapter, training_settings = train.parser_of(training.training_arguments()).parse(flags)
+    assert find(data.task) and adapter.init_weights == "random" and 1e-4 <= training_settings.learning_rate <= 9e-4

@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 from shell import fails
+from trained import write_records
 
 from fastreft.cli import main
 from fastreft.tasks.errors import UserError
@@ -15,17 +16,12 @@ from fastreft.tasks.run_log import read_log
 
 pytest.importorskip("optuna")
 QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none"]
-RECORDS = [
-    {"prompt": f"The {who} was {how}.", "completion": f' "I am {how}," said the {who}.'}
-    for who in ("king", "boy", "dog", "cat")
-    for how in ("sad", "happy", "old", "cold")
-]
 
 
 @pytest.fixture
 def search(tmp_path):
     data = tmp_path / "train.jsonl"
-    data.write_text("\n".join(map(json.dumps, RECORDS)))
+    write_records(data)
     return [
         *("tune", "--model", "embedded", "--train_file", str(data), "--hold_out", "4", "--max_steps", "2"),
         *(

@@ -44,6 +44,7 @@ def test_the_model_is_left_as_it_was():
     after = state_of(base)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert base.training and not any(hasattr(module, "reft") for module in base.modules())
+    assert all(p.requires_grad for p in base.parameters())
     model = get_reft_model(base, ReftConfig(r=2))
     before, random = state_of(model), torch.get_rng_state()
     assert suggest_lr(model) == suggest_lr(model)  # the same bits for the same adapter

@@ -44,12 +44,6 @@ def letter(text: str) -> str | None:
     return None if not found else found[0] if said else found[-1]
 
 
-def label(text: str) -> str | None:
-    """The first line, without space around it."""
-    lines = text.strip().splitlines()
-    return lines[0].strip() if lines else None
-
-
 def close(found: float | None, wanted: float) -> bool:
     """Whether two numbers differ by a thousandth at most, as in LLM-Adapters."""
     return found is not None and math.isfinite(found) and abs(found - wanted) <= 1e-3
