@@ -13,7 +13,7 @@ from .flags.data import DataArguments
 from .read import read_records, text_of
 from .sets import Record, TaskSet, find, training_records
 from .sets.instructions import from_record
-from .sets.labelled import from_file
+from .sets.labelled import from_file, mixed
 from .sets.registry import CLASSIFY, GENERATE
 
 
@@ -80,7 +80,8 @@ def gather(arguments: DataArguments) -> Data:
             data.notes.append(f"{left_out} training records are among the test's and were left out")
     else:
         kind = CLASSIFY if arguments.label_field is not None else GENERATE
-        data = Data(kind, list(of_file(str(arguments.train_file), arguments)))
+        records = of_file(str(arguments.train_file), arguments)
+        data = Data(kind, mixed(records) if kind == CLASSIFY else list(records))
         if not data.train:
             raise UserError(f"the data file '{arguments.train_file}' has no records")
     if arguments.max_train_records is not None:

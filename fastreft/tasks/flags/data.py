@@ -65,7 +65,7 @@ class DataArguments:
     max_train_records: int | None = field(default=None, metadata={"help": "train on the first so many records alone"})
     max_eval_records: int | None = field(default=None, metadata={"help": "score the first so many records alone"})
     hold_out: int = field(
-        default=0, metadata={"help": "keep the last so many training records for the evaluation during training"}
+        default=0, metadata={"help": "keep the last so many training records for the evaluation during training; texts with labels are mixed first"}
     )
 
     def check(self, *, training: bool = True) -> None:

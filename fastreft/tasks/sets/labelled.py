@@ -6,7 +6,8 @@ BANKING77 (Casanueva et al. 2020); CLINC150 (Larson et al. 2019), whose out-of-s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import UserError
@@ -28,20 +29,30 @@ def from_file(path: Path | str, text: str, label: str, pair: str | None = None) 
         )
 
 
+def mixed(records: Iterable[Record]) -> list[Record]:
+    """The records in an order of chance, always the same: such files are sorted by label, and whoever takes the first or the
+    last hundred of them wants all labels."""
+    found = list(records)
+    random.Random(0).shuffle(found)
+    return found
+
+
 @register("banking77", kind=CLASSIFY)
-def banking77(split: str, folder: Path | None) -> Iterator[Record]:
-    """``train.csv`` and ``test.csv`` with the columns text and category."""
+def banking77(split: str, folder: Path | None) -> list[Record]:
+    """``train.csv`` and ``test.csv`` with the columns text and category; :func:`mixed`."""
     held = "train" if split == "train" else "test"
     if folder is not None:
-        yield from from_file(file_of(folder, f"banking77/{held}.csv", f"{held}.csv"), "text", "category")
-        return
-    for row in from_hub("mteb/banking77", None, held):
-        yield Record(row["text"], answer=row["label_text"])
+        return mixed(from_file(file_of(folder, f"banking77/{held}.csv", f"{held}.csv"), "text", "category"))
+    return mixed(Record(row["text"], answer=row["label_text"]) for row in from_hub("mteb/banking77", None, held))
 
 
 @register("clinc150", kind=CLASSIFY)
-def clinc150(split: str, folder: Path | None) -> Iterator[Record]:
-    """``data_full.json``: for each split a list of [text, intent], and one of those out of scope."""
+def clinc150(split: str, folder: Path | None) -> list[Record]:
+    """``data_full.json``: for each split a list of [text, intent], and one of those out of scope; :func:`mixed`."""
+    return mixed(_clinc150(split, folder))
+
+
+def _clinc150(split: str, folder: Path | None) -> Iterator[Record]:
     if folder is None:
         rows = from_hub("clinc/clinc_oos", "plus", split)
         yield from (Record(row["text"], answer=str(row["intent"])) for row in rows)
