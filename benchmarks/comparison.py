@@ -31,7 +31,17 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "comparison.json"
 CONFIG = HERE / "comparison.yaml"
 SEEDS = (0, 1, 2)
-KEPT = ("trained_numbers", "steps", "train_records", "train_loss", "train_seconds", "evaluation", "scores", "notes", "versions")
+KEPT = (
+    "trained_numbers",
+    "steps",
+    "train_records",
+    "train_loss",
+    "train_seconds",
+    "evaluation",
+    "scores",
+    "notes",
+    "versions",
+)
 Results = dict[str, dict[str, Any]]
 
 
@@ -65,7 +75,13 @@ def as_arguments(flags: dict[str, Any], places: dict[str, str], output_dir: str)
         for place, folder in places.items():
             text = text.replace("{" + place + "}", folder)
         found += [f"--{name}", text]
-    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": "true", "logging_steps": "10", "use_cpu": "true"}
+    quiet = {
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "logging_steps": "10",
+        "use_cpu": "true",
+    }
     return [*found, *(part for name, value in quiet.items() for part in (f"--{name}", value))]
 
 
@@ -207,7 +223,9 @@ def report(families: dict[str, Any]) -> None:
                 trained.append(logs[0]["trained_numbers"])
                 size = max(size, logs[0]["adapter_bytes"])
             cost = results.get(f"cost {family} {method}", {})
-            last = [f"{cost['seconds_a_step']:.2f}", f"{cost['peak_memory_bytes'] / 2**20:.0f} MiB"] if cost else ["", ""]
+            last = (
+                [f"{cost['seconds_a_step']:.2f}", f"{cost['peak_memory_bytes'] / 2**20:.0f} MiB"] if cost else ["", ""]
+            )
             numbers = f"{min(trained):,}" if trained else ""
             print(f"| {method} | {numbers} | {' | '.join(cells)} | {' | '.join(last)} | {size / 2**10:.0f} KiB |")
 
@@ -215,7 +233,9 @@ def report(families: dict[str, Any]) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data")
-    arguments.add_argument("--models", nargs="*", default=[], help="NAME=FOLDER of the models that the configuration names")
+    arguments.add_argument(
+        "--models", nargs="*", default=[], help="NAME=FOLDER of the models that the configuration names"
+    )
     arguments.add_argument("--families", nargs="+")
     arguments.add_argument("--workers", type=int, default=2)
     arguments.add_argument("--measure", type=int, nargs="?", const=3, metavar="ROUNDS")
@@ -230,7 +250,8 @@ def main() -> None:
     folders = dict(named.split("=", 1) for named in chosen.models)
     wanted = chosen.families or [family for family, what in families.items() if what["model"] in folders]
     places = {
-        family: {"data": chosen.data, "benchmarks": str(HERE), "model": folders[families[family]["model"]]} for family in wanted
+        family: {"data": chosen.data, "benchmarks": str(HERE), "model": folders[families[family]["model"]]}
+        for family in wanted
     }
     os.environ["HF_HUB_OFFLINE"] = "1"
     if chosen.measure:

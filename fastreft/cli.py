@@ -22,6 +22,7 @@ COMMANDS = {
     "tune": "search for a training's best settings",
     "generate": "write text with a trained adapter",
     "convert": "turn a pyreft checkpoint into an adapter, or back",
+    "report": "a page of how an adapter was trained and what it does to its model",
     "inspect": "what a pyreft checkpoint or an adapter holds",
     "info": "versions, the native core in use, and why",
 }

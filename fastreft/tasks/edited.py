@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -15,6 +16,15 @@ def marked(tokens: Sequence[str], columns: Sequence[int]) -> str:
     """The text with the edited tokens in brackets."""
     edited = set(columns)
     return "".join(f"[{token}]" if i in edited else token for i, token in enumerate(tokens))
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text, the space before a word included."""
+    texts = [str(tokenizer.decode(ids[:i], clean_up_tokenization_spaces=False)) for i in range(len(ids) + 1)]
+    return [
+        now[len(before) :] if now.startswith(before) else str(tokenizer.decode([i]))
+        for before, now, i in zip(texts, texts[1:], ids, strict=False)
+    ]
 
 
 def lines(adapter: str, model: str | None, prompts: Sequence[str]) -> Iterator[str]:
@@ -34,7 +44,7 @@ def lines(adapter: str, model: str | None, prompts: Sequence[str]) -> Iterator[s
             edited.generate(
                 input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=1, do_sample=False
             )
-        tokens = [tokenizer.decode([i]) for i in ids]
+        tokens = pieces(tokenizer, ids)
         yield f"a prompt of {len(ids)} tokens"
         places: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
         for edit in edited.reft_report().edits:

@@ -15,6 +15,7 @@ from peft.utils import PeftType
 import fastreft
 
 from ..models.blocks import find_blocks
+from ..tuner.model import quiet_peft
 from .errors import UserError, nearest, user_errors
 
 REFT, FULL, HEAD, LAST = "reft", "full", "head", "last"
@@ -51,7 +52,7 @@ def apply(base: Any, method: str, config: Any, settings: dict[str, Any], task_ty
         _choose(base, method)
         return base
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
-    with user_errors(ValueError, TypeError, KeyError, ImportError, prefix=f"the method '{method}': "):
+    with user_errors(ValueError, TypeError, KeyError, ImportError, prefix=f"the method '{method}': "), quiet_peft():
         return get_peft_model(base, made(task_type=task_type, **settings))
 
 

@@ -21,6 +21,7 @@ from transformers import (
 from fastreft.files import staged
 
 from ..settings import ReftSettings
+from ..tuner.model import quiet_peft
 from .errors import UserError, user_errors
 from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDED, MODEL_CONFIG, find_adapter, find_model
 from .run_log import put_log
@@ -170,7 +171,7 @@ def load_adapter(base: Any, adapter: str) -> PeftModel:
     path = Path(adapter).expanduser()
     misfit = f"the adapter in '{adapter}' does not fit the model '{base.name_or_path}': "
     saved = adapter_keys(adapter)
-    with user_errors(*BROKEN, prefix=misfit):
+    with user_errors(*BROKEN, prefix=misfit), quiet_peft():
         model = PeftModel.from_pretrained(base, str(path))
     # PEFT only warns of weights that the model lacks or the file lacks; the text would be silently wrong.
     differing = saved ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))

@@ -243,6 +243,7 @@ def run(flags: Sequence[str]) -> int:
         "train_seconds": result.metrics["train_runtime"],
         "peak_memory_bytes": peak_memory(),
         "evaluation": measured,
+        "history": trainer.state.log_history,
         "notes": notes,
         "settings": list(flags),
         "versions": versions(),

@@ -65,7 +65,10 @@ class DataArguments:
     max_train_records: int | None = field(default=None, metadata={"help": "train on the first so many records alone"})
     max_eval_records: int | None = field(default=None, metadata={"help": "score the first so many records alone"})
     hold_out: int = field(
-        default=0, metadata={"help": "keep the last so many training records for the evaluation during training; texts with labels are mixed first"}
+        default=0,
+        metadata={
+            "help": "keep the last so many training records (of texts with labels: after mixing) to evaluate on during training"
+        },
     )
 
     def check(self, *, training: bool = True) -> None:
