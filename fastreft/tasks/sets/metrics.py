@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .entities import entity_f1, token_accuracy
+
 Values = Sequence[Any] | np.ndarray
 
 
@@ -45,10 +47,12 @@ def _ranks(values: Values) -> np.ndarray:
     return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
-METRICS: dict[str, Callable[[Values, Values], float]] = {
+METRICS: dict[str, Callable[[Any, Any], float]] = {
     "accuracy": accuracy,
     "f1": f1,
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,
+    "entity_f1": entity_f1,
+    "token_accuracy": token_accuracy,
 }
