@@ -14,7 +14,7 @@ from .data import IGNORED, chat_prompt, prompt_ids
 from .generate import complete
 from .records import label_index
 from .sets import Record, TaskSet
-from .sets.metrics import METRICS
+from .sets.metrics import METRICS, accuracy
 from .sets.registry import GENERATE, REGRESS, TAG
 from .tags import predict_tags
 
@@ -101,6 +101,7 @@ def predict(records: Sequence[Record], model: Any, tokenizer: Any, *, batch_size
 def _score_written(task: TaskSet, records: Sequence[Record], written: Sequence[str]) -> Score:
     found = [task.answer_of(text) for text in written]
     right = [a is not None and task.same(a, record.answer) for a, record in zip(found, records, strict=True)]
+    wanted = [record.answer for record in records]
     rows = []
     for record, text, answer, good in zip(records, written, found, right, strict=True):
         row: dict[str, Any] = {**record.about, "output": text}
@@ -109,7 +110,11 @@ def _score_written(task: TaskSet, records: Sequence[Record], written: Sequence[s
         rows.append(row)
     if not task.metrics:
         return Score(task.name, {}, len(records), 0, rows)
-    values = {name: METRICS[name](right, [True] * len(right)) for name in task.metrics}
+    # Of answers that are right or wrong, those that are; else the answers themselves.
+    values = {
+        name: accuracy(right, [True] * len(right)) if name == "accuracy" else METRICS[name](found, wanted)
+        for name in task.metrics
+    }
     return Score(task.name, values, len(records), sum(a is None for a in found), rows)
 
 

@@ -17,6 +17,17 @@ def accuracy(found: Values, wanted: Values) -> float:
     return 100 * float(np.mean([a == b for a, b in zip(found, wanted, strict=True)]))
 
 
+def leading_matches(found: Sequence[Any], wanted: Sequence[Any]) -> int:
+    """How many are the same before the first that is not."""
+    differs = (i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b)
+    return next(differs, min(len(found), len(wanted)))
+
+
+def prefix(found: Sequence[Sequence[Any]], wanted: Sequence[Sequence[Any]]) -> float:
+    """How much of each is right before its first mistake, the mean over them."""
+    return 100 * float(np.mean([leading_matches(a, b) / len(b) for a, b in zip(found, wanted, strict=True)]))
+
+
 def pearson(found: Values, wanted: Values) -> float:
     """The correlation of two rows of numbers; 0 where one of them is constant."""
     a, b = np.asarray(found, float), np.asarray(wanted, float)
@@ -50,6 +61,7 @@ def _ranks(values: Values) -> np.ndarray:
 METRICS: dict[str, Callable[[Any, Any], float]] = {
     "accuracy": accuracy,
     "f1": f1,
+    "prefix": prefix,
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,

@@ -68,7 +68,7 @@ class TaskSet:
     ``kind``: "generate" text, "classify" into ``labels`` (all those of the training records where empty), "regress" to a
     number, or "tag" words with ``labels``. ``answer_of`` finds the answer in what was written, None where there is none;
     ``same`` compares it with a record's. ``metrics`` are names of :data:`fastreft.tasks.sets.metrics.METRICS`, the first the
-    one that counts; a kind's :data:`USUAL` where none are named.
+    one that counts; a kind's :data:`USUAL` where none are named. ``recited``: what it is trained on is what is asked for.
     """
 
     name: str
@@ -79,6 +79,7 @@ class TaskSet:
     metrics: tuple[str, ...] = ("accuracy",)
     labels: tuple[str, ...] = ()
     max_new_tokens: int = 32
+    recited: bool = False
 
     def records(self, split: str, folder: Path | None) -> list[Record]:
         """All of a split; :class:`UserError` where it is empty."""
@@ -158,7 +159,7 @@ def training_records(name: str, folder: Path | None) -> tuple[list[Record], int]
 
 def _tested(sets: Iterable[TaskSet], folder: Path | None) -> Iterator[tuple[str, str | None]]:
     for each in sets:
-        if each.kind == GENERATE:
+        if each.kind == GENERATE and not each.recited:
             try:
                 yield from ((record.prompt, record.pair) for record in each.read("test", folder))
             except UserError:
