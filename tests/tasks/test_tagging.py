@@ -96,6 +96,10 @@ def test_a_tagger_learns_and_is_scored_again(tmp_path, bert, numbers, capsys, me
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(rows) == 13 and all(len(row["words"]) == len(row["found"]) == len(row["answer"]) for row in rows)
     assert all(row["right"] is (row["found"] == row["answer"]) for row in rows)
+    if method == "reft":
+        pytest.importorskip("matplotlib")
+        assert main(["report", "--adapter", out]) == 0
+        assert "7 (B-LOC)" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_lists_of_ones_own(tmp_path, bert, capsys):
