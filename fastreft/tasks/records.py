@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,31 @@ def of_file(path: str, arguments: DataArguments) -> Iterator[Record]:
             yield Record(prompt, text_of(row, arguments.completion_field, where), where=where)
 
 
+def _some_of(path: str, arguments: DataArguments) -> list[Record]:
+    """:func:`of_file`'s; :class:`UserError` where there are none."""
+    found = list(of_file(path, arguments))
+    if not found:
+        raise UserError(f"the data file '{path}' has no records")
+    return found
+
+
+def set_of_file(arguments: DataArguments) -> TaskSet:
+    """The records of ``eval_file`` as a task: labels of texts are to be found, or completions to be written word for word."""
+
+    def read(split: str, folder: Path | None) -> Iterator[Record]:
+        for record in _some_of(path, arguments):
+            if kind == CLASSIFY:
+                yield record
+            elif record.messages is not None:
+                *asked, answer = record.messages
+                yield replace(record, answer=str(answer.get("content", "")).strip(), about={"messages": asked})
+            else:
+                yield replace(record, answer=record.completion.strip(), about={"prompt": record.prompt})
+
+    path, kind = str(arguments.eval_file), CLASSIFY if arguments.label_field is not None else GENERATE
+    return TaskSet(Path(path).name, read, kind, metrics=("accuracy",) if kind == CLASSIFY else ("exact match",))
+
+
 def _messages(row: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
     if name not in row:
         raise UserError(f"{where} has no field '{name}'{nearest(name, row)}")
@@ -80,16 +105,12 @@ def gather(arguments: DataArguments) -> Data:
             data.notes.append(f"{left_out} training records are among the test's and were left out")
     else:
         kind = CLASSIFY if arguments.label_field is not None else GENERATE
-        records = of_file(str(arguments.train_file), arguments)
-        data = Data(kind, mixed(records) if kind == CLASSIFY else list(records))
-        if not data.train:
-            raise UserError(f"the data file '{arguments.train_file}' has no records")
+        records = _some_of(str(arguments.train_file), arguments)
+        data = Data(kind, mixed(records) if kind == CLASSIFY else records)
     if arguments.max_train_records is not None:
         data.train = data.train[: arguments.max_train_records]
     if arguments.eval_file is not None:
-        data.evaluated = list(of_file(arguments.eval_file, arguments))
-        if not data.evaluated:
-            raise UserError(f"the data file '{arguments.eval_file}' has no records")
+        data.evaluated = _some_of(arguments.eval_file, arguments)
     elif arguments.hold_out:
         if arguments.hold_out >= len(data.train):
             raise UserError(f"hold_out is {arguments.hold_out}, and there are {len(data.train)} training records")
@@ -117,6 +138,11 @@ def label_index(record: Record, labels: tuple[str, ...]) -> int:
 def _check_labels(data: Data) -> None:
     if len(data.labels) < 2:
         raise UserError(f"the training records have {len(data.labels)} label; classifying takes two at least")
-    unknown = next((record for record in data.evaluated if label_index(record, data.labels) < 0), None)
+    check_known(data.evaluated, data.labels)
+
+
+def check_known(records: Sequence[Record], labels: tuple[str, ...]) -> None:
+    """:class:`UserError` for a record with a label that a training did not know."""
+    unknown = next((record for record in records if label_index(record, labels) < 0), None)
     if unknown is not None:
         raise UserError(f"the label {unknown.answer!r} of a record to evaluate is none of the training records'")

@@ -104,8 +104,8 @@ def test_trainings_whose_disk_is_full(unbroken, tmp_path, counts):
 
 
 def completed(folder, sound=False):
-    """Number -> (value, parameters) of a study's trials that came to their end, as its file has them. With ``sound`` the file is
-    held to be that, too."""
+    """Number -> (value, parameters) of a study's trials that came to their end, as its file has them. With ``sound`` the file
+    is held to be that, too."""
     path = folder / "out" / "study.sqlite"
     if not path.exists():
         return {}

@@ -47,6 +47,7 @@ def _ranks(values: Values) -> np.ndarray:
 
 METRICS: dict[str, Callable[[Values, Values], float]] = {
     "accuracy": accuracy,
+    "exact match": accuracy,
     "f1": f1,
     "matthews": matthews,
     "pearson": pearson,
