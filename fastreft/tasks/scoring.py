@@ -21,8 +21,8 @@ from .sets.registry import CLASSIFY, GENERATE
 
 @dataclass
 class Score:
-    """A task's metrics in percent, and a loss per token, of ``records`` records. ``unparsed``: those in whose text no answer was
-    found, which count as wrong. ``predictions``: one of them each, as written to a file."""
+    """A task's metrics in percent, and a loss per token, of ``records`` records. ``unparsed``: those in whose text no answer
+    was found, which count as wrong. ``predictions``: one of them each, as written to a file."""
 
     task: str
     metrics: dict[str, float]
