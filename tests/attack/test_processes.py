@@ -34,6 +34,11 @@ def kinds(least):
     return enumerate(itertools.islice(itertools.cycle(trained.KINDS), max(CASES // 40, least)))
 
 
+def kills(dice):
+    """How often a run is killed; once in the short form."""
+    return dice.choice((1, 1, 2, 3)) if CASES > 40 else 1
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """Of a kind, (what a run ends with, the size of its largest file); each is run once."""
@@ -60,7 +65,7 @@ def test_killed_trainings_end_where_an_unbroken_one_ends(unbroken, tmp_path, cou
         folder.mkdir()
         trained.write_records(folder / "train.jsonl")
         flags: tuple[str, ...] = trained.KINDS[kind]
-        for kill in range(dice.choice((1, 1, 2, 3))):
+        for kill in range(kills(dice)):
             process = trained.start(folder, *flags)
             begun = 2 * dice.randrange(7)  # steps, of twelve, with a checkpoint each two
             while process.is_alive() and newest(folder) < begun:
@@ -127,7 +132,7 @@ def test_killed_studies_keep_their_trials(tmp_path, counts):
         folder, kept = tmp_path / f"study{i}", {}
         folder.mkdir()
         trained.write_records(folder / "train.jsonl")
-        for kill in range(dice.choice((1, 1, 2, 3))):
+        for kill in range(kills(dice)):
             process = trained.start(folder, *trained.STUDY, command="tune")
             begun = dice.randrange(trained.TRIALS + 1)  # trials; before the first, the study's file
             while process.is_alive() and not (
