@@ -94,7 +94,7 @@ def test_labels(tmp_path, data, capsys):
     assert found["accuracy"] > 25 and {row["found"] for row in rows} <= {"sad", "happy", "old", "cold"}
     for flags, part in (
         ([], "was trained to classify, and"),
-        (["--text_field", "prompt", "--label_field", "completion"], "is none of the 2 labels that there are"),
+        (["--text_field", "prompt", "--label_field", "completion"], "is none of the 4 labels that there are"),
     ):
         fails(main(["eval", "--adapter", out, "--eval_file", data, *flags]), capsys, part)
 
