@@ -159,11 +159,16 @@ def _make_trainer(run: Settings, ready: Prepared, model: Any) -> TaskTrainer:
     """Trainer; :class:`UserError` for what it refuses, and where accelerate would leave out what was asked for."""
     with user_errors(ValueError, RuntimeError, ImportError):
         trainer = TaskTrainer(run, model=model, **trainer_settings(run, ready))
-    if run.training.fsdp and not trainer.is_fsdp_enabled:
-        raise UserError(
-            f"fsdp is given, and accelerate shards no model on this device ({run.training.device.type}); leave it out: "
-            "every process then has the whole model"
-        )
+    shards = {
+        "fsdp": (run.training.fsdp, trainer.is_fsdp_enabled),
+        "deepspeed": (run.training.deepspeed_plugin, trainer.is_deepspeed_enabled),
+    }
+    for name, (wanted, done) in shards.items():
+        if wanted and not done:
+            raise UserError(
+                f"{name} is given, and accelerate shards nothing on this device ({run.training.device.type}); leave it out: "
+                "every process then has the whole model"
+            )
     return trainer
 
 
@@ -209,6 +214,9 @@ def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
     pad: Any = (DataCollatorForSeq2Seq if data.kind == GENERATE else DataCollatorWithPadding)(ready.tokenizer)
     smoothed = run.training.label_smoothing_factor and data.kind == GENERATE and run.method.method == methods.REFT
     names = data.scored[0].metrics if data.scored else ("accuracy",)
+    callbacks: list[Any] = [EarlyStoppingCallback(run.method.early_stopping)] if run.method.early_stopping else []
+    if run.training.deepspeed_plugin and run.method.method == methods.REFT:
+        callbacks.append(fastreft.ZeroRetraction(run.method.r_lr_scale))
     return {
         "args": run.training,
         "train_dataset": ready.train.data,
@@ -216,7 +224,7 @@ def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
         "data_collator": partial(with_answers, pad) if smoothed else pad,
         "processing_class": ready.tokenizer,
         "compute_metrics": metrics_for_trainer(data.kind, names),
-        "callbacks": [EarlyStoppingCallback(run.method.early_stopping)] if run.method.early_stopping else [],
+        "callbacks": callbacks,
     }
 
 
@@ -243,6 +251,11 @@ def run(flags: Sequence[str]) -> int:
     """Train, save, score and report; everything is checked before anything is written. Of several processes, all train, and
     the first saves, scores and reports; where each holds a shard of the model, all have a part in the scoring."""
     run = settings(flags)
+    if processes.count() > run.training.world_size:
+        raise UserError(
+            f"there are {processes.count()} processes, and no accelerator here over which they could work together; give "
+            "--use_cpu to have them train on the CPU"
+        )
     if not processes.is_first():
         disable_progress_bar()
     output_dir = str(run.training.output_dir)
@@ -263,10 +276,8 @@ def run(flags: Sequence[str]) -> int:
     measured = trainer.evaluate() if ready.evaluated is not None else {}
     sharded = trainer.is_fsdp_enabled
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # which takes all processes
-    if not sharded:
-        trainer.accelerator.end_training()  # the last that all do together
-        if not processes.is_first():
-            return 0
+    if not (sharded or processes.is_first()):
+        return 0
     whole = trainer.accelerator.unwrap_model(trainer.model)
     trained, total = methods.counts(whole)
     log = {
@@ -299,8 +310,6 @@ def run(flags: Sequence[str]) -> int:
     shown = [f"eval {name} {measured[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in measured]
     _say("   ".join([f"train loss {result.training_loss:.4f}", *shown]))
     scores = _score_all(run, ready, whole)
-    if sharded:
-        trainer.accelerator.end_training()
     if scores and processes.is_first():
         write_log(output_dir, {**log, "scores": scores})
     _say(f"saved to {output_dir}{_next(run, ready.data, output_dir)}")
