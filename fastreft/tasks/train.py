@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import (
     DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     Trainer,
@@ -29,12 +30,12 @@ from .data import Encoded, encode_labelled, encode_written
 from .errors import UserError, user_errors
 from .flags.data import DataArguments
 from .flags.train import AUTO, MethodArguments, ModelArguments, parser_of, settings_of
-from .models import class_for, head_settings, load_base, load_config, load_tokenizer, save_adapter
+from .models import class_for, head_settings, load_base, load_config, load_tokenizer, longest, save_adapter
 from .records import Data, gather, to_score
 from .run_log import peak_memory, versions, write_log
 from .scoring import metrics_for_trainer, score
 from .sets import Record
-from .sets.registry import CLASSIFY, GENERATE
+from .sets.registry import GENERATE, NAMED, TAG
 
 
 class Settings(NamedTuple):
@@ -53,18 +54,6 @@ def settings(flags: Sequence[str], *more: type) -> Settings:
     *own, model, data, method, adapter, training = parser_of(TrainingArguments, *more).parse(flags)
     methods.check_method(method.method)
     return Settings(model, data, method, settings_of(adapter), training, tuple(own))
-
-
-def longest(max_length: int | None, config: Any) -> int:
-    """The tokens that a record may have: what the user asked for, within what the model can take."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if max_length is None:
-        return min(512, context or 512)
-    if max_length < 2:
-        raise UserError(f"max_length is {max_length}; a prompt and a completion need at least 2 tokens")
-    if context and max_length > context:
-        raise UserError(f"max_length is {max_length}, but the model's context is {context} tokens")
-    return max_length
 
 
 def find_checkpoint(training: TrainingArguments, output_dir: str, *, adapter: bool) -> str | None:
@@ -211,9 +200,9 @@ def _score_all(run: Settings, ready: Prepared, model: Any) -> dict[str, dict[str
 def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
     """What Trainer is given besides a model and its optimizer."""
     data = ready.data
-    pad: Any = (DataCollatorForSeq2Seq if data.kind == GENERATE else DataCollatorWithPadding)(ready.tokenizer)
+    pads = {GENERATE: DataCollatorForSeq2Seq, TAG: DataCollatorForTokenClassification}
+    pad: Any = pads.get(data.kind, DataCollatorWithPadding)(ready.tokenizer)
     smoothed = run.training.label_smoothing_factor and data.kind == GENERATE and run.method.method == methods.REFT
-    names = data.scored[0].metrics if data.scored else ("accuracy",)
     callbacks: list[Any] = [EarlyStoppingCallback(run.method.early_stopping)] if run.method.early_stopping else []
     if run.training.deepspeed_plugin and run.method.method == methods.REFT:
         callbacks.append(fastreft.ZeroRetraction(run.method.r_lr_scale))
@@ -223,7 +212,7 @@ def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
         "eval_dataset": ready.evaluated.data if ready.evaluated else None,
         "data_collator": partial(with_answers, pad) if smoothed else pad,
         "processing_class": ready.tokenizer,
-        "compute_metrics": metrics_for_trainer(data.kind, names),
+        "compute_metrics": metrics_for_trainer(data.kind, data.metrics, data.labels),
         "callbacks": callbacks,
     }
 
@@ -285,7 +274,7 @@ def run(flags: Sequence[str]) -> int:
         "method": run.method.method,
         "task": run.data.task,
         "kind": ready.data.kind,
-        "labels": list(ready.data.labels) if ready.data.kind == CLASSIFY else None,
+        "labels": list(ready.data.labels) if ready.data.kind in NAMED else None,
         "chat": run.data.chat or run.data.messages_field is not None,
         "dtype": run.model.dtype,
         "max_length": ready.length,
@@ -306,7 +295,7 @@ def run(flags: Sequence[str]) -> int:
         _save(whole, ready.tokenizer, run.model.model, output_dir, log, weights)
     _say(f"trained {trained:,} parameters ({trained / total:.3%}) for {result.global_step} steps on "
          f"{len(ready.train.data):,} records")  # fmt: skip
-    names = ("loss", "accuracy", "matthews", "pearson")
+    names = ("loss", *ready.data.metrics)
     shown = [f"eval {name} {measured[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in measured]
     _say("   ".join([f"train loss {result.training_loss:.4f}", *shown]))
     scores = _score_all(run, ready, whole)

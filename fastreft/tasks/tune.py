@@ -60,17 +60,16 @@ def of_trial(run: Settings, space: Sequence[Dimension], trial: Any) -> tuple[Set
 
 def _study(optuna: Any, folder: Path, direction: str) -> tuple[Any, dict[str, Any]]:
     """(the study in a folder, new or gone on with, what Trainer needs to find it); what was cut off counts as failed."""
-    found = {
-        "storage": f"sqlite:///{folder / STUDY}",
-        "study_name": "fastreft",
-        "load_if_exists": True,
-        "sampler": optuna.samplers.TPESampler(seed=0),
-        "pruner": optuna.pruners.MedianPruner(n_startup_trials=5),
-    }
+    found = {"storage": f"sqlite:///{folder / STUDY}", "study_name": "fastreft", "load_if_exists": True}
     study = optuna.create_study(direction=direction, **found)
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    return study, found
+    return study, {
+        **found,
+        # A sampler keeps nothing: of one seed it would draw the first trials again wherever a study goes on.
+        "sampler": optuna.samplers.TPESampler(seed=len(study.trials)),
+        "pruner": optuna.pruners.MedianPruner(n_startup_trials=5),
+    }
 
 
 def run(flags: Sequence[str]) -> int:
@@ -88,8 +87,7 @@ def run(flags: Sequence[str]) -> int:
     ready = prepare(run)
     if ready.evaluated is None or ready.data.evaluated_on_test:
         raise UserError("a search needs records of its own to choose by; give --hold_out N or --eval_file")
-    names = ready.data.scored[0].metrics if ready.data.scored else ("accuracy",)
-    objective = "eval_loss" if ready.data.kind == GENERATE else f"eval_{names[0]}"
+    objective = "eval_loss" if ready.data.kind == GENERATE else f"eval_{ready.data.metrics[0]}"
     direction = "minimize" if objective == "eval_loss" else "maximize"
     run.training.save_strategy = "no"
     folder.mkdir(parents=True, exist_ok=True)
