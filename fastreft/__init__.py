@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         NoreftIntervention,
     )
     from .optim import ReftAdamW, attach_retraction, param_groups, retract_model_
+    from .optim.zero import ZeroRetraction
     from .tuner.config import ReftConfig
     from .tuner.model import get_reft_model
     from .tuner.rate import suggest_lr
@@ -34,6 +35,7 @@ __all__ = [
     "NoreftIntervention",
     "ReftAdamW",
     "ReftConfig",
+    "ZeroRetraction",
     "attach_retraction",
     "functional",
     "get_reft_model",
@@ -46,6 +48,7 @@ __all__ = [
 _ROOMS = {  # name -> the module that has it; interventions for all others
     "ReftAdamW": "optim",
     "ReftConfig": "tuner.config",
+    "ZeroRetraction": "optim.zero",
     "attach_retraction": "optim",
     "get_reft_model": "tuner.model",
     "param_groups": "optim",

@@ -4,6 +4,7 @@ A command is two modules: that of :mod:`fastreft.tasks.flags` reads what it is t
 does it. Each is imported when its turn comes, as the second imports torch and more: help and what is wrong with flags come
 before that. Exit codes: 0 done, 1 a check failed, 2 bad input (one sentence on stderr and nothing written), 130 interrupted.
 What is foreseen is checked where it belongs; of all else there is one sentence, too, and ``--traceback`` shows where it was.
+Of several processes the first on a machine says it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .tasks import processes
 from .tasks.errors import UserError, in_words
 
 COMMANDS = {
@@ -44,10 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     given = [argument for argument in chosen.arguments if argument != "--traceback"]
     try:
+        processes.check_command(chosen.command)
         flags = importlib.import_module(f".tasks.flags.{chosen.command}", __package__).parse(given)
         return importlib.import_module(f".tasks.{chosen.command}", __package__).run(flags)
     except UserError as error:
-        print(f"fastreft {chosen.command}: {error}", file=sys.stderr)
+        processes.complain(f"fastreft {chosen.command}: {error}")
         return 2
     except KeyboardInterrupt:
         print(f"fastreft {chosen.command}: interrupted", file=sys.stderr)
@@ -55,5 +58,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if given != chosen.arguments:
             raise
-        print(f"fastreft {chosen.command}: {in_words(error)} (--traceback shows where)", file=sys.stderr)
+        processes.complain(f"fastreft {chosen.command}: {in_words(error)} (--traceback shows where)")
         return 2

@@ -13,6 +13,12 @@ Weights = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | No
 """(U, V, P, b, c) of the primitive, None for a term left out; P is U itself where the two are one (LoReFT's R)."""
 
 
+ZERO3 = (
+    "DeepSpeed's ZeRO-3 shards the model's parameters, so that an edit would find its own empty: train with ZeRO-1 or 2, or "
+    "with FSDP2, which shards the frozen model as well"
+)
+
+
 def check(h: Tensor, w: Weights, rows: Tensor | None = None) -> None:
     """``TypeError`` or ``ValueError`` naming the argument, what came and what was wanted."""
     U, V, P, b, c = w
@@ -20,6 +26,8 @@ def check(h: Tensor, w: Weights, rows: Tensor | None = None) -> None:
         raise TypeError(f"h is {h.dtype}; it must be float32, bfloat16, float16 or float64")
     if h.dim() == 0:
         raise ValueError("h is a scalar; it must be (..., d)")
+    if any(getattr(weight, "ds_id", None) is not None for weight in w):
+        raise ValueError(ZERO3)
     if U.dim() != 2 or U.shape[1] != h.shape[-1]:
         raise ValueError(
             f"the weight matrix is {tuple(U.shape)}; for h of shape {tuple(h.shape)} it must be (r, {h.shape[-1]})"

@@ -81,7 +81,8 @@ class ReftAdamW(torch.optim.Optimizer):
     parameter of its group changed, for a gradient that is not finite. On a GPU, where that would need a sync, an R with
     such a gradient is left as it was, and :meth:`skipped` counts them. Survives deepcopy, pickling and state_dict.
     Takes FSDP2's shards: every rank steps the same whole R, and of W and b its own part, whose gradient it alone looks at;
-    ``ValueError`` for an R that FSDP1 or DeepSpeed's ZeRO-3 flattened.
+    ``ValueError`` for an R that FSDP1 or DeepSpeed's ZeRO-3 flattened, or that ZeRO-1 or 2 steps in parts without a
+    :class:`fastreft.ZeroRetraction`.
 
     ``capturable=True`` lets a CUDA graph capture :meth:`step`, after one step outside it: ages are then fp32 tensors beside
     their parameters, counted up there, and ``lr`` may be a 0-dim fp32 or fp64 tensor on the parameters' device, which every
@@ -134,6 +135,8 @@ class ReftAdamW(torch.optim.Optimizer):
                 loss = closure()
         Rs = orthonormal_parameters()
         self._status: list[Tensor | None] = []
+        if not any(id(p) in Rs for group in self.param_groups for p in group["params"]):
+            shards.refuse_parts(Rs.values())
         for group in self.param_groups:
             # One call takes parameters of one kind, device and age, all of them in shards or none.
             calls: dict[tuple[bool, torch.device, int, bool], list[tuple[Any, ...]]] = {}

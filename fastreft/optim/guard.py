@@ -125,5 +125,9 @@ def guard_optimizers() -> None:
 
 
 def _guard(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    if optimizer not in _attached and not isinstance(optimizer, ReftAdamW) and _held(optimizer, None):
+    if optimizer in _attached or isinstance(optimizer, ReftAdamW):
+        return
+    if _held(optimizer, None):
         attach_retraction(optimizer)
+    else:
+        shards.refuse_parts(orthonormal_parameters().values())

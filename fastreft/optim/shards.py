@@ -1,9 +1,11 @@
 """Parameters in shards. FSDP2's (DTensors) train: a retraction needs the whole of an R, which is small, so each rank gathers
-it, computes the same step and keeps its own shard. FSDP1's flattened ones and DeepSpeed's have no rows to speak of: refused.
+it, computes the same step and keeps its own shard. DeepSpeed's ZeRO-1 and 2 step flat parts beside whole parameters, see
+``zero.py``. FSDP1's flattened ones and ZeRO-3's have no rows to speak of: refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +23,40 @@ def refuse_flattened(R: Tensor) -> None:
             "an orthonormal R is flattened or held by DeepSpeed's ZeRO-3, so that its rows cannot be kept orthonormal; shard "
             "with FSDP2 (fully_shard) or ZeRO-2, or keep R whole (FSDP1: ignored_states=[R])"
         )
+
+
+def in_parts(R: Tensor) -> bool:
+    """Does DeepSpeed's ZeRO-1 or 2 step this in flat parts?"""
+    return hasattr(R, "_hp_mapping")
+
+
+def set_kept(R: Any) -> None:
+    """Somebody keeps this R, which is stepped in parts, orthonormal."""
+    R._reft_kept = True
+
+
+def refuse_parts(Rs: Iterable[Tensor]) -> None:
+    """``ValueError`` for an R that is stepped in flat parts, and that nobody keeps orthonormal."""
+    if any(in_parts(R) and not hasattr(R, "_reft_kept") for R in Rs):
+        raise ValueError(
+            "DeepSpeed's ZeRO steps an orthonormal R in flat parts, in which its rows are not kept orthonormal: give Trainer "
+            "callbacks=[fastreft.ZeroRetraction()], as fastreft train does"
+        )
+
+
+def whole_of_parts(R: Any) -> Tensor:
+    """The fp32 master of an R that is stepped in parts, whole, a tensor of its own. Every process must ask."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(R)
+
+
+def keep_parts(R: Any, full: Tensor) -> None:
+    """Write ``full`` into an R that is stepped in parts, and into what this process keeps of its fp32 master."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(R, full)
+    R.copy_(full)
 
 
 def local(t: Any) -> Tensor:

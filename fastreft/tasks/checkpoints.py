@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import zipfile
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
 from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, MODEL_WEIGHTS
+from .processes import is_first
 
 
 def lacks(folder: Path, *, adapter: bool = True) -> str | None:
@@ -30,7 +32,7 @@ def lacks(folder: Path, *, adapter: bool = True) -> str | None:
     except (OSError, SafetensorError):
         return f"no {weights} that can be read"
     states = sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
-    for path in (folder / "optimizer.pt", folder / "scheduler.pt", *states):
+    for path in (*_optimizer_files(folder), folder / "scheduler.pt", *states):
         try:
             with zipfile.ZipFile(path) as file:
                 broken = file.testzip()
@@ -41,6 +43,16 @@ def lacks(folder: Path, *, adapter: bool = True) -> str | None:
     return None
 
 
+def _optimizer_files(folder: Path) -> list[Path]:
+    """What a checkpoint keeps of its optimizer: Trainer a file, and so with FSDP; DeepSpeed a folder that "latest" names."""
+    latest = folder / "latest"
+    if latest.is_file():
+        named = latest.read_text(encoding="utf-8", errors="replace").strip()
+        return sorted(folder.glob(f"{glob.escape(named)}/*.pt")) or [latest]
+    sharded = folder / "optimizer.bin"
+    return [sharded if sharded.is_file() else folder / "optimizer.pt"]
+
+
 def newest_whole(output_dir: str, *, adapter: bool = True) -> str:
     """The newest whole checkpoint of a run's folder; says which are passed over. :class:`UserError` where there is none."""
     named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*"))
@@ -49,7 +61,7 @@ def newest_whole(output_dir: str, *, adapter: bool = True) -> str:
     for _, folder in sorted(found, reverse=True):
         missing = lacks(folder, adapter=adapter)
         if missing is None:
-            if passed:
+            if passed and is_first():
                 print(f"note: resuming from {folder.name}; not whole: {', '.join(passed)}")
             return str(folder)
         passed.append(f"{folder.name} ({missing})")

@@ -196,16 +196,24 @@ def load_adapter(base: Any, adapter: str) -> PeftModel:
     return model.eval()
 
 
-def save_adapter(model: Any, tokenizer: Any, base: str, output_dir: str, log: dict[str, Any] | None = None) -> None:
+def save_adapter(
+    model: Any,
+    tokenizer: Any,
+    base: str,
+    output_dir: str,
+    log: dict[str, Any] | None = None,
+    weights: dict[str, Any] | None = None,
+) -> None:
     """Adapter, tokenizer and the log of its training, if any, into ``output_dir``, each file whole or not at all, the adapter's
-    configuration last; of a model without an adapter, all of it."""
+    configuration last; of a model without an adapter, all of it. ``weights``: the model's, where it holds a shard of them."""
     last = ADAPTER_CONFIG if isinstance(model, PeftModel) else MODEL_CONFIG
     if (
         base == EMBEDDED and last == ADAPTER_CONFIG
     ):  # a name that holds on every machine, where the package's folder does not
         model.peft_config[model.active_adapter].base_model_name_or_path = EMBEDDED
     with staged(output_dir, last=last) as staging:
-        model.save_pretrained(staging, **({"save_embedding_layers": False} if last == ADAPTER_CONFIG else {}))
+        more = {"save_embedding_layers": False} if last == ADAPTER_CONFIG else {}
+        model.save_pretrained(staging, state_dict=weights, **more)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if log is not None:

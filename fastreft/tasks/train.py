@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
@@ -18,11 +19,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar
 
 import fastreft
 
 from ..files import check_writable
-from . import methods
+from . import methods, processes
 from .checkpoints import lacks, newest_whole
 from .data import Encoded, encode_labelled, encode_written
 from .errors import UserError, user_errors
@@ -121,18 +123,53 @@ def make_model(run: Settings, ready: Prepared) -> Any:
     model = methods.apply(base, run.method.method, adapter, run.method.settings(), task_type)
     if run.training.learning_rate is AUTO:
         model.to(run.training.device)
-        run.training.learning_rate = methods.suited_rate(model, run.method.method)
+        found = methods.suited_rate(model, run.method.method)
+        (run.training.learning_rate,) = broadcast_object_list([found])  # processes may run on different devices
         ready.data.notes.append(f"learning_rate is {run.training.learning_rate:g}, as it is left to auto")
     return model
 
 
-def _save(model: Any, tokenizer: Any, base: str, output_dir: str, log: dict[str, Any]) -> None:
+class TaskTrainer(Trainer):
+    """Trainer with :class:`fastreft.ReftAdamW` for ReFT, made when Trainer asks for it: with FSDP it takes none made before."""
+
+    def __init__(self, mine: Settings, **given: Any):
+        self.mine = mine
+        super().__init__(**given)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer of the method, or Trainer's own."""
+        if self.optimizer is None:
+            method = self.mine.method
+            self.optimizer = methods.optimizer_of(self.model, method.method, self.args, method.r_lr_scale)
+        return super().create_optimizer(*args, **kwargs)
+
+
+def _make_trainer(run: Settings, ready: Prepared, model: Any) -> TaskTrainer:
+    """Trainer; :class:`UserError` for what it refuses, and where accelerate would leave out what was asked for."""
+    with user_errors(ValueError, RuntimeError, ImportError):
+        trainer = TaskTrainer(run, model=model, **trainer_settings(run, ready))
+    shards = {
+        "fsdp": (run.training.fsdp, trainer.is_fsdp_enabled),
+        "deepspeed": (run.training.deepspeed_plugin, trainer.is_deepspeed_enabled),
+    }
+    for name, (wanted, done) in shards.items():
+        if wanted and not done:
+            raise UserError(
+                f"{name} is given, and accelerate shards nothing on this device ({run.training.device.type}); leave it out: "
+                "every process then has the whole model"
+            )
+    return trainer
+
+
+def _save(
+    model: Any, tokenizer: Any, base: str, output_dir: str, log: dict[str, Any], weights: dict[str, Any] | None
+) -> None:
     """What was trained into ``output_dir``, and where that has become impossible, somewhere: a training is not lost for it."""
     try:
-        save_adapter(model, tokenizer, base, output_dir, log)
+        save_adapter(model, tokenizer, base, output_dir, log, weights)
     except OSError as error:
         elsewhere = tempfile.mkdtemp(prefix="fastreft-")
-        save_adapter(model, tokenizer, base, elsewhere, log)
+        save_adapter(model, tokenizer, base, elsewhere, log, weights)
         raise UserError(
             f"cannot write into '{output_dir}' ({error}); the trained adapter is in '{elsewhere}'"
         ) from error
@@ -155,7 +192,7 @@ def _score_all(run: Settings, ready: Prepared, model: Any) -> dict[str, dict[str
             batch_size=run.training.per_device_eval_batch_size,
             max_length=ready.length,
         )
-        print(result.in_words())
+        _say(result.in_words())
         found[task.name] = {**result.metrics, "records": result.records, "unparsed": result.unparsed}
     return found
 
@@ -166,6 +203,9 @@ def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
     pads = {GENERATE: DataCollatorForSeq2Seq, TAG: DataCollatorForTokenClassification}
     pad: Any = pads.get(data.kind, DataCollatorWithPadding)(ready.tokenizer)
     smoothed = run.training.label_smoothing_factor and data.kind == GENERATE and run.method.method == methods.REFT
+    callbacks: list[Any] = [EarlyStoppingCallback(run.method.early_stopping)] if run.method.early_stopping else []
+    if run.training.deepspeed_plugin and run.method.method == methods.REFT:
+        callbacks.append(fastreft.ZeroRetraction(run.method.r_lr_scale))
     return {
         "args": run.training,
         "train_dataset": ready.train.data,
@@ -173,7 +213,7 @@ def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
         "data_collator": partial(with_answers, pad) if smoothed else pad,
         "processing_class": ready.tokenizer,
         "compute_metrics": metrics_for_trainer(data.kind, data.metrics, data.labels),
-        "callbacks": [EarlyStoppingCallback(run.method.early_stopping)] if run.method.early_stopping else [],
+        "callbacks": callbacks,
     }
 
 
@@ -190,9 +230,23 @@ def _notes(ready: Prepared) -> list[str]:
     return notes
 
 
+def _say(text: str) -> None:
+    """A line on stdout, of one process of several."""
+    if processes.is_first():
+        print(text)
+
+
 def run(flags: Sequence[str]) -> int:
-    """Train, save, score and report; everything is checked before anything is written."""
+    """Train, save, score and report; everything is checked before anything is written. Of several processes, all train, and
+    the first saves, scores and reports; where each holds a shard of the model, all have a part in the scoring."""
     run = settings(flags)
+    if processes.count() > run.training.world_size:
+        raise UserError(
+            f"there are {processes.count()} processes, and no accelerator here over which they could work together; give "
+            "--use_cpu to have them train on the CPU"
+        )
+    if not processes.is_first():
+        disable_progress_bar()
     output_dir = str(run.training.output_dir)
     adapted = run.method.method not in (methods.FULL, methods.HEAD, methods.LAST)
     checkpoint = find_checkpoint(run.training, output_dir, adapter=adapted)
@@ -202,16 +256,16 @@ def run(flags: Sequence[str]) -> int:
         run.training.dataloader_pin_memory = False  # which torch would warn of, each epoch
     ready = prepare(run)
     model = make_model(run, ready)
-    with user_errors(ValueError, RuntimeError, ImportError):
-        optimizer = methods.optimizer_of(model, run.method.method, run.training, run.method.r_lr_scale)
-        trainer = Trainer(model=model, optimizers=(optimizer, None), **trainer_settings(run, ready))
+    trainer = _make_trainer(run, ready, model)
     notes = _notes(ready)
     for note in notes:
-        print(f"note: {note}")
+        _say(f"note: {note}")
     with user_errors(FloatingPointError, prefix="the training diverged; try a lower learning_rate: "):
         result = trainer.train(resume_from_checkpoint=checkpoint)
     measured = trainer.evaluate() if ready.evaluated is not None else {}
-    if not trainer.is_world_process_zero():
+    sharded = trainer.is_fsdp_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # which takes all processes
+    if not (sharded or processes.is_first()):
         return 0
     whole = trainer.accelerator.unwrap_model(trainer.model)
     trained, total = methods.counts(whole)
@@ -237,16 +291,17 @@ def run(flags: Sequence[str]) -> int:
         "settings": list(flags),
         "versions": versions(),
     }
-    _save(whole, ready.tokenizer, run.model.model, output_dir, log)
-    print(f"trained {trained:,} parameters ({trained / total:.3%}) for {result.global_step} steps on "
-          f"{len(ready.train.data):,} records")  # fmt: skip
+    if processes.is_first():
+        _save(whole, ready.tokenizer, run.model.model, output_dir, log, weights)
+    _say(f"trained {trained:,} parameters ({trained / total:.3%}) for {result.global_step} steps on "
+         f"{len(ready.train.data):,} records")  # fmt: skip
     names = ("loss", *ready.data.metrics)
     shown = [f"eval {name} {measured[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in measured]
-    print("   ".join([f"train loss {result.training_loss:.4f}", *shown]))
+    _say("   ".join([f"train loss {result.training_loss:.4f}", *shown]))
     scores = _score_all(run, ready, whole)
-    if scores:
+    if scores and processes.is_first():
         write_log(output_dir, {**log, "scores": scores})
-    print(f"saved to {output_dir}{_next(run, ready.data, output_dir)}")
+    _say(f"saved to {output_dir}{_next(run, ready.data, output_dir)}")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..files import check_writable, staged
 from . import methods
@@ -20,18 +20,18 @@ from .flags.train import AUTO, parser_of
 from .flags.tune import FACTOR, Dimension, TuneArguments, dimensions
 from .run_log import write_rows
 from .sets.registry import GENERATE
-from .train import Prepared, Settings, make_model, prepare, settings, trainer_settings
+from .train import Prepared, Settings, TaskTrainer, make_model, prepare, settings, trainer_settings
 
 STUDY, BEST, TRIALS, PLOT = "study.sqlite", "best.yaml", "trials.jsonl", "trials.png"
 
 
-class _Search(Trainer):
+class _Search(TaskTrainer):
     """Trainer, with a trial's settings, model and optimizer made anew for each trial."""
 
     def __init__(self, given: Settings, ready: Prepared, space: Sequence[Dimension]):
         self.given, self.ready, self.space = given, ready, space
         self.rate_given = given.training.learning_rate
-        super().__init__(model_init=self.fresh_model, **trainer_settings(given, ready))
+        super().__init__(given, model_init=self.fresh_model, **trainer_settings(given, ready))
 
     def fresh_model(self, trial: Any = None) -> Any:
         """The model as a trial has it, its rate in the arguments."""
@@ -45,14 +45,6 @@ class _Search(Trainer):
             trial.set_user_attr("learning_rate", training.learning_rate)
             trial.set_user_attr("trained_numbers", methods.counts(model)[0])
         return model
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """:class:`fastreft.ReftAdamW` for ReFT, as in a training."""
-        made = methods.optimizer_of(self.model, self.mine.method.method, self.args, self.mine.method.r_lr_scale)
-        if made is None:
-            return super().create_optimizer(*args, **kwargs)
-        self.optimizer = made
-        return made
 
 
 def of_trial(run: Settings, space: Sequence[Dimension], trial: Any) -> tuple[Settings, float]:

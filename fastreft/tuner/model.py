@@ -25,6 +25,7 @@ from torch.compiler import is_compiling
 from .. import optim
 from ..models import blocks, layouts
 from ..models.components import COMPONENTS
+from ..ops.checks import ZERO3
 from ..plan.forward import Shared
 from ..plan.report import ReftReport, report
 from . import beside, columns, embeddings, loading, mixin, weights
@@ -84,6 +85,8 @@ class ReftModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """Find the modules to edit and check the configuration against the model, before anything is attached."""
+        if any(hasattr(p, "ds_id") for p in self.model.parameters()):
+            raise ValueError(ZERO3)
         config: Any = peft_config
         self._fresh: set[str] = set()
         if config.target_modules is None:

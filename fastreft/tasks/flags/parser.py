@@ -122,7 +122,7 @@ def refuse_empty(arguments: Any, *names: str) -> None:
             raise UserError(f"{name} is empty; give a folder")
 
 
-def _bool_or_word(text: str) -> bool | str:
+def bool_or_word(text: str) -> bool | str:
     """A flag of type ``bool | str``: yes or no in any of the ways that flags take, else the word as it is."""
     try:
         return string_to_bool(text)
@@ -136,7 +136,7 @@ def _argument_type(hint: Any) -> Any:
         return hint
     members = [member for member in get_args(hint) if member is not type(None)]
     if members == [bool, str]:
-        return _bool_or_word
+        return bool_or_word
     chosen = next((member for member in members if get_origin(member) is list), members[0])
     if get_origin(chosen) is list and str in members:
         chosen = list[str]  # takes whatever the others take

@@ -13,8 +13,9 @@ from typing import Any
 from ...settings import ReftSettings
 from ..errors import UserError, user_errors
 from ..places import find_model
+from . import sharding
 from .data import DataArguments
-from .parser import Parser, refuse_empty, with_flag_types
+from .parser import Parser, bool_or_word, refuse_empty, with_flag_types
 from .training import training_arguments
 
 
@@ -116,6 +117,7 @@ def parser_of(training: type, *more: type, help_all: bool = True, of: tuple[str,
         parser.hide({field.name for field in fields(training)} - {*_SHOWN})
     # A rate for the model and the adapter, and the paper's warmup; Trainer's defaults are meant for whole models.
     parser.let("learning_rate", _rate_or_auto, AUTO, "the rate, or 'auto': one that suits the model and the adapter")
+    parser.let("fsdp", bool_or_word, None, "shard the model over the GPUs (FSDP2); see docs/devices.md")
     parser.set_defaults(warmup_steps=0.1)
     parser.require("output_dir")  # TrainingArguments would make one up
     return parser
@@ -146,6 +148,7 @@ def checked(argv: Sequence[str], command: str, what: str, *more: type) -> tuple[
     _check_ranges(training)
     refuse_empty(training, "output_dir")
     _check_optimizer(training)
+    sharding.check(training, method.method)
     if method.early_stopping and not training.load_best_model_at_end:
         raise UserError("early_stopping needs --load_best_model_at_end and an --eval_strategy, as it keeps the best")
     if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():

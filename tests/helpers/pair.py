@@ -1,0 +1,63 @@
+"""`fastreft` in two processes that work together over gloo, forked off one that has the modules: a launcher takes longer."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Done(NamedTuple):
+    codes: list[int]
+    said: list[str]  # of each, stdout and stderr
+
+
+def run(folder: Path, *arguments: str, as_gpus: bool = False) -> Done:
+    """Both to their end. ``as_gpus``: accelerate takes them for such, as it shards models over GPUs alone."""
+    from_one = multiprocessing.get_context("forkserver")
+    from_one.set_forkserver_preload(["pair", "fastreft.tasks.train"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    files = [folder / f"said-{rank}" for rank in (0, 1)]
+    started = [
+        from_one.Process(target=_run, args=(rank, port, str(file), arguments, as_gpus))
+        for rank, file in enumerate(files)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    return Done([process.exitcode for process in started], [file.read_text() for file in files])
+
+
+def _run(rank: int, port: int, file: str, arguments: tuple[str, ...], as_gpus: bool) -> None:
+    import torch
+
+    from fastreft.cli import main
+
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(file, "w", buffering=1)  # noqa: SIM115
+    os.environ.update(
+        WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    if as_gpus:
+        _take_for_gpus()
+    sys.exit(main(arguments))
+
+
+def _take_for_gpus() -> None:
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    begin = PartialState.__init__
+
+    def begin_as_gpus(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin_as_gpus
