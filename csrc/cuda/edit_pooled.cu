@@ -18,7 +18,7 @@ inline int64_t pooled_shared(int64_t most_r, int64_t size) {
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kPooledThreads) pooled_kernel(const PooledArgs p) {
+__global__ void __launch_bounds__(kPooledThreads, 2) pooled_kernel(const PooledArgs p) {
   using C = accum_t<T>;
   constexpr int K = kPooledChunk;
   const int64_t i = blockIdx.x, row = listed_row(p.index, i, p.n, p.total), adapter = p.adapter[i];
