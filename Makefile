@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 CPP    := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 NATIVE := $(CPP) setup.py
 
-.PHONY: demo test suite attack arches test-pyreft check format clean
+.PHONY: demo test suite attack arches test-harness test-pyreft check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastreft demo
@@ -29,6 +29,11 @@ attack: $(VENV)/.installed
 # Every kernel for every arch that we know, where nvcc is.
 arches: $(VENV)/.installed
 	FASTREFT_ARCHES=all $(BIN)/python -m pytest tests/cuda/test_nvcc.py
+
+# What lm-evaluation-harness scores, whose requirements are too many for every test.
+test-harness: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) lm-eval
+	$(BIN)/python -m pytest -rs tests/tasks/test_lm_eval.py
 
 # Against the real pyreft and pyvene, which pin a Transformers they no longer need: installed without their dependencies.
 test-pyreft: .venv-pyreft/.installed

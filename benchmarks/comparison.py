@@ -32,6 +32,7 @@ RESULTS = HERE / "results" / "comparison.json"
 CONFIG = HERE / "comparison.yaml"
 SEEDS = (0, 1, 2)
 KEPT = (
+    "learning_rate",
     "trained_numbers",
     "steps",
     "train_records",
@@ -51,20 +52,25 @@ class Run(NamedTuple):
     family: str
     set: str
     method: str
-    rate: float
+    rate: float | str  # "auto": what suits the model, found by the training itself
     seed: int
     flags: dict[str, Any]  # with {data}, {model} and {benchmarks} where folders are
 
     @property
     def key(self) -> str:
-        return f"{self.set} {self.method} {self.rate:g} {self.seed}"
+        return f"{self.set} {self.method} {self.rate} {self.seed}"
 
 
-def the_run(families: dict[str, Any], family: str, task: str, method: str, rate: float, seed: int) -> Run:
+def as_rate(rate: Any) -> float | str:
+    """YAML reads 1e-3 as text."""
+    return rate if rate == "auto" else float(rate)
+
+
+def the_run(families: dict[str, Any], family: str, task: str, method: str, rate: float | str, seed: int) -> Run:
     """A run of the configuration."""
     what = families[family]
     flags = {"model": "{model}", **what["flags"], **what["sets"][task], **what["methods"][method]["flags"]}
-    return Run(family, task, method, float(rate), seed, {**flags, "learning_rate": float(rate), "seed": seed})
+    return Run(family, task, method, as_rate(rate), seed, {**flags, "learning_rate": as_rate(rate), "seed": seed})
 
 
 def as_arguments(flags: dict[str, Any], places: dict[str, str], output_dir: str) -> list[str]:
@@ -123,7 +129,7 @@ def searched(families: dict[str, Any], family: str, task: str) -> str:
     return families[family].get("rates_of", {}).get(task, task)
 
 
-def best_rate(families: dict[str, Any], results: Results, family: str, task: str, method: str) -> float | None:
+def best_rate(families: dict[str, Any], results: Results, family: str, task: str, method: str) -> Any:
     """The rate with the lowest held-out loss; None while not all have been tried."""
     tried = []
     for rate in families[family]["methods"][method]["rates"]:
@@ -131,7 +137,7 @@ def best_rate(families: dict[str, Any], results: Results, family: str, task: str
         if log is None:
             return None
         if "failed" not in log:
-            tried.append((log["evaluation"]["eval_loss"], float(rate)))
+            tried.append((log["evaluation"]["eval_loss"], as_rate(rate)))
     return min(tried)[1] if tried else None
 
 

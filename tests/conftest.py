@@ -17,7 +17,13 @@ torch.set_num_threads(1)  # small problems; more threads only wait for each othe
 
 # What a machine may lack that has just enough to check a GPU (benchmarks/gpu_check.sh), and the tests that need it.
 NEEDS = {
-    "datasets": ("tasks/test_data.py", "tasks/test_tasks.py", "pyreft/*"),
+    "datasets": (
+        "tasks/test_data.py",
+        "tasks/test_tagging.py",
+        "tasks/sets/test_memorisation.py",
+        "tasks/test_tasks.py",
+        "pyreft/*",
+    ),
     "hypothesis": ("plan/test_positions.py", "ops/test_shapes.py"),
     "rich": ("tasks/test_demo.py",),
 }

@@ -11,7 +11,8 @@ from datasets import Dataset
 from .errors import UserError
 from .records import label_index
 from .sets import Record
-from .sets.registry import CLASSIFY
+from .sets.registry import CLASSIFY, TAG
+from .tags import check_fast, first_pieces
 
 IGNORED = -100  # the label that no loss is taken on
 
@@ -127,7 +128,10 @@ def encode_written(
 def encode_labelled(
     records: Sequence[Record], tokenizer: Any, kind: str, labels: tuple[str, ...], *, max_length: int, too_long: str
 ) -> Encoded:
-    """Texts and pairs with the numbers of their labels, or with their scores; longer ones are cut at their end."""
+    """Texts and pairs with the numbers of their labels, those of words at the first piece of each, or with their scores; longer
+    ones are cut at their end."""
+    if kind == TAG:
+        check_fast(tokenizer)
     rows, cut, dropped = [], 0, 0
     for record in records:
         ids = tokenizer(record.prompt, record.pair).input_ids
@@ -136,8 +140,20 @@ def encode_labelled(
                 dropped += 1
                 continue
             cut += 1
-        row = dict(tokenizer(record.prompt, record.pair, truncation=True, max_length=max_length))
-        rows.append({**row, "labels": label_index(record, labels) if kind == CLASSIFY else float(record.answer)})
+        encoded = tokenizer(record.prompt, record.pair, truncation=True, max_length=max_length)
+        rows.append({**encoded, "labels": _label_of(record, kind, labels, encoded)})
     if not rows:
         raise UserError(f"all {dropped} records are longer than max_length = {max_length} tokens")
     return Encoded(Dataset.from_list(rows), cut, dropped)
+
+
+def _label_of(record: Record, kind: str, labels: tuple[str, ...], encoded: Any) -> int | float | list[int]:
+    if kind == CLASSIFY:
+        return label_index(record, labels)
+    if kind != TAG:
+        return float(record.answer)
+    found = [IGNORED] * len(encoded.input_ids)
+    for piece, tag in zip(first_pieces(encoded, 0, record), record.answer, strict=True):
+        if piece is not None:
+            found[piece] = labels.index(tag)
+    return found

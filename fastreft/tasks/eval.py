@@ -17,7 +17,7 @@ from .places import ADAPTER_CONFIG
 from .records import tasks_of, to_score
 from .run_log import read_log, write_rows
 from .scoring import Score, mean_and_spread, score
-from .sets.registry import CLASSIFY, GENERATE
+from .sets.registry import GENERATE, NAMED
 
 
 def _is_adapter(folder: str) -> bool:
@@ -42,7 +42,7 @@ def _scores(arguments: EvalArguments, folder: str | None, base: bool) -> Iterato
         raise UserError(f"'{folder}' does not say what it was trained on; give --task")
     sets = tasks_of(arguments.data(name))
     labels = tuple(log.get("labels") or sets[0].labels)
-    if sets[0].kind == CLASSIFY and not labels:
+    if sets[0].kind in NAMED and not labels:
         raise UserError(
             f"the labels of '{name}' are those of a training; score what 'fastreft train --task {name}' wrote"
         )

@@ -16,6 +16,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 import fastreft
 
 from .data import IGNORED, prompt_ids
+from .sets.metrics import leading_matches
 
 PROMPT, LEARNING_RATE = "RECITE:", 1e-2
 GROWTH = 4  # tokens that the goal grows by when it is reached
@@ -38,10 +39,6 @@ class Recital:
     text: str
 
 
-def _leading_matches(found: torch.Tensor, wanted: torch.Tensor) -> int:
-    return int((found == wanted).long().cumprod(0).sum())
-
-
 def _recite(model: Any, tokenizer: Any, start: list[int], wanted: list[int]) -> tuple[int, str]:
     """(tokens that are right before the first wrong one, the text of those tokens), by plain greedy generation."""
     ids = torch.tensor([start], device=model.device)
@@ -53,8 +50,8 @@ def _recite(model: Any, tokenizer: Any, start: list[int], wanted: list[int]) -> 
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-    written = out[0, len(start) :].cpu()
-    exact = _leading_matches(written, torch.tensor(wanted[: len(written)]))
+    written = out[0, len(start) :].tolist()
+    exact = leading_matches(written, wanted)
     return exact, tokenizer.decode(written[:exact])
 
 
@@ -77,7 +74,7 @@ def memorise(base: Any, tokenizer: Any, layers: list[int], steps: int, advance: 
         labels = ids.clone()
         labels[:, : len(start)] = IGNORED
         output = model(input_ids=ids, labels=labels)
-        exact = _leading_matches(output.logits[0, len(start) - 1 : -1].argmax(-1), ids[0, len(start) :])
+        exact = leading_matches(output.logits[0, len(start) - 1 : -1].argmax(-1).tolist(), passage[:goal])
         if exact > best:
             state = get_peft_model_state_dict(model, save_embedding_layers=False)
             best, kept = exact, {name: value.clone() for name, value in state.items()}

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 
@@ -25,7 +26,7 @@ from ..tuner.model import quiet_peft
 from .errors import UserError, user_errors
 from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDED, MODEL_CONFIG, find_adapter, find_model
 from .run_log import put_log
-from .sets.registry import CLASSIFY, GENERATE
+from .sets.registry import GENERATE, REGRESS, TAG
 
 # What Transformers raises for files that are not what they should be.
 BROKEN = (
@@ -122,6 +123,8 @@ def load_config(model: str, trust_remote_code: bool = False) -> Any:
 
 def class_for(kind: str, config: Any) -> tuple[Any, str]:
     """(the class of Transformers' that a task of this kind takes, PEFT's name of the kind)."""
+    if kind == TAG:
+        return AutoModelForTokenClassification, "TOKEN_CLS"
     if kind != GENERATE:
         return AutoModelForSequenceClassification, "SEQ_CLS"
     if config.is_encoder_decoder:
@@ -133,12 +136,13 @@ def head_settings(kind: str, labels: tuple[str, ...], tokenizer: Any) -> dict[st
     """What a classifier's ``from_pretrained`` is told; nothing of a model that writes."""
     if kind == GENERATE:
         return {}
-    named = (
-        {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}} if labels else {}
-    )
-    problem = "single_label_classification" if kind == CLASSIFY else "regression"
-    sizes = {} if named else {"num_labels": 1}
-    return {**named, **sizes, "problem_type": problem, "pad_token_id": tokenizer.pad_token_id}
+    named: dict[str, Any] = {}
+    if labels:
+        named = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    if kind != TAG:  # of whose head Transformers asks no problem
+        named["problem_type"] = "regression" if kind == REGRESS else "single_label_classification"
+    sizes = {} if labels else {"num_labels": 1}
+    return {**named, **sizes, "pad_token_id": tokenizer.pad_token_id}
 
 
 def adapter_config(adapter: str) -> PeftConfig:

@@ -16,6 +16,11 @@ from typing import Any
 from .errors import UserError, nearest, user_errors
 
 
+def lines_of(path: str | Path) -> list[str]:
+    """The lines of a text, without their ends."""
+    return [line.rstrip("\r") for line in _text_in(path).split("\n")]
+
+
 def _text_in(path: str | Path) -> str:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8-sig")
@@ -46,7 +51,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def read_table(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it is, record) of a table by tabs whose quotes are text, as GLUE's are; ``columns``: of one without a header."""
-    lines = [line.rstrip("\r") for line in _text_in(path).split("\n")]
+    lines = lines_of(path)
     first = 1 if columns else 2
     names = list(columns) or lines.pop(0).split("\t")
     for i, line in enumerate(lines, first):

@@ -12,9 +12,10 @@ from .errors import UserError, in_words, nearest
 from .flags.data import DataArguments
 from .read import read_records, text_of
 from .sets import Record, TaskSet, find, training_records
+from .sets.entities import OUTSIDE
 from .sets.instructions import from_record
 from .sets.labelled import from_file, mixed
-from .sets.registry import CLASSIFY, GENERATE
+from .sets.registry import CLASSIFY, GENERATE, NAMED, TAG, USUAL
 
 
 @dataclass
@@ -28,6 +29,14 @@ class Data:
     evaluated_on_test: bool = False  # the same records as scored
     labels: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation measures, the first what counts: the task's; of a file its kind's, without entities where every
+        word has a tag of its own, such as its part of speech."""
+        if self.scored:
+            return self.scored[0].metrics
+        return USUAL[self.kind] if self.kind != TAG or OUTSIDE in self.labels else ("token_accuracy",)
 
 
 def folder_of(arguments: DataArguments) -> Path | None:
@@ -46,7 +55,7 @@ def tasks_of(arguments: DataArguments) -> list[TaskSet]:
 
 
 def of_file(path: str, arguments: DataArguments) -> Iterator[Record]:
-    """The records of a file of the user's: labelled texts, chats, prompts and completions, or Alpaca's fields."""
+    """The records of a file of the user's: labelled texts or words, chats, prompts and completions, or Alpaca's fields."""
     if arguments.label_field is not None:
         yield from from_file(path, str(arguments.text_field), arguments.label_field, arguments.pair_field)
         return
@@ -79,11 +88,11 @@ def gather(arguments: DataArguments) -> Data:
         if left_out:
             data.notes.append(f"{left_out} training records are among the test's and were left out")
     else:
-        kind = CLASSIFY if arguments.label_field is not None else GENERATE
-        records = of_file(str(arguments.train_file), arguments)
-        data = Data(kind, mixed(records) if kind == CLASSIFY else list(records))
-        if not data.train:
+        records = list(of_file(str(arguments.train_file), arguments))
+        if not records:
             raise UserError(f"the data file '{arguments.train_file}' has no records")
+        kind = GENERATE if arguments.label_field is None else CLASSIFY if records[0].words is None else TAG
+        data = Data(kind, mixed(records) if kind == CLASSIFY else records)
     if arguments.max_train_records is not None:
         data.train = data.train[: arguments.max_train_records]
     if arguments.eval_file is not None:
@@ -96,8 +105,8 @@ def gather(arguments: DataArguments) -> Data:
         data.train, data.evaluated = data.train[: -arguments.hold_out], data.train[-arguments.hold_out :]
     elif data.kind != GENERATE and data.scored:
         data.evaluated, data.evaluated_on_test = to_score(data.scored[0], arguments), True
-    if data.kind == CLASSIFY:
-        data.labels = data.labels or tuple(sorted({str(record.answer) for record in data.train}))
+    if data.kind in NAMED:
+        data.labels = data.labels or tuple(sorted({name for record in data.train for name in _names(record)}))
         _check_labels(data)
     return data
 
@@ -114,9 +123,23 @@ def label_index(record: Record, labels: tuple[str, ...]) -> int:
     return labels.index(record.answer) if record.answer in labels else -1
 
 
+def _names(record: Record) -> tuple[str, ...]:
+    """The labels of a record: one, or one a word."""
+    return (str(record.answer),) if record.words is None else tuple(record.answer)
+
+
 def _check_labels(data: Data) -> None:
+    for record in (*data.train, *data.evaluated):
+        if (record.words is not None) is not (data.kind == TAG):
+            kinds = ("one label", "a list of tags")
+            came, wanted = kinds if record.words is None else kinds[::-1]
+            raise UserError(f"{record.where or 'a record'} has {came}, and the others have {wanted}")
     if len(data.labels) < 2:
         raise UserError(f"the training records have {len(data.labels)} label; classifying takes two at least")
-    unknown = next((record for record in data.evaluated if label_index(record, data.labels) < 0), None)
-    if unknown is not None:
-        raise UserError(f"the label {unknown.answer!r} of a record to evaluate is none of the training records'")
+    known = set(data.labels)
+    for whose, records in (("to train on", data.train), ("to evaluate", data.evaluated)):
+        named = (name for record in records if not isinstance(record.answer, int) for name in _names(record))
+        unknown = next((name for name in named if name not in known), None)
+        if unknown is not None:
+            others = f"the {len(known)} labels that there are{nearest(unknown, known)}"
+            raise UserError(f"the label {unknown!r} of a record {whose} is none of {others}")

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from .data import chat_prompt, prompt_ids
+from .data import IGNORED, chat_prompt, prompt_ids
 from .generate import complete
 from .records import label_index
 from .sets import Record, TaskSet
-from .sets.metrics import METRICS
-from .sets.registry import CLASSIFY, GENERATE
+from .sets.metrics import METRICS, accuracy
+from .sets.registry import GENERATE, REGRESS, TAG
+from .tags import predict_tags
 
 
 @dataclass
@@ -48,12 +49,15 @@ def score(
     batch_size: int = 8,
     max_length: int = 512,
 ) -> Score:
-    """A model's score on records: greedily written answers, or the likeliest label."""
+    """A model's score on records: greedily written answers, the likeliest label, or that of each word."""
     if task.kind == GENERATE:
         written = write(records, model, tokenizer, chat=chat, batch_size=batch_size, max_new_tokens=task.max_new_tokens)
         return _score_written(task, records, written)
+    if task.kind == TAG:
+        tags = predict_tags(records, model, tokenizer, labels, batch_size=batch_size, max_length=max_length)
+        return _scored(task, records, tags, [list(record.answer) for record in records], tags)
     values = predict(records, model, tokenizer, batch_size=batch_size, max_length=max_length)
-    if task.kind != CLASSIFY:
+    if task.kind == REGRESS:
         return _scored(task, records, values, [float(record.answer) for record in records], values)
     found = [max(range(len(row)), key=row.__getitem__) for row in values]
     named = [labels[i] if i < len(labels) else str(i) for i in found]
@@ -97,6 +101,7 @@ def predict(records: Sequence[Record], model: Any, tokenizer: Any, *, batch_size
 def _score_written(task: TaskSet, records: Sequence[Record], written: Sequence[str]) -> Score:
     found = [task.answer_of(text) for text in written]
     right = [a is not None and task.same(a, record.answer) for a, record in zip(found, records, strict=True)]
+    wanted = [record.answer for record in records]
     rows = []
     for record, text, answer, good in zip(records, written, found, right, strict=True):
         row: dict[str, Any] = {**record.about, "output": text}
@@ -105,32 +110,53 @@ def _score_written(task: TaskSet, records: Sequence[Record], written: Sequence[s
         rows.append(row)
     if not task.metrics:
         return Score(task.name, {}, len(records), 0, rows)
-    values = {name: METRICS[name](right, [True] * len(right)) for name in task.metrics}
+    # Of answers that are right or wrong, those that are; else the answers themselves.
+    values = {
+        name: accuracy(right, [True] * len(right)) if name == "accuracy" else METRICS[name](found, wanted)
+        for name in task.metrics
+    }
     return Score(task.name, values, len(records), sum(a is None for a in found), rows)
 
 
 def _scored(
     task: TaskSet, records: Sequence[Record], found: Sequence[Any], wanted: Sequence[Any], shown: Sequence[Any]
 ) -> Score:
-    rows = [
-        {"text": record.prompt, **({} if record.pair is None else {"pair": record.pair}), "found": s, "answer": record.answer,
-         **({"right": a == b} if task.kind == CLASSIFY else {})}
-        for record, a, b, s in zip(records, found, wanted, shown, strict=True)
-    ]  # fmt: skip
+    rows = []
+    for record, a, b, said in zip(records, found, wanted, shown, strict=True):
+        row: dict[str, Any] = {"text": record.prompt} if record.words is None else {"words": record.words}
+        if record.pair is not None:
+            row["pair"] = record.pair
+        row |= {"found": said, "answer": record.answer}
+        if task.kind != REGRESS:
+            row["right"] = a == b
+        rows.append(row)
     return Score(task.name, {name: METRICS[name](found, wanted) for name in task.metrics}, len(records), 0, rows)
 
 
-def metrics_for_trainer(kind: str, names: Sequence[str]) -> Callable[[Any], dict[str, float]] | None:
+def metrics_for_trainer(
+    kind: str, names: Sequence[str], labels: tuple[str, ...]
+) -> Callable[[Any], dict[str, float]] | None:
     """``compute_metrics`` of Trainer; None for text, of which it has the loss alone."""
     if kind == GENERATE:
         return None
 
     def compute(prediction: Any) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        found = logits.argmax(-1) if kind == CLASSIFY else logits.reshape(-1)
-        return {name: METRICS[name](found, prediction.label_ids) for name in names}
+        found = logits.reshape(-1) if kind == REGRESS else logits.argmax(-1)
+        wanted = prediction.label_ids
+        if kind == TAG:
+            found, wanted = _tags(found, wanted, labels), _tags(wanted, wanted, labels)
+        return {name: METRICS[name](found, wanted) for name in names}
 
     return compute
+
+
+def _tags(numbers: Any, wanted: Any, labels: tuple[str, ...]) -> list[list[str]]:
+    """The tags of each sentence's words, of the labels' numbers at every token."""
+    return [
+        [labels[a] for a, b in zip(row, own, strict=True) if b != IGNORED]
+        for row, own in zip(numbers.tolist(), wanted.tolist(), strict=True)
+    ]
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

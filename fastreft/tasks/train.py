@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import (
     DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     Trainer,
@@ -32,7 +33,7 @@ from .records import Data, gather, to_score
 from .run_log import peak_memory, versions, write_log
 from .scoring import metrics_for_trainer, score
 from .sets import Record
-from .sets.registry import CLASSIFY, GENERATE
+from .sets.registry import GENERATE, NAMED, TAG
 
 
 class Settings(NamedTuple):
@@ -174,16 +175,16 @@ def _score_all(run: Settings, ready: Prepared, model: Any) -> dict[str, dict[str
 def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
     """What Trainer is given besides a model and its optimizer."""
     data = ready.data
-    pad: Any = (DataCollatorForSeq2Seq if data.kind == GENERATE else DataCollatorWithPadding)(ready.tokenizer)
+    pads = {GENERATE: DataCollatorForSeq2Seq, TAG: DataCollatorForTokenClassification}
+    pad: Any = pads.get(data.kind, DataCollatorWithPadding)(ready.tokenizer)
     smoothed = run.training.label_smoothing_factor and data.kind == GENERATE and run.method.method == methods.REFT
-    names = data.scored[0].metrics if data.scored else ("accuracy",)
     return {
         "args": run.training,
         "train_dataset": ready.train.data,
         "eval_dataset": ready.evaluated.data if ready.evaluated else None,
         "data_collator": partial(with_answers, pad) if smoothed else pad,
         "processing_class": ready.tokenizer,
-        "compute_metrics": metrics_for_trainer(data.kind, names),
+        "compute_metrics": metrics_for_trainer(data.kind, data.metrics, data.labels),
         "callbacks": [EarlyStoppingCallback(run.method.early_stopping)] if run.method.early_stopping else [],
     }
 
@@ -231,7 +232,7 @@ def run(flags: Sequence[str]) -> int:
         "method": run.method.method,
         "task": run.data.task,
         "kind": ready.data.kind,
-        "labels": list(ready.data.labels) if ready.data.kind == CLASSIFY else None,
+        "labels": list(ready.data.labels) if ready.data.kind in NAMED else None,
         "chat": run.data.chat or run.data.messages_field is not None,
         "dtype": run.model.dtype,
         "max_length": ready.length,
@@ -251,7 +252,7 @@ def run(flags: Sequence[str]) -> int:
     _save(whole, ready.tokenizer, run.model.model, output_dir, log)
     print(f"trained {trained:,} parameters ({trained / total:.3%}) for {result.global_step} steps on "
           f"{len(ready.train.data):,} records")  # fmt: skip
-    names = ("loss", "accuracy", "matthews", "pearson")
+    names = ("loss", *ready.data.metrics)
     shown = [f"eval {name} {measured[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in measured]
     print("   ".join([f"train loss {result.training_loss:.4f}", *shown]))
     scores = _score_all(run, ready, whole)

@@ -96,8 +96,7 @@ def run(flags: Sequence[str]) -> int:
     ready = prepare(run)
     if ready.evaluated is None or ready.data.evaluated_on_test:
         raise UserError("a search needs records of its own to choose by; give --hold_out N or --eval_file")
-    names = ready.data.scored[0].metrics if ready.data.scored else ("accuracy",)
-    objective = "eval_loss" if ready.data.kind == GENERATE else f"eval_{names[0]}"
+    objective = "eval_loss" if ready.data.kind == GENERATE else f"eval_{ready.data.metrics[0]}"
     direction = "minimize" if objective == "eval_loss" else "maximize"
     run.training.save_strategy = "no"
     folder.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,19 @@ def make(kind: str, **config) -> transformers.PreTrainedModel:
     return transformers.BertForSequenceClassification(config).eval()
 
 
+def save_bert(folder, words: list[str]) -> str:
+    """A folder with a tiny BERT, without a head, and a tokenizer that knows these words."""
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    transformers.set_seed(0)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    plain = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2)
+    config = transformers.BertConfig(vocab_size=len(words) + 5, **shape, **plain)
+    transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
 def blocks(model) -> torch.nn.ModuleList:
     """The blocks of a model of :func:`make`, or of a PEFT model round one."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model

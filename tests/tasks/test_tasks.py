@@ -8,6 +8,7 @@ import re
 import pytest
 import transformers
 from shell import fails
+from tiny import save_bert
 
 from fastreft.cli import main
 from fastreft.tasks.run_log import read_log
@@ -21,16 +22,7 @@ QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no",
 
 
 def bert(folder):
-    """A tiny BERT and its tokenizer, saved."""
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    transformers.set_seed(0)
-    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-    plain = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2)
-    config = transformers.BertConfig(vocab_size=len(WORDS) + 5, **shape, **plain)
-    transformers.BertModel(config).save_pretrained(folder)
-    return str(folder)
+    return save_bert(folder, WORDS)
 
 
 def sentences(n, start=0):

@@ -42,10 +42,20 @@ class DataArguments:
             " and completion; goes through the tokenizer's chat template"
         },
     )
-    text_field: str | None = field(default=None, metadata={"help": "the field that holds a text to be classified"})
+    text_field: str | None = field(
+        default=None,
+        metadata={
+            "help": "the field that holds a text to be classified, or a list of words to be tagged; in a file of columns "
+            "(.conll) the number of one, 1 for the first, -1 for the last"
+        },
+    )
     pair_field: str | None = field(default=None, metadata={"help": "the field that holds a second text, of pairs"})
     label_field: str | None = field(
-        default=None, metadata={"help": "the field that holds the label; makes the model a classifier"}
+        default=None,
+        metadata={
+            "help": "the field, or the column, that holds the label, or the tags of the words; makes the model a classifier, "
+            "or a tagger"
+        },
     )
     chat: bool = field(
         default=False, metadata={"help": "put prompt and completion through the chat template as two messages"}

@@ -15,12 +15,12 @@ from ..flags.report import ReportArguments
 from ..models import class_for, head_settings, load_adapter, load_base, load_config, load_tokenizer, reft_config
 from ..places import ADAPTER_WEIGHTS
 from ..run_log import read_log
-from ..sets.registry import CLASSIFY, GENERATE
+from ..sets.registry import CLASSIFY, GENERATE, TAG
 from . import measured, samples
 
 PAGE = "report.html"
 MOST_TOKENS = 48  # across a picture
-KINDS = {"SEQ_CLS": CLASSIFY}
+KINDS = {"SEQ_CLS": CLASSIFY, "TOKEN_CLS": TAG}
 
 
 def run(arguments: ReportArguments) -> int:
@@ -137,7 +137,7 @@ def _curves(log: dict[str, Any], charts: Any) -> list[tuple[Any, str]]:
     losses = {name: drawn for name, key in (("training", "loss"), ("held out", "eval_loss")) if (drawn := points(key))}
     if losses:
         found.append((charts.curves(losses, "loss"), "loss against step"))
-    for name in ("accuracy", "matthews", "f1", "pearson"):
+    for name in ("accuracy", "matthews", "f1", "pearson", "entity_f1", "token_accuracy"):
         if len(drawn := points(f"eval_{name}")) > 1:
             found.append((charts.curves({name: drawn}, name), f"{name} against step"))
     if drawn := points("learning_rate"):

@@ -17,7 +17,8 @@ from ..flags.training import training_arguments
 from ..generate import complete
 from ..records import gather, to_score
 from ..sets import Record
-from ..sets.registry import CLASSIFY, GENERATE
+from ..sets.entities import OUTSIDE
+from ..sets.registry import CLASSIFY, GENERATE, TAG
 
 
 def of_training(log: dict[str, Any], count: int, data_dir: str | None) -> tuple[list[Record], str]:
@@ -60,10 +61,12 @@ def without_edits(model: Any) -> Iterator[None]:
 def written(
     model: Any, tokenizer: Any, texts: Sequence[list[int]], kind: str, labels: Sequence[str], max_new_tokens: int
 ) -> list[str]:
-    """What the model writes after each text, or the label that it gives it."""
+    """What the model writes after each text, or the label that it gives it, or its tokens."""
     if kind == GENERATE:
         return complete(model, tokenizer, texts, 4, max_new_tokens=max_new_tokens, do_sample=False)
-    return [_label(model, ids, kind, labels) for ids in texts]
+    return [
+        (_tags(model, tokenizer, ids, labels) if kind == TAG else _label(model, ids, kind, labels)) for ids in texts
+    ]
 
 
 @torch.inference_mode()
@@ -76,12 +79,25 @@ def _label(model: Any, ids: list[int], kind: str, labels: Sequence[str]) -> str:
     return f"{labels[best] if best < len(labels) else best} ({float(shares[best]):.0%})"
 
 
+@torch.inference_mode()
+def _tags(model: Any, tokenizer: Any, ids: list[int], labels: Sequence[str]) -> str:
+    best = model(input_ids=torch.tensor([ids]).to(model.device)).logits[0].argmax(-1).tolist()
+    return _tagged([tokenizer.decode([token]).strip() for token in ids], [labels[i] for i in best])
+
+
+def _tagged(words: Sequence[str], tags: Sequence[str]) -> str:
+    named = (f"{word} ({tag})" for word, tag in zip(words, tags, strict=True) if tag != OUTSIDE)
+    return ", ".join(named) or f"all {OUTSIDE}"
+
+
 def answer_of(record: Record, labels: Sequence[str]) -> str | None:
     """What a record's answer is, in words; None where it has none."""
     if record.messages is not None:
         return str(record.messages[-1].get("content", ""))
     if record.completion:
         return record.completion
+    if record.words is not None:
+        return _tagged(record.words, record.answer)
     answer = record.answer
     return (
         labels[answer] if isinstance(answer, int) and answer < len(labels) else None if answer is None else str(answer)

@@ -3,7 +3,8 @@
 Each module registers its own; :func:`register` adds yours.
 """
 
-from . import arithmetic, commonsense, glue, instructions, labelled  # noqa: F401  # they register what they hold
+from . import arithmetic, commonsense, glue, instructions, labelled, memorisation, tagging  # noqa: F401  # they register what they hold
 from .registry import Record, TaskSet, find, names, register, register_family, training_records
+from .tagging import tagged
 
-__all__ = ["Record", "TaskSet", "find", "names", "register", "register_family", "training_records"]
+__all__ = ["Record", "TaskSet", "find", "names", "register", "register_family", "tagged", "training_records"]

@@ -14,18 +14,26 @@ from ..errors import UserError
 from ..read import read_records, text_of
 from .places import file_of, from_hub
 from .registry import CLASSIFY, Record, register
+from .tagging import from_columns, from_lists, of_columns
 
 
 def from_file(path: Path | str, text: str, label: str, pair: str | None = None) -> Iterator[Record]:
-    """The records of a file whose fields are named."""
+    """The records of a file whose fields are named; of words where the label is a list of tags, or the fields are columns."""
+    if of_columns(path, text, label):
+        yield from from_columns(path, text, label)
+        return
     for where, row in read_records(path):
         value = row.get(label)
+        if isinstance(value, list):
+            yield from_lists(row, text, label, where)
+            continue
         if isinstance(value, (bool, int)):  # numbered classes are labels, too
             row = {**row, label: str(value)}
         yield Record(
             text_of(row, text, where),
             answer=text_of(row, label, where),
             pair=text_of(row, pair, where) if pair else None,
+            where=where,
         )
 
 

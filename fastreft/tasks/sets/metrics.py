@@ -7,12 +7,25 @@ from typing import Any
 
 import numpy as np
 
+from .entities import entity_f1, token_accuracy
+
 Values = Sequence[Any] | np.ndarray
 
 
 def accuracy(found: Values, wanted: Values) -> float:
     """How many are the same."""
     return 100 * float(np.mean([a == b for a, b in zip(found, wanted, strict=True)]))
+
+
+def leading_matches(found: Sequence[Any], wanted: Sequence[Any]) -> int:
+    """How many are the same before the first that is not."""
+    differs = (i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b)
+    return next(differs, min(len(found), len(wanted)))
+
+
+def prefix(found: Sequence[Sequence[Any]], wanted: Sequence[Sequence[Any]]) -> float:
+    """How much of each is right before its first mistake, the mean over them."""
+    return 100 * float(np.mean([leading_matches(a, b) / len(b) for a, b in zip(found, wanted, strict=True)]))
 
 
 def pearson(found: Values, wanted: Values) -> float:
@@ -45,10 +58,13 @@ def _ranks(values: Values) -> np.ndarray:
     return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
-METRICS: dict[str, Callable[[Values, Values], float]] = {
+METRICS: dict[str, Callable[[Any, Any], float]] = {
     "accuracy": accuracy,
     "f1": f1,
+    "prefix": prefix,
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,
+    "entity_f1": entity_f1,
+    "token_accuracy": token_accuracy,
 }

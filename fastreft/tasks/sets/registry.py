@@ -21,7 +21,15 @@ from typing import Any
 from ..errors import UserError, nearest
 
 SPLITS = ("train", "validation", "test")
-GENERATE, CLASSIFY, REGRESS = KINDS = ("generate", "classify", "regress")
+GENERATE, CLASSIFY, REGRESS, TAG = KINDS = ("generate", "classify", "regress", "tag")
+NAMED = (CLASSIFY, TAG)  # the kinds whose model has an output for each label
+# The metrics of a task that names none.
+USUAL = {
+    GENERATE: ("accuracy",),
+    CLASSIFY: ("accuracy",),
+    REGRESS: ("pearson", "spearman"),
+    TAG: ("entity_f1", "token_accuracy"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class Record:
     ``prompt`` is what the model is given, the task's own words round the question included, or the text to be labelled, with
     ``pair`` beside it where there are two. ``completion`` is what it learns to write. ``answer`` is what counts: the text,
     number or label that a prediction is compared with; None where nothing is scored. ``about`` goes into the predictions'
-    file as it is. ``messages``: a conversation in place of prompt and completion. ``where`` names the record in errors.
+    file as it is. ``messages``: a conversation in place of prompt and completion. ``words``: those of ``prompt``, which has
+    blanks between them, and ``answer`` a tag for each. ``where`` names the record in errors.
     """
 
     prompt: str
@@ -40,7 +49,12 @@ class Record:
     pair: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] | None = None
-    where: str = ""
+    words: tuple[str, ...] | None = None
+    where: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.words is not None and (self.prompt != " ".join(self.words) or len(self.answer) != len(self.words)):
+            raise ValueError("words must be those of prompt, a blank between two, and answer must have a tag for each")
 
 
 # (split, the folder of --data_dir or None for the hub) -> records; UserError where there are none.
@@ -51,9 +65,10 @@ Reader = Callable[[str, "Path | None"], Iterable[Record]]
 class TaskSet:
     """A data set, how it is asked, and how it is scored.
 
-    ``kind``: "generate" text, "classify" into ``labels`` (all those of the training records where empty), or "regress" to a
-    number. ``answer_of`` finds the answer in what was written, None where there is none; ``same`` compares it with a
-    record's. ``metrics`` are names of :data:`fastreft.tasks.sets.metrics.METRICS`, the first the one that counts.
+    ``kind``: "generate" text, "classify" into ``labels`` (all those of the training records where empty), "regress" to a
+    number, or "tag" words with ``labels``. ``answer_of`` finds the answer in what was written, None where there is none;
+    ``same`` compares it with a record's. ``metrics`` are names of :data:`fastreft.tasks.sets.metrics.METRICS`, the first the
+    one that counts; a kind's :data:`USUAL` where none are named. ``recited``: what it is trained on is what is asked for.
     """
 
     name: str
@@ -64,6 +79,7 @@ class TaskSet:
     metrics: tuple[str, ...] = ("accuracy",)
     labels: tuple[str, ...] = ()
     max_new_tokens: int = 32
+    recited: bool = False
 
     def records(self, split: str, folder: Path | None) -> list[Record]:
         """All of a split; :class:`UserError` where it is empty."""
@@ -90,10 +106,10 @@ def register(name: str, **settings: Any) -> Callable[[Reader], Reader]:
     """A decorator that makes a function (split, folder) -> records the task ``name``; ``settings`` are :class:`TaskSet`'s."""
 
     def add(read: Reader) -> Reader:
-        made = TaskSet(name, read, **settings)
-        if made.kind not in KINDS:
-            raise ValueError(f"kind is {made.kind!r}; it must be one of {', '.join(KINDS)}")
-        _SETS[name] = made
+        kind = settings.get("kind", GENERATE)
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+        _SETS[name] = TaskSet(name, read, **{"metrics": USUAL[kind], **settings})
         return read
 
     return add
@@ -143,7 +159,7 @@ def training_records(name: str, folder: Path | None) -> tuple[list[Record], int]
 
 def _tested(sets: Iterable[TaskSet], folder: Path | None) -> Iterator[tuple[str, str | None]]:
     for each in sets:
-        if each.kind == GENERATE:
+        if each.kind == GENERATE and not each.recited:
             try:
                 yield from ((record.prompt, record.pair) for record in each.read("test", folder))
             except UserError:
