@@ -23,8 +23,8 @@ def staged(folder: str | os.PathLike, last: str) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _put_back_what_others_left(folder, last)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{_STAGING}{os.getpid()}-") as name:
+    _put_back_what_others_left(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{_STAGING}{os.getpid()}-{last}-") as name:
         staging = Path(name)
         yield staging
         if (folder / KEPT).exists():
@@ -58,10 +58,11 @@ def _exchange(staging: Path, folder: Path, files: list[str]) -> None:
     _flush(folder)
 
 
-def _put_back_what_others_left(folder: Path, last: str) -> None:
-    """Clear up after writers that were killed; what they had moved away and not replaced is moved back."""
+def _put_back_what_others_left(folder: Path) -> None:
+    """Clear up after writers that were killed, of whatever files; what they had moved away and not replaced is moved back."""
     for left in folder.glob(f"{_STAGING}*"):
-        pid = left.name.removeprefix(_STAGING).partition("-")[0]
+        pid, _, rest = left.name.removeprefix(_STAGING).partition("-")
+        last = rest.rpartition("-")[0]
         if pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid)):
             continue
         if not (folder / last).exists() and (left / _OLD / last).exists():
@@ -95,7 +96,7 @@ def check_writable(folder: str | os.PathLike) -> None:
     place = Path(folder).expanduser().absolute()
     while not place.exists():
         place = place.parent
-    with tempfile.NamedTemporaryFile(dir=place, prefix=_STAGING) as file:
+    with tempfile.TemporaryFile(dir=place) as file:  # without a name, so that a kill leaves none
         file.write(b"\0" * 65536)
         file.flush()
         os.fsync(file.fileno())

@@ -53,6 +53,7 @@ class Intervention(nn.Module):
 
     orthonormal = True  # is there an R to keep orthonormal?
     method = ""  # the edit's name in a configuration
+    scale = 1.0  # h + scale (edit(h) - h) in place of edit(h); of a run, and saved nowhere
 
     def __init__(
         self,
@@ -170,12 +171,16 @@ class Intervention(nn.Module):
         """:func:`fastreft.ops.edit.edit` with these weights, dropout included: what the hooks call, as an edit costs
         microseconds and so does the call of a module."""
         act_fn = self.act_fn if self.act is None else self.act
-        if self.dropout and self.training:
-            return self._dropped(hidden, rows, where, act_fn)
-        return edit(hidden, self.weights(), act_fn, rows, where, unique)
-
-    def _dropped(self, hidden: Tensor, rows: Tensor | None, where: str, act_fn: activations.ActFn) -> Tensor:
         w = self.weights()
+        if self.scale != 1.0:  # of U alone, whatever the kind: what it expands is the edit
+            w = self.scale * w[0], *w[1:]
+        if self.dropout and self.training:
+            return self._dropped(hidden, w, rows, where, act_fn)
+        return edit(hidden, w, act_fn, rows, where, unique)
+
+    def _dropped(
+        self, hidden: Tensor, w: Weights, rows: Tensor | None, where: str, act_fn: activations.ActFn
+    ) -> Tensor:
         if rows is None:
             return F.dropout(edit(hidden, w, act_fn), self.dropout)
         inplace = settled(where, hidden) == IN_PLACE

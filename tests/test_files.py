@@ -46,7 +46,8 @@ def calls_of(folder):
     return count
 
 
-def test_a_kill_between_any_two_moves_leaves_no_mixture(tmp_path):
+@pytest.mark.parametrize("next_writes", ["the same", "others"])
+def test_a_kill_between_any_two_moves_leaves_no_mixture(tmp_path, next_writes):
     write(tmp_path / "count", OLD)
     for step in range(calls_of(tmp_path / "count")):
         folder = tmp_path / str(step)
@@ -66,7 +67,12 @@ def test_a_kill_between_any_two_moves_leaves_no_mixture(tmp_path):
             os._exit(0)
         os.waitpid(child, 0)
         assert readable(folder) in (None, OLD, {name: "new" for name in OLD})
-        write(folder, {"note": "x", LAST: "third"})
+        if next_writes == "the same":
+            write(folder, {"note": "x", LAST: "third"})
+        else:
+            with staged(folder, last="rows") as staging:
+                (staging / "rows").write_text("x")
+            assert readable(folder) in (OLD, {name: "new" for name in OLD})
         assert not list(folder.glob(".saving-*"))
         assert held(folder)["weights"] in ("old", "new")
         assert held(folder)["weights"] == held(folder)["tokenizer"]

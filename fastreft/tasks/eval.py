@@ -1,10 +1,12 @@
-"""``fastreft eval``: what adapters, and the untouched model, score on a task."""
+"""``fastreft eval``: what adapters, and the untouched model, score on a task or on records of one's own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,11 +14,21 @@ import fastreft  # noqa: F401  # registers the method with PEFT
 
 from .errors import UserError
 from .flags.eval import EvalArguments
-from .models import adapter_config, class_for, head_settings, load_adapter, load_base, load_config, load_tokenizer
+from .models import (
+    adapter_config,
+    class_for,
+    head_settings,
+    load_adapter,
+    load_base,
+    load_config,
+    load_tokenizer,
+    longest,
+)
 from .places import ADAPTER_CONFIG
-from .records import tasks_of, to_score
+from .records import check_known, set_of_file, tasks_of, to_score
 from .run_log import read_log, write_rows
-from .scoring import Score, mean_and_spread, score
+from .scoring import Score, completion_loss, mean_and_spread, score
+from .sets import Record, TaskSet
 from .sets.registry import GENERATE, NAMED
 
 
@@ -34,46 +46,85 @@ def _base_of(arguments: EvalArguments, folder: str | None) -> str:
     return named
 
 
+def _sets(arguments: EvalArguments, folder: str | None, log: dict[str, Any]) -> list[TaskSet]:
+    """What is scored: a file, or the tasks that are named or were trained on."""
+    if arguments.eval_file is not None:
+        made, trained = set_of_file(arguments.data(None)), log.get("kind")
+        if trained not in (None, made.kind):
+            fields = dict.fromkeys(NAMED, "give --text_field and --label_field")
+            fields[GENERATE] = "leave text_field and label_field out"
+            raise UserError(
+                f"'{folder}' was trained to {trained}, and '{arguments.eval_file}' is to {made.kind} by the fields given; "
+                f"{fields.get(trained, 'give a --task')}"
+            )
+        return [made]
+    name = arguments.task or log.get("task")
+    if not name:
+        raise UserError(f"'{folder}' does not say what it was trained on; give --task or --eval_file")
+    return tasks_of(arguments.data(name))
+
+
+def _records(arguments: EvalArguments, task: TaskSet, labels: tuple[str, ...]) -> list[Record]:
+    """What is scored of a task; :class:`UserError` for labels of a file that the training did not know."""
+    found = to_score(task, arguments.data(task.name), arguments.split)
+    if arguments.eval_file is not None and task.kind in NAMED:
+        check_known(found, labels, "to evaluate")
+    return found
+
+
+def _score(
+    arguments: EvalArguments,
+    task: TaskSet,
+    records: list[Record],
+    model: Any,
+    tokenizer: Any,
+    labels: tuple[str, ...],
+    how: dict[str, Any],
+) -> Score:
+    """:func:`score`; of a file's completions with their loss, and as many tokens written as the longest has, and its end."""
+    if arguments.eval_file is None or task.kind != GENERATE:
+        return score(task, records, model, tokenizer, labels=labels, **how)
+    lengths = (len(tokenizer(record.completion or record.answer).input_ids) for record in records)
+    found = score(replace(task, max_new_tokens=max(lengths) + 1), records, model, tokenizer, **how)
+    loss, cut = completion_loss(records, model, tokenizer, **how)
+    if cut:
+        print(f"note: {cut} records of {task.name} were cut at max_length = {how['max_length']} tokens for the loss")
+    return replace(found, metrics={**found.metrics, "loss": loss})
+
+
 def _scores(arguments: EvalArguments, folder: str | None, base: bool) -> Iterator[tuple[str, Score]]:
     """(whose, score) of each task for one adapter and, with ``base``, of the model under it."""
     log = read_log(folder) if folder is not None else {}
-    name = arguments.task or log.get("task")
-    if not name:
-        raise UserError(f"'{folder}' does not say what it was trained on; give --task")
-    sets = tasks_of(arguments.data(name))
+    sets = _sets(arguments, folder, log)
     labels = tuple(log.get("labels") or sets[0].labels)
     if sets[0].kind in NAMED and not labels:
         raise UserError(
-            f"the labels of '{name}' are those of a training; score what 'fastreft train --task {name}' wrote"
+            f"the labels of '{sets[0].name}' are those of a training; score what 'fastreft train' wrote for them"
         )
+    records = {task: _records(arguments, task, labels) for task in sets}
     named, trusts = _base_of(arguments, folder), arguments.trust_remote_code
-    tokenizer = load_tokenizer(named, folder, trusts, writes=sets[0].kind == GENERATE)
-    kind, _ = class_for(sets[0].kind, load_config(named, trusts))
+    config, tokenizer = (
+        load_config(named, trusts),
+        load_tokenizer(named, folder, trusts, writes=sets[0].kind == GENERATE),
+    )
+    how: dict[str, Any] = {
+        "chat": bool(log.get("chat")),
+        "batch_size": arguments.batch_size,
+        "max_length": longest(log.get("max_length"), config),
+    }
+    kind, _ = class_for(sets[0].kind, config)
     dtype = arguments.dtype if arguments.dtype != "auto" else str(log.get("dtype", "auto"))
     model = load_base(named, dtype, trusts, kind=kind, **head_settings(sets[0].kind, labels, tokenizer))
     adapted = folder is not None and _is_adapter(folder)
     if adapted:
         model = load_adapter(model, str(folder))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    for task in sets:
-        records = to_score(task, arguments.data(name), arguments.split)
+    for task, some in records.items():
         # The base of a classifier is a fresh head, whose score is nobody's.
         untouched = base and task.kind == GENERATE and (adapted or folder is None)
         for whose in ["base"] * untouched + [folder] * (folder is not None):
             with model.disable_adapter() if whose == "base" and adapted else nullcontext():
-                yield (
-                    str(whose),
-                    score(
-                        task,
-                        records,
-                        model,
-                        tokenizer,
-                        labels=labels,
-                        chat=bool(log.get("chat")),
-                        batch_size=arguments.batch_size,
-                        max_length=int(log.get("max_length") or 512),
-                    ),
-                )
+                yield str(whose), _score(arguments, task, some, model, tokenizer, labels, how)
 
 
 def run(arguments: EvalArguments) -> int:

@@ -13,6 +13,7 @@ from transformers import set_seed
 
 import fastreft  # noqa: F401  # registers the method with PEFT
 
+from ..settings import ReftSettings
 from .data import chat_prompt, prompt_ids
 from .errors import UserError, user_errors
 from .flags.generate import NO_PROMPT, GenerateArguments
@@ -69,8 +70,12 @@ def _report(prompts: Sequence[str], texts: dict[str, list[str]]) -> Iterator[str
 def run(arguments: GenerateArguments) -> int:
     """Print the completion of every prompt."""
     prompts = _prompts(arguments)
-    named = adapter_config(arguments.adapter).base_model_name_or_path
-    name = arguments.model or named
+    config = adapter_config(arguments.adapter)
+    if arguments.strength != 1 and not isinstance(config, ReftSettings):
+        raise UserError(
+            f"strength is of a ReFT adapter's edits, and the one in '{arguments.adapter}' is {config.peft_type}"
+        )
+    name = arguments.model or config.base_model_name_or_path
     if not name:
         raise UserError(f"the adapter in '{arguments.adapter}' names no base model; give --model")
     trained = read_log(arguments.adapter)  # what it was trained with, it is asked with
@@ -78,6 +83,8 @@ def run(arguments: GenerateArguments) -> int:
     encoded = _encoded(tokenizer, prompts, arguments.chat or bool(trained.get("chat")))
     dtype = arguments.dtype if arguments.dtype != "auto" else str(trained.get("dtype", "auto"))
     model = load_adapter(load_base(name, dtype, arguments.trust_remote_code), arguments.adapter)
+    if arguments.strength != 1:
+        model.set_scale(arguments.strength)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.do_sample}
     if arguments.do_sample:

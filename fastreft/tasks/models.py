@@ -121,6 +121,18 @@ def load_config(model: str, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(source, **keywords, **code)
 
 
+def longest(max_length: int | None, config: Any) -> int:
+    """The tokens that a record may have: what the user asked for, within what the model can take."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if max_length is None:
+        return min(512, context or 512)
+    if max_length < 2:
+        raise UserError(f"max_length is {max_length}; a prompt and a completion need at least 2 tokens")
+    if context and max_length > context:
+        raise UserError(f"max_length is {max_length}, but the model's context is {context} tokens")
+    return max_length
+
+
 def class_for(kind: str, config: Any) -> tuple[Any, str]:
     """(the class of Transformers' that a task of this kind takes, PEFT's name of the kind)."""
     if kind == TAG:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,40 @@ def of_file(path: str, arguments: DataArguments) -> Iterator[Record]:
             yield Record(prompt, text_of(row, arguments.completion_field, where), where=where)
 
 
+def _some_of(path: str, arguments: DataArguments) -> list[Record]:
+    """:func:`of_file`'s; :class:`UserError` where there are none."""
+    found = list(of_file(path, arguments))
+    if not found:
+        raise UserError(f"the data file '{path}' has no records")
+    return found
+
+
+def _kind_of(records: Sequence[Record], arguments: DataArguments) -> str:
+    """What the records of a file are for."""
+    if arguments.label_field is None:
+        return GENERATE
+    return CLASSIFY if records[0].words is None else TAG
+
+
+def set_of_file(arguments: DataArguments) -> TaskSet:
+    """The records of ``eval_file`` as a task: labels are to be found, or completions to be written word for word."""
+    path = str(arguments.eval_file)
+    found = _some_of(path, arguments)
+    kind = _kind_of(found, arguments)
+
+    def read(split: str, folder: Path | None) -> Iterator[Record]:
+        for record in found:
+            if kind != GENERATE:
+                yield record
+            elif record.messages is not None:
+                *asked, answer = record.messages
+                yield replace(record, answer=str(answer.get("content", "")).strip(), about={"messages": asked})
+            else:
+                yield replace(record, answer=record.completion.strip(), about={"prompt": record.prompt})
+
+    return TaskSet(Path(path).name, read, kind, metrics=("exact match",) if kind == GENERATE else USUAL[kind])
+
+
 def _messages(row: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
     if name not in row:
         raise UserError(f"{where} has no field '{name}'{nearest(name, row)}")
@@ -88,17 +122,13 @@ def gather(arguments: DataArguments) -> Data:
         if left_out:
             data.notes.append(f"{left_out} training records are among the test's and were left out")
     else:
-        records = list(of_file(str(arguments.train_file), arguments))
-        if not records:
-            raise UserError(f"the data file '{arguments.train_file}' has no records")
-        kind = GENERATE if arguments.label_field is None else CLASSIFY if records[0].words is None else TAG
+        records = _some_of(str(arguments.train_file), arguments)
+        kind = _kind_of(records, arguments)
         data = Data(kind, mixed(records) if kind == CLASSIFY else records)
     if arguments.max_train_records is not None:
         data.train = data.train[: arguments.max_train_records]
     if arguments.eval_file is not None:
-        data.evaluated = list(of_file(arguments.eval_file, arguments))
-        if not data.evaluated:
-            raise UserError(f"the data file '{arguments.eval_file}' has no records")
+        data.evaluated = _some_of(arguments.eval_file, arguments)
     elif arguments.hold_out:
         if arguments.hold_out >= len(data.train):
             raise UserError(f"hold_out is {arguments.hold_out}, and there are {len(data.train)} training records")
@@ -136,10 +166,15 @@ def _check_labels(data: Data) -> None:
             raise UserError(f"{record.where or 'a record'} has {came}, and the others have {wanted}")
     if len(data.labels) < 2:
         raise UserError(f"the training records have {len(data.labels)} label; classifying takes two at least")
-    known = set(data.labels)
     for whose, records in (("to train on", data.train), ("to evaluate", data.evaluated)):
-        named = (name for record in records if not isinstance(record.answer, int) for name in _names(record))
-        unknown = next((name for name in named if name not in known), None)
-        if unknown is not None:
-            others = f"the {len(known)} labels that there are{nearest(unknown, known)}"
-            raise UserError(f"the label {unknown!r} of a record {whose} is none of {others}")
+        check_known(records, data.labels, whose)
+
+
+def check_known(records: Sequence[Record], labels: tuple[str, ...], whose: str) -> None:
+    """:class:`UserError` for a record with a label that is none of ``labels``; ``whose`` says what the records are for."""
+    known = set(labels)
+    named = (name for record in records if not isinstance(record.answer, int) for name in _names(record))
+    unknown = next((name for name in named if name not in known), None)
+    if unknown is not None:
+        others = f"the {len(known)} labels that there are{nearest(unknown, known)}"
+        raise UserError(f"the label {unknown!r} of a record {whose} is none of {others}")

@@ -9,8 +9,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from transformers import DataCollatorForSeq2Seq
 
-from .data import IGNORED, chat_prompt, prompt_ids
+from .data import IGNORED, chat_prompt, chat_texts, encode_written, prompt_ids
 from .generate import complete
 from .records import label_index
 from .sets import Record, TaskSet
@@ -21,8 +22,8 @@ from .tags import predict_tags
 
 @dataclass
 class Score:
-    """A task's metrics in percent, of ``records`` records. ``unparsed``: those in whose text no answer was found, which count
-    as wrong. ``predictions``: one of them each, as written to a file."""
+    """A task's metrics in percent, and a loss per token, of ``records`` records. ``unparsed``: those in whose text no answer
+    was found, which count as wrong. ``predictions``: one of them each, as written to a file."""
 
     task: str
     metrics: dict[str, float]
@@ -32,7 +33,9 @@ class Score:
 
     def in_words(self) -> str:
         """One line."""
-        values = "   ".join(f"{name} {value:.2f}" for name, value in self.metrics.items()) or "written, not scored"
+        digits = {"loss": 4}
+        shown = (f"{name} {value:.{digits.get(name, 2)}f}" for name, value in self.metrics.items())
+        values = "   ".join(shown) or "written, not scored"
         return f"{self.task}: {values}   ({self.records:,} records" + (
             f", {self.unparsed:,} without an answer)" if self.unparsed else ")"
         )
@@ -70,12 +73,35 @@ def write(
     """What a model writes after each record's prompt, greedily."""
     if model.config.is_encoder_decoder:
         prompts = [tokenizer(record.prompt).input_ids for record in records]
-    elif chat:
-        texts = (chat_prompt(record.prompt, tokenizer) for record in records)
-        prompts = [prompt_ids(tokenizer, text, templated=True) for text in texts]
     else:
-        prompts = [prompt_ids(tokenizer, record.prompt) for record in records]
+        prompts = [_asked(record, tokenizer, chat) for record in records]
     return complete(model, tokenizer, prompts, batch_size, max_new_tokens=max_new_tokens, do_sample=False)
+
+
+def _asked(record: Record, tokenizer: Any, chat: bool) -> list[int]:
+    """A prompt's tokens, through the chat template where the record is a conversation or is to be one."""
+    if record.messages is not None:
+        return prompt_ids(tokenizer, chat_texts(record.messages, record.where, tokenizer)[0], templated=True)
+    if chat:
+        return prompt_ids(tokenizer, chat_prompt(record.prompt, tokenizer), templated=True)
+    return prompt_ids(tokenizer, record.prompt)
+
+
+@torch.inference_mode()
+def completion_loss(
+    records: Sequence[Record], model: Any, tokenizer: Any, *, chat: bool, batch_size: int, max_length: int
+) -> tuple[float, int]:
+    """(the mean loss of the completions' tokens, their ends included, as in a training; how many records were cut at
+    ``max_length``). :class:`UserError` for a prompt that leaves no room for a completion."""
+    apart = bool(model.config.is_encoder_decoder)
+    encoded = encode_written(records, tokenizer, max_length=max_length, chat=chat, apart=apart)
+    pad, total, tokens = DataCollatorForSeq2Seq(tokenizer), 0.0, 0
+    for i in range(0, len(encoded.data), batch_size):
+        batch = pad([encoded.data[j] for j in range(i, min(i + batch_size, len(encoded.data)))]).to(model.device)
+        counted = batch["labels"] if apart else batch["labels"][:, 1:]  # a causal model is not asked for the first
+        n = int((counted != IGNORED).sum())
+        total, tokens = total + n * float(model(**batch).loss), tokens + n
+    return total / tokens, encoded.cut
 
 
 @torch.inference_mode()

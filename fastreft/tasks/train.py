@@ -28,7 +28,7 @@ from .data import Encoded, encode_labelled, encode_written
 from .errors import UserError, user_errors
 from .flags.data import DataArguments
 from .flags.train import AUTO, MethodArguments, ModelArguments, parser_of, settings_of
-from .models import class_for, head_settings, load_base, load_config, load_tokenizer, save_adapter
+from .models import class_for, head_settings, load_base, load_config, load_tokenizer, longest, save_adapter
 from .records import Data, gather, to_score
 from .run_log import peak_memory, versions, write_log
 from .scoring import metrics_for_trainer, score
@@ -52,18 +52,6 @@ def settings(flags: Sequence[str], *more: type) -> Settings:
     *own, model, data, method, adapter, training = parser_of(TrainingArguments, *more).parse(flags)
     methods.check_method(method.method)
     return Settings(model, data, method, settings_of(adapter), training, tuple(own))
-
-
-def longest(max_length: int | None, config: Any) -> int:
-    """The tokens that a record may have: what the user asked for, within what the model can take."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if max_length is None:
-        return min(512, context or 512)
-    if max_length < 2:
-        raise UserError(f"max_length is {max_length}; a prompt and a completion need at least 2 tokens")
-    if context and max_length > context:
-        raise UserError(f"max_length is {max_length}, but the model's context is {context} tokens")
-    return max_length
 
 
 def find_checkpoint(training: TrainingArguments, output_dir: str, *, adapter: bool) -> str | None:

@@ -68,17 +68,16 @@ def of_trial(run: Settings, space: Sequence[Dimension], trial: Any) -> tuple[Set
 
 def _study(optuna: Any, folder: Path, direction: str) -> tuple[Any, dict[str, Any]]:
     """(the study in a folder, new or gone on with, what Trainer needs to find it); what was cut off counts as failed."""
-    found = {
-        "storage": f"sqlite:///{folder / STUDY}",
-        "study_name": "fastreft",
-        "load_if_exists": True,
-        "sampler": optuna.samplers.TPESampler(seed=0),
-        "pruner": optuna.pruners.MedianPruner(n_startup_trials=5),
-    }
+    found = {"storage": f"sqlite:///{folder / STUDY}", "study_name": "fastreft", "load_if_exists": True}
     study = optuna.create_study(direction=direction, **found)
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    return study, found
+    return study, {
+        **found,
+        # A sampler keeps nothing: of one seed it would draw the first trials again wherever a study goes on.
+        "sampler": optuna.samplers.TPESampler(seed=len(study.trials)),
+        "pruner": optuna.pruners.MedianPruner(n_startup_trials=5),
+    }
 
 
 def run(flags: Sequence[str]) -> int:

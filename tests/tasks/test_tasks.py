@@ -241,6 +241,9 @@ def test_an_encoder_decoder(tmp_path, questions, capsys):
     assert "boolq: accuracy" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
     assert main(["eval", "--adapter", out, "--data_dir", questions, "--base"]) == 0
+    (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "Is it cold?", "completion": "true"}))
+    assert main(["eval", "--adapter", out, "--eval_file", str(tmp_path / "own.jsonl")]) == 0
+    assert number(r"own.jsonl: exact match 0.00   loss ([\d.]+)", capsys.readouterr().out) > 1
 
 
 def test_records_that_are_too_long(tmp_path, capsys):

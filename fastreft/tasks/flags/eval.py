@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..places import MODEL_CONFIG, find_adapter, find_model
 from ..sets.registry import SPLITS
 from .data import DataArguments
 from .parser import Parser, check_rows_file
+
+FIELDS = ("prompt_field", "completion_field", "messages_field", "text_field", "pair_field", "label_field")
+
+
+def _of_training(name: str) -> Any:
+    """The flag of a training that has this name."""
+    known = DataArguments.__dataclass_fields__[name]
+    return field(default=known.default, metadata=dict(known.metadata))
 
 
 @dataclass
@@ -31,14 +40,23 @@ class EvalArguments:
         default=None,
         metadata={"help": "a task or family of tasks; the one that the adapter was trained on if not given"},
     )
-    task_module: str | None = field(
-        default=None, metadata={"help": "a Python file of yours that registers tasks; it is run"}
-    )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "the folder with the task's files; they come from the hub where not given"}
-    )
+    task_module: str | None = _of_training("task_module")
+    data_dir: str | None = _of_training("data_dir")
     split: str = field(default="test", metadata={"help": "train, validation or test"})
-    max_eval_records: int | None = field(default=None, metadata={"help": "score the first so many records alone"})
+    eval_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "records of your own in place of a task: .jsonl, .json, .csv or .tsv. Of completions: how many are written "
+            "word for word, and the mean loss of a token; of labelled texts: accuracy"
+        },
+    )
+    prompt_field: str = _of_training("prompt_field")
+    completion_field: str = _of_training("completion_field")
+    messages_field: str | None = _of_training("messages_field")
+    text_field: str | None = _of_training("text_field")
+    pair_field: str | None = _of_training("pair_field")
+    label_field: str | None = _of_training("label_field")
+    max_eval_records: int | None = _of_training("max_eval_records")
     batch_size: int = field(default=8, metadata={"help": "records at a time"})
     predictions: str | None = field(
         default=None,
@@ -47,21 +65,37 @@ class EvalArguments:
     dtype: str = field(default="auto", metadata={"help": "the base model's dtype, or 'auto' for its checkpoint's"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run Python code of the model's own folder"})
 
-    def data(self, task: str) -> DataArguments:
+    def data(self, task: str | None) -> DataArguments:
         """The same as the flags of a training."""
-        return DataArguments(
-            task=task, task_module=self.task_module, data_dir=self.data_dir, max_eval_records=self.max_eval_records
-        )
+        same = ("task_module", "data_dir", "eval_file", "max_eval_records", *FIELDS)
+        return DataArguments(task=task, **{name: getattr(self, name) for name in same})
+
+    def check_file(self) -> None:
+        """:class:`UserError` for what does not go with a file of one's own, or without one."""
+        if self.eval_file is None:
+            given = [name for name in FIELDS if getattr(self, name) != DataArguments.__dataclass_fields__[name].default]
+            if given:
+                raise UserError(f"{given[0]} is a field of records of your own; give them with --eval_file")
+            return
+        for name, unset in (("task", None), ("task_module", None), ("data_dir", None), ("split", "test")):
+            if getattr(self, name) != unset:
+                raise UserError(f"{name} is of a task, and eval_file gives records of your own: leave one of them out")
 
 
 def parse(argv: Sequence[str]) -> EvalArguments:
     """:class:`UserError` for what is wrong."""
     parser = Parser(
-        [EvalArguments], command="fastreft eval", description="Score adapters, and the untouched model, on a task."
+        [EvalArguments],
+        command="fastreft eval",
+        description="Score adapters, and the untouched model, on a task or on records of your own.",
     )
     (arguments,) = parser.parse(argv)
-    if not arguments.adapter and not (arguments.base and arguments.model and arguments.task):
-        raise UserError("there is nothing to score: give --adapter FOLDER, or --base with --model and --task")
+    on = arguments.task or arguments.eval_file
+    if not arguments.adapter and not (arguments.base and arguments.model and on):
+        raise UserError(
+            "there is nothing to score: give --adapter FOLDER, or --base with --model and --task or --eval_file"
+        )
+    arguments.check_file()
     for folder in arguments.adapter or ():
         if not folder or not (Path(folder).expanduser() / MODEL_CONFIG).is_file():
             find_adapter(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,12 @@ class GenerateArguments:
         },
     )
     base: bool = field(default=False, metadata={"help": "write the untouched model's text too"})
+    strength: float = field(
+        default=1.0,
+        metadata={
+            "help": "of a ReFT adapter's edits: 1 as trained, 0 the untouched model, 0.5 half of each, -1 the other way"
+        },
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "most tokens to write after a prompt"})
     batch_size: int = field(default=8, metadata={"help": "prompts at a time"})
     do_sample: bool = field(default=False, metadata={"help": "sample instead of taking the likeliest token"})
@@ -59,6 +66,8 @@ def parse(argv: Sequence[str]) -> GenerateArguments:
         raise UserError("--max_new_tokens and --batch_size must be at least 1")
     if arguments.do_sample and not (0 < arguments.temperature < float("inf") and 0 < arguments.top_p <= 1):
         raise UserError("--temperature must be above 0 and finite, and --top_p above 0 and at most 1")
+    if not math.isfinite(arguments.strength):
+        raise UserError(f"strength is {arguments.strength}; it must be a finite number")
     check_rows_file("output", arguments.output)
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed is {arguments.seed}; it must be from 0 to {2**32 - 1}")

@@ -60,6 +60,7 @@ def _ranks(values: Values) -> np.ndarray:
 
 METRICS: dict[str, Callable[[Any, Any], float]] = {
     "accuracy": accuracy,
+    "exact match": accuracy,
     "f1": f1,
     "prefix": prefix,
     "matthews": matthews,

@@ -1,0 +1,138 @@
+"""``fastreft eval --eval_file``: records of one's own, held to what Trainer measured of the same records in the training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from shell import fails
+from trained import LABELLED, write_records
+
+from fastreft.cli import main
+from fastreft.settings import EMBEDDED_PATH
+from fastreft.tasks.models import load_tokenizer
+from fastreft.tasks.run_log import read_log
+
+pytestmark = pytest.mark.default_start
+
+QUICK = ("--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no", "--report_to", "none")
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_records(tmp_path / "data.jsonl")
+    return str(tmp_path / "data.jsonl")
+
+
+def train(tmp_path, data, *flags, model="embedded"):
+    """The folder of a training, and what Trainer measured at its end of the records that it trained on, in one batch."""
+    out = str(tmp_path / "out")
+    run = (
+        "train",
+        "--model",
+        model,
+        "--train_file",
+        data,
+        "--eval_file",
+        data,
+        "--output_dir",
+        out,
+        "--positions",
+        "all",
+    )
+    assert main([*run, "--per_device_eval_batch_size", "64", "--max_length", "64", *QUICK, *flags]) == 0
+    return out, read_log(out)["evaluation"]
+
+
+def evaluate(tmp_path, *flags):
+    """The rows of predictions."""
+    rows = tmp_path / "rows.jsonl"
+    assert main(["eval", *flags, "--predictions", str(rows)]) == 0
+    return [json.loads(line) for line in rows.read_text().splitlines()]
+
+
+def metrics(said, whose):
+    """Name -> number of the line that says what somebody scored."""
+    (line,) = (line for line in said.splitlines() if line.startswith(f"{whose}: data.jsonl: "))
+    words = line.removeprefix(f"{whose}: data.jsonl: ").partition("   (")[0].split("   ")
+    return {name: float(value) for name, value in (word.rsplit(" ", 1) for word in words)}
+
+
+def test_completions(tmp_path, data, capsys):
+    out, measured = train(tmp_path, data, "--max_steps", "40", "--learning_rate", "2e-2")
+    capsys.readouterr()
+    # in batches of other sizes than Trainer's the loss is of the tokens all the same
+    rows = evaluate(tmp_path, "--adapter", out, "--base", "--eval_file", data, "--batch_size", "3")
+    said = capsys.readouterr().out
+    adapter, base = metrics(said, out), metrics(said, "base")
+    assert adapter["loss"] == pytest.approx(measured["eval_loss"], abs=2e-4) and base["loss"] > 1 > adapter["loss"]
+    assert adapter["exact match"] > 50 > base["exact match"]
+    for whose, found in (("base", base), (out, adapter)):
+        own = [row for row in rows if row["generator"] == whose]
+        assert len(own) == 16
+        assert all(row["right"] == (row["output"].strip() == row["answer"]) for row in own)
+        assert found["exact match"] == pytest.approx(100 * sum(row["right"] for row in own) / 16)
+    assert rows[0]["prompt"] == "The king was sad." and rows[0]["answer"] == '"I am sad," said he.'
+    # a limit that cuts completions is told, as a training's is
+    log = tmp_path / "out" / "training.json"
+    log.write_text(json.dumps(json.loads(log.read_text()) | {"max_length": 12}))
+    assert main(["eval", "--adapter", out, "--eval_file", data, "--max_eval_records", "2"]) == 0
+    assert "2 records of data.jsonl were cut at max_length = 12 tokens" in capsys.readouterr().out
+
+
+def test_labels(tmp_path, data, capsys):
+    out, measured = train(tmp_path, data, *LABELLED, "--max_steps", "20", "--learning_rate", "2e-2")
+    capsys.readouterr()
+    rows = evaluate(tmp_path, "--adapter", out, "--eval_file", data, *LABELLED)
+    found = metrics(capsys.readouterr().out, out)
+    assert {*found} == {"accuracy"} and found["accuracy"] == pytest.approx(measured["eval_accuracy"], abs=0.01)
+    assert found["accuracy"] > 25 and {row["found"] for row in rows} <= {"sad", "happy", "old", "cold"}
+    for flags, part in (
+        ([], "was trained to classify, and"),
+        (["--text_field", "prompt", "--label_field", "completion"], "is none of the 4 labels that there are"),
+    ):
+        fails(main(["eval", "--adapter", out, "--eval_file", data, *flags]), capsys, part)
+
+
+def test_conversations(tmp_path, data, capsys):
+    records = map(json.loads, (tmp_path / "data.jsonl").read_text().splitlines())
+    turns = [[("user", record["prompt"]), ("assistant", record["completion"].strip())] for record in records]
+    rows = [{"talk": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED_PATH, model)
+    tokenizer = load_tokenizer("embedded")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    talk = ("--messages_field", "talk")
+    out, measured = train(tmp_path, data, *talk, "--max_steps", "40", "--learning_rate", "2e-2", model=str(model))
+    capsys.readouterr()
+    written = evaluate(tmp_path, "--adapter", out, "--eval_file", data, *talk)
+    found = metrics(capsys.readouterr().out, out)
+    assert found["loss"] == pytest.approx(measured["eval_loss"], abs=2e-4) and found["exact match"] > 50
+    assert written[0]["messages"] == rows[0]["talk"][:1] and written[0]["answer"] == '"I am sad," said he.'
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--eval_file", "./none.jsonl"], "cannot read the data file './none.jsonl'"),
+        (["--eval_file", "DATA", "--task", "boolq"], "task is of a task, and eval_file gives records of your own"),
+        (["--eval_file", "DATA", "--split", "train"], "split is of a task"),
+        (["--eval_file", "DATA", "--prompt_field", "q"], "has no field 'q'"),
+        (["--eval_file", "DATA", "--text_field", "prompt"], "text_field and label_field go together"),
+        (["--eval_file", "DATA", *LABELLED], "the labels of 'data.jsonl' are those of a training"),
+        (["--task", "boolq", "--label_field", "how"], "label_field is a field of records of your own"),
+        (["--eval_file", "EMPTY"], "has no records"),
+    ],
+)
+def test_what_is_refused(tmp_path, data, capsys, flags, part):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    places = {"DATA": data, "EMPTY": str(tmp_path / "empty.jsonl")}
+    run = ["eval", "--base", "--model", "embedded", *(places.get(flag, flag) for flag in flags)]
+    fails(main(run), capsys, part)
