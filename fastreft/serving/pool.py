@@ -1,4 +1,4 @@
-"""A pool of adapters on a device: loaded, replaced and removed while others edit; what is not in use gives way to what is asked for.
+"""A pool of adapters on a device: loaded, replaced and removed while others edit; what is not in use gives way.
 
 Names point to contents. Two names of one content share its place, and a name that is given another content leaves the rows in
 flight with the old one. The arenas and the table never move: a captured graph reads what they hold when it is replayed.
@@ -112,7 +112,7 @@ class AdapterPool:
             self._forget_unnamed()
 
     def take(self, names: Iterable[str], in_use: Iterable[str] = ()) -> dict[str, Resident]:
-        """Where the adapters of a batch lie, brought to the device where they were not; those of ``in_use`` (fingerprints) stay.
+        """Where the adapters of a batch lie, brought to the device if need be; those of ``in_use``, fingerprints, stay.
 
         ``KeyError`` for an unknown name; ``RuntimeError`` where they do not fit together.
         """

@@ -119,12 +119,14 @@ def _with_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> 
 def _pool(layer: Any, here: list[str], edits: list[Any], hidden: Tensor) -> Pool:
     """The adapters' weights side by side, made anew when one of them has changed."""
     dtype = torch.float64 if hidden.dtype is torch.float64 else torch.float32
-    weights = [(edit.weights(), activations.find(edit.act_fn)) for edit in edits]
-    tensors = [w for each, _ in weights for w in each if w is not None]  # held, so that no other takes an id of theirs
-    state = (tuple(here), dtype, hidden.device, tuple((id(w), w._version) for w in tensors))
+    tensors = [w for edit in edits for w in edit.weights() if w is not None]  # held: no other takes an id of theirs
+    versions = tuple((id(w), w._version) for w in tensors)
+    state = (tuple(here), dtype, hidden.device, tuple(edit.scale for edit in edits), versions)
     kept = layer.__dict__.get("_pool")
     if kept is None or kept[0] != state:
-        kept = layer.__dict__["_pool"] = (state, tensors, pool_of(weights, dtype))
+        with torch.no_grad():
+            adapters = [(edit.scaled_weights(), activations.find(edit.act_fn)) for edit in edits]
+        kept = layer.__dict__["_pool"] = (state, tensors, pool_of(adapters, dtype))
     return kept[2]
 
 

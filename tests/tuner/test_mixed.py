@@ -106,6 +106,10 @@ def test_a_changed_adapter_is_seen():
             if ".ada." in name and name.endswith(".b"):
                 parameter.add_(1)
         after = model(**batch, adapter_names=NAMES)[0]
+        model.set_scale(0.5, "ada")
+        halved = model(**batch, adapter_names=NAMES)[0]
+        model.set_adapter("ada")
+        assert torch.equal(halved[0], model(**batch)[0][0]) and not torch.equal(halved[0], after[0])
     assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [name == "ada" for name in NAMES]
     model.delete_adapter("cid")
     with pytest.raises(ValueError, match="'cid'; the model's ReFT adapters are ada, bob"):
