@@ -98,6 +98,34 @@ struct EditGradArgs {
   void* stream = nullptr;
 };
 
+// How a pooled adapter comes to its coordinates, from its r vectors of A, or 2 r of them.
+enum class Form : int32_t {
+  constant = 0,  // z = act(b) - c
+  together = 1,  // z = act(A h + b) - c
+  apart = 2,     // z = act(V h + b) - P h - c, V the first r vectors of A and P the r behind them
+};
+
+// Many adapters' weights in memory that they share, for inference.
+struct Pool {
+  Weight A, U;                     // (vectors, d)
+  Weight b, c;                     // (vectors), or none
+  const int32_t* table = nullptr;  // [adapters, 4]: an adapter's first vector, its r (0: it edits nothing), Act, Form
+  int64_t vectors = 0, adapters = 0;
+};
+
+struct PooledArgs {
+  int64_t n = 0;      // rows to edit
+  int64_t total = 0;  // rows there are
+  int64_t d = 0;
+  DType type = DType::f32;           // of h
+  Rows h;                            // [total, d], edited in place
+  const int64_t* index = nullptr;    // [n] rows, -1 = skip
+  const int64_t* adapter = nullptr;  // [n] which adapter of the pool edits the row, -1 = none
+  Pool pool;
+  int64_t most_r = 0;      // no adapter's r is larger
+  void* stream = nullptr;  // CUDA only
+};
+
 // How many values a row keeps for the backward.
 inline int64_t kept_per_row(Act act, int64_t r) { return act == Act::identity ? r : 2 * r; }
 

@@ -13,6 +13,9 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*f
 // Throws std::out_of_range for an index past the last row. Negative indices are skipped, repeated ones applied once.
 void edit_forward_cpu(const EditArgs& args, ParallelFor parallel_for);
 void edit_backward_cpu(const EditGradArgs& args, ParallelFor parallel_for);
+// Rows of many adapters. The same bits for a row as edit_forward_cpu gives with its adapter alone. Throws
+// std::out_of_range, too, for an adapter that the pool does not have or whose vectors lie outside of it.
+void edit_pooled_cpu(const PooledArgs& args, ParallelFor parallel_for);
 
 // Index of the first matrix with a value that is not finite, with nothing changed; -1 if all went well.
 int64_t retract_cpu(const Matrix* matrices, int64_t count, ParallelFor parallel_for);
@@ -30,6 +33,10 @@ const char* cpu_isa();  // the instruction set in use
 // The forward. One launch, no scratch. The caller has removed duplicates from `index`; -1 and rows past the end are
 // skipped (their `z` is zero, their `saved` row is left alone).
 int edit_forward_cuda(const EditArgs& args);
+
+// Rows of many adapters, in one launch: a row whose adapter the pool does not have is skipped. The table and the
+// vectors are read when the launch runs: both may change between the replays of a graph.
+int edit_pooled_cuda(const PooledArgs& args);
 
 // The backward. `scratch` holds edit_backward_scratch_bytes(args) bytes, aligned to 256; that number depends on the
 // shapes, on which gradients are wanted, on alignment and on the current device: ask with the very arguments of the

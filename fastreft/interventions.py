@@ -171,12 +171,15 @@ class Intervention(nn.Module):
         """:func:`fastreft.ops.edit.edit` with these weights, dropout included: what the hooks call, as an edit costs
         microseconds and so does the call of a module."""
         act_fn = self.act_fn if self.act is None else self.act
-        w = self.weights()
-        if self.scale != 1.0:  # of U alone, whatever the kind: what it expands is the edit
-            w = self.scale * w[0], *w[1:]
+        w = self.weights() if self.scale == 1.0 else self.scaled_weights()
         if self.dropout and self.training:
             return self._dropped(hidden, w, rows, where, act_fn)
         return edit(hidden, w, act_fn, rows, where, unique)
+
+    def scaled_weights(self) -> Weights:
+        """:meth:`weights` of an edit of this ``scale``: of U alone, whatever the kind, as what it expands is the edit."""
+        U, V, P, b, c = self.weights()
+        return self.scale * U, V, P, b, c
 
     def _dropped(
         self, hidden: Tensor, w: Weights, rows: Tensor | None, where: str, act_fn: activations.ActFn

@@ -8,8 +8,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "activations.h"
-#include "support.h"
+#include "forward.h"
 
 namespace fastreft {
 
@@ -17,45 +16,6 @@ namespace {
 
 // A result of this size is out of every cache before anyone reads it.
 constexpr int64_t kPastCaches = int64_t{32} << 20;
-
-// The places of `index` that are edited: negative entries are left out, of repeated ones the first stays.
-std::vector<int64_t> edited_slots(const int64_t* index, int64_t n, int64_t total) {
-  std::vector<int64_t> slots;
-  slots.reserve(n);
-  int64_t last = -1;
-  bool ascending = true;
-  for (int64_t i = 0; i < n; ++i) {
-    if (index[i] < 0) continue;
-    if (index[i] >= total)
-      throw std::out_of_range("rows: " + std::to_string(index[i]) + " is past the last of " + std::to_string(total) +
-                              " rows");
-    ascending = ascending && index[i] > last;
-    last = index[i];
-    slots.push_back(i);
-  }
-  if (ascending) return slots;
-  std::stable_sort(slots.begin(), slots.end(), [&](int64_t a, int64_t b) { return index[a] < index[b]; });
-  slots.erase(std::unique(slots.begin(), slots.end(), [&](int64_t a, int64_t b) { return index[a] == index[b]; }),
-              slots.end());
-  return slots;
-}
-
-// z = act(a) - p - c for one row, from its projections (A already holds -P).
-template <typename C>
-void coordinates(const Packed& w, Act act, const C* projected, C* z, C* a) {
-  const C *b = reinterpret_cast<const C*>(w.b.get()), *c = reinterpret_cast<const C*>(w.c.get());
-  for (int64_t j = 0; j < w.r; ++j) {
-    C value;
-    if (w.linear) {
-      value = (w.projections ? projected[j] : C(0)) + (b ? b[j] : C(0));
-    } else {
-      const C before = (w.has_v ? projected[j] : C(0)) + (b ? b[j] : C(0));
-      if (a) a[j] = before;
-      value = static_cast<C>(activate(act, before)) + (w.has_p ? projected[(w.has_v ? w.r : 0) + j] : C(0));
-    }
-    z[j] = c ? value - c[j] : value;
-  }
-}
 
 template <typename C>
 void forward(const EditArgs& args, ParallelFor run, const CpuKernels& k) {
@@ -89,19 +49,9 @@ void forward(const EditArgs& args, ParallelFor run, const CpuKernels& k) {
         dst[i] = row_address(args.out, row, e);
         if (args.saved) std::memcpy(static_cast<char*>(args.saved) + slot * args.d * e, src[i], args.d * e);
       }
-      // Four rows at a time, so that they are still in the nearest cache when they are expanded.
-      for (int i = 0; i < m; i += 4) {
-        const int some = std::min(4, m - i);
-        if (w.projections) w.project(src + i, some, projected, width);
-        for (int q = 0; q < some; ++q) {
-          const int64_t slot = args.index ? slots[from + i + q] : from + i + q;
-          C* keep = args.z ? static_cast<C*>(args.z) + slot * kept : nullptr;
-          coordinates<C>(w, args.w.act, projected + q * width, z + q * args.r,
-                         keep && !w.linear ? keep + args.r : nullptr);
-          if (keep) std::memcpy(keep, z + q * args.r, args.r * sizeof(C));
-        }
-        w.expand(src + i, dst + i, some, z, args.r, past_caches);
-      }
+      edit_block<C>(w, args.w.act, src, dst, m, past_caches, projected, z, [&](int i) -> C* {
+        return args.z ? static_cast<C*>(args.z) + (args.index ? slots[from + i] : from + i) * kept : nullptr;
+      });
     }
   });
 }

@@ -40,18 +40,22 @@ Packed::Packed(const Weights& w, DType type_, int64_t r_, int64_t d_, const CpuK
     copy(U.get(), w.U, 1, false);
     u = U.get();
   }
-  if (projections) {
+  const void* a = nullptr;
+  if (linear && has_v && !has_p && w.V.type == compute && padded_d == d) {
+    a = w.V.p;  // likewise
+  } else if (projections) {
     A = matrix(projections);
     if (has_v) copy(A.get(), w.V, 1, false);
     if (has_p) copy(A.get() + (projections - r) * padded_d * e, w.P, -1, linear && has_v);
+    a = A.get();
   }
   b = vector(w.b);
   c = vector(w.c);
 
   project_k = backward ? r : projections;
   expand_k = backward ? projections : r;
-  project_weights = backward ? u : A.get();
-  expand_weights = backward ? A.get() : u;
+  project_weights = backward ? u : a;
+  expand_weights = backward ? a : u;
   if (!pairs) return;
   const int64_t rows = project_k * padded_d;
   packed = scratch((rows + (expand_k + 1) / 2 * 2 * padded_d) * 2);

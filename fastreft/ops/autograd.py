@@ -224,7 +224,7 @@ def _register() -> None:
         torch.library.register_fake(f"fastreft::{name}", fake)
     torch.library.register_autograd("fastreft::edit", _edit_backward, setup_context=_save_edit)
     torch.library.register_autograd("fastreft::edit_rows", _edit_rows_backward, setup_context=_save_edit_rows)
-    for name in ("edit_rows_", "edit_rows_backward_", "retract_", "step_"):
+    for name in ("edit_rows_", "edit_rows_backward_", "edit_pooled_", "retract_", "step_"):
         _library.impl(name, _refuse_gradients(getattr(ops, name).default), "Autograd", with_keyset=True)
     for name in ("unguarded_edit_rows_", "unguarded_edit_rows_backward_"):
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")

@@ -54,6 +54,10 @@ def _fake_edit_rows_backward(g, rows, saved, z, U, V, P, b, c, act, tied):
     return g.new_empty(g.shape), *(_like(weight, U) for weight in (U, V, P, b, c))
 
 
+def _fake_edit_pooled_(h, rows, adapters, A, U, b, c, table, most_r):
+    return None
+
+
 def _fake_matrices(matrices, *rest):
     return matrices[0].new_empty((0,), dtype=torch.uint8)
 
@@ -71,6 +75,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "edit_rows_backward_": _fake_edit_rows_backward_,
     "unguarded_edit_rows_backward_": _fake_edit_rows_backward_,
     "edit_rows_backward": _fake_edit_rows_backward,
+    "edit_pooled_": _fake_edit_pooled_,
     "retract_": _fake_matrices,
     "step_": _fake_matrices,
     "prompt_rows": _fake_prompt_rows,

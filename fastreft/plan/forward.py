@@ -42,6 +42,7 @@ class Plan:
     where = WHERE_ALLOWED  # a fresh hidden state may be edited in place
     began: int | None = None  # autograd's number at the start, where a backward may recompute it
     outer: Plan | None = None  # of the model within which this forward runs
+    mixed: Any = None  # the adapters of each sample, where the call named them
     frame: FrameType | None = None  # of its module's call, while that lasts, see Here
 
     def __init__(
@@ -56,6 +57,7 @@ class Plan:
         # The adapters that each block had in this forward, by block; None for the one plan of many decode steps.
         self.active: dict[nn.Module, tuple[str, ...]] | None = None if tokens is None else {}
         self._found: dict[Any, list[Tensor | None]] = {}
+        self.kept: dict[Any, Any] = {}  # what else blocks have worked out and share
 
     def rows(self, spec: Positions, tied: Tied, hidden: Tensor) -> list[Tensor | None]:
         """The rows of each intervention, int64 on the device of ``hidden`` (B, S, d); None for every row."""
@@ -175,6 +177,7 @@ class Shared:
         if run is not None and run.over and kwargs.get("past_key_values") is run.cache:
             if run.step is None or run.step.owner is not module:
                 run.step = self._decoding(module, run, entrance.in_stacks)
+                run.step.mixed = here.mixed
             run.step.outer, here.plan = outer_plan, run.step
             return None
         given = inputs.by_name(module, args, kwargs)
@@ -191,6 +194,8 @@ class Shared:
         else:
             here.plan = self._noted(asked)
         plan = here.plan
+        if here.mixed is not None:
+            plan.mixed = here.mixed
         if not is_compiling():
             here.made += 1
             if torch._C._len_torch_dispatch_stack():

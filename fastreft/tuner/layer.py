@@ -173,6 +173,8 @@ def _edited(module: nn.Module, plan: Plan, hidden: Tensor, at_input: bool) -> Te
         _check(layer, hidden)
         layer.checked = True
     where = plan.where if layer.fresh and not at_input and not compiling else NEW
+    if plan.mixed is not None:
+        return plan.mixed.edit(layer, plan, hidden, at_input, where)
     for name in names:
         spec = layer.specs.get(name)
         if spec is not None and spec.at_input is at_input:

@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from ..models.components import COMPONENTS
 from ..ops.checks import ZERO3
 from ..plan.forward import Shared
 from ..plan.report import ReftReport, report
-from . import beside, columns, embeddings, loading, mixin, weights
+from . import beside, columns, embeddings, loading, mixed, mixin, weights
 from . import names as adapter_names
 from .config import ReftConfig
 from .layer import NO_MERGE, ReftLayer
@@ -64,19 +64,22 @@ class ReftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT takes adapter_names off the call and would say nothing where the tuner does not know them.
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names is not supported: a batch is edited by the active adapter, see set_adapter")
+        names = kwargs.get("adapter_names")  # which PEFT then takes off the call
+        mix = None if names is None else mixed.of_call(self, names, args, kwargs)
         if is_compiling():
             yield
             return
         here = self._shared.local.here
-        plan, outer = here.plan, here.outer
+        plan, outer, before = here.plan, here.outer, here.mixed
+        here.mixed = mix
         try:
-            yield
+            with nullcontext() if mix is None else mix.heads(self):
+                yield
         except BaseException:  # Ctrl-C, of which torch tells no hook: a backward may come next
             here.back(plan, outer)
             raise
+        finally:
+            here.mixed = before
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's; ``ValueError`` for a name that would make saving other adapters lose tensors."""

@@ -5,6 +5,7 @@ The tolerance is a rule, not a number: error against fp64 <= 2 x the error of pl
 
 from __future__ import annotations
 
+import pools
 import pytest
 import torch
 from fastreft._C import policy
@@ -261,3 +262,49 @@ def test_a_patch_reaches_the_units_that_are_made_of_its_file_and_no_others(runne
     fused = {"edit_fused_forward", "edit_fused_backward", "edit_both", "edit_sums"}
     assert units("edit_cta.cuh") == units("edit_streamed.cuh") | fused
     assert "runner" not in units("policy.h") >= units("edit_args.h") | {"retract", "launch"}
+
+
+POOLED = [
+    dict(dtype=BF16, d=512),
+    dict(dtype=F16, d=1000),
+    dict(dtype=F32, d=61, skew=4),
+    dict(dtype=BF16, d=100, weights=BF16),
+    dict(dtype=F64, weights=F64, d=36),
+    dict(dtype=BF16, d=64, batch_inner=4),
+]
+
+
+@pytest.mark.parametrize("kwargs", POOLED, ids=str)
+def test_rows_of_many_adapters(kwargs, runner, tmp_path):
+    """Rows past the end, adapters that are not there and lines out of the pool are skipped, as a GPU cannot say so."""
+    dtype, d, weights = kwargs["dtype"], kwargs["d"], kwargs.get("weights", F32)
+    inner, total = kwargs.get("batch_inner", 0), 20
+    pool, made = pools.pool(d, weights), pools.adapters(d)
+    made = [([None if t is None else t.to(weights) for t in w], act) for w, act in made]
+    table = torch.cat([pool.table, torch.tensor([[9999, 4, 0, 1]], dtype=torch.int32)])
+    rows = torch.tensor([3, -1, 7, 0, 99, 5, 18, 2, 11, 12, 13, 14])
+    which = torch.tensor([0, 1, 1, 2, 3, 3, 4, 5, -1, 6, 7, 99])
+    state = torch.randn(total, d, generator=torch.Generator().manual_seed(0)).to(dtype)
+    case = harness.Case(runner, tmp_path)
+    laid = state.view(-1, inner, d).transpose(0, 1).contiguous() if inner else state
+    case.load("h", laid, skew=kwargs.get("skew", 0))
+    for name, tensor in dict(index=rows, adapter=which, table=table, A=pool.A, U=pool.U, b=pool.b, c=pool.c).items():
+        case.load(name, tensor)
+    strides = dict(h__inner=inner, h__outer_stride=d, h__inner_stride=total // inner * d) if inner else {}
+    case.set(
+        n=len(rows), total=total, d=d, type=harness.TYPES[dtype], h="h", index="index", adapter="adapter", A="A", U="U"
+    )
+    case.set(b="b", c="c", table="table", vectors=len(pool.A), adapters=len(table), most_r=pool.most_r, **strides)
+    case.set(**{f"{name}__type": harness.TYPES[weights] for name in "AUbc"})
+    case.call("pooled")
+    case.want("h")
+    got = case.run()["h"]
+    got = got.view(inner, -1, d).transpose(0, 1).reshape(total, d) if inner else got
+    exact = pools.expected(state, rows, which, made, F64)
+    plain = pools.expected(state, rows, which, made).double()
+    step = 2.0 ** -{F32: 24, BF16: 8, F16: 11, F64: 53}[dtype]
+    # V - P is rounded to the pool's dtype.
+    rounding = step + (0 if weights is F64 else 2.0 ** -{F32: 24, BF16: 8}[weights])
+    assert (got.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2 * rounding * exact.abs().max()
+    untouched = [i for i in range(total) if i not in (3, 7, 0, 5, 18, 2, 12)]
+    assert torch.equal(got[untouched], state[untouched])

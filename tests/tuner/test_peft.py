@@ -309,12 +309,6 @@ def test_an_adapter_must_not_be_named_as_a_parameter():
     assert list(model.peft_config) == ["default"]
 
 
-def test_mixed_batches_are_refused():
-    model = get_reft_model(make("llama"), ReftConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="adapter_names is not supported"):
-        model(**batch(), adapter_names=["default"] * 3)
-
-
 def test_a_model_without_blocks_or_width_is_refused():
     with pytest.raises(ValueError, match="no repeated blocks found in Linear"):
         get_reft_model(nn.Linear(2, 2), ReftConfig())

@@ -295,10 +295,17 @@ def merge(kind, folder):
             call()
 
 
-@case("mixed batches by adapter_names: refused")
+@case("mixed batches by adapter_names")
 def mixed(kind, folder):
-    with pytest.raises(ValueError, match="adapter_names is not supported"):
-        peft_of(kind)(**inputs_of(kind), adapter_names=["default"] * 3)
+    model = peft_of(kind).eval()
+    names = ["default", "__base__", "default"]
+    with torch.no_grad():
+        found, edited = (model(**inputs_of(kind), **more)[0] for more in ({"adapter_names": names}, {}))
+        with model.disable_adapter():
+            untouched = model(**inputs_of(kind))[0]
+    for i, name in enumerate(names):
+        torch.testing.assert_close(found[i], untouched[i] if name == "__base__" else edited[i])
+    assert not torch.equal(edited, untouched)
 
 
 @case("weighted combination of adapters: not there")

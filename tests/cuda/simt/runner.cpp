@@ -7,7 +7,7 @@
 //     make NAME BYTES            likewise, poisoned
 //     save NAME FILE
 //     set KEY VALUE              a field of the next call; the value of a pointer is a block's name
-//     forward | backward | retract | step                the call; the block SCRATCH is its scratch
+//     forward | backward | pooled | retract | step                the call; the block SCRATCH is its scratch
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -116,6 +116,26 @@ int backward() {
   return fastreft::edit_backward_cuda(a);
 }
 
+int pooled() {
+  fastreft::PooledArgs a;
+  a.n = number("n");
+  a.total = number("total");
+  a.d = number("d");
+  a.type = type("type");
+  a.h = rows("h");
+  a.index = reinterpret_cast<const int64_t*>(pointer("index"));
+  a.adapter = reinterpret_cast<const int64_t*>(pointer("adapter"));
+  a.pool.A = {pointer("A"), type("A.type")};
+  a.pool.U = {pointer("U"), type("U.type")};
+  a.pool.b = {pointer("b"), type("b.type")};
+  a.pool.c = {pointer("c"), type("c.type")};
+  a.pool.table = reinterpret_cast<const int32_t*>(pointer("table"));
+  a.pool.vectors = number("vectors");
+  a.pool.adapters = number("adapters");
+  a.most_r = number("most_r");
+  return fastreft::edit_pooled_cuda(a);
+}
+
 std::vector<fastreft::StepItem> items() {
   std::vector<fastreft::StepItem> list(static_cast<size_t>(number("count")));
   for (size_t i = 0; i < list.size(); ++i) {
@@ -193,6 +213,7 @@ int main() {
     } else if (!word.empty()) {
       const int error = word == "forward"    ? forward()
                         : word == "backward" ? backward()
+                        : word == "pooled"   ? pooled()
                         : word == "retract"  ? retract()
                         : word == "step"     ? step()
                                              : -1;

@@ -1,0 +1,205 @@
+"""A pool of adapters on a device: loaded, replaced and removed while others edit; what is not in use gives way.
+
+Names point to contents. Two names of one content share its place, and a name that is given another content leaves the rows in
+flight with the old one. The arenas and the table never move: a captured graph reads what they hold when it is replayed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.pooled import Pool, edit_pooled_
+from .adapter import Adapter, read
+from .ranges import Ranges
+
+
+class Resident(NamedTuple):
+    """Where an adapter lies on the device: its first vector, and its first line of the table."""
+
+    vector: int
+    line: int
+    adapter: Adapter
+
+
+class AdapterPool:
+    """``vectors`` and ``lines`` are what the device has room for, at each of ``places``: a LoReFT of rank r takes r vectors and
+    one line, of both for its prefix and its suffix where those are not tied. ``host_bytes``: what the host keeps of adapters
+    that are not on the device; others are read from their folders again.
+
+    ``most_r``: no adapter's rank is larger. The device's memory is ``bytes``.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[str],
+        width: int,
+        *,
+        vectors: int,
+        lines: int,
+        most_r: int = 64,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        host_bytes: int = 1 << 30,
+    ):
+        for name, value in (("vectors", vectors), ("lines", lines), ("most_r", most_r)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.places, self.width, self.dtype, self.most_r, self.host_bytes = (
+            list(places),
+            width,
+            dtype,
+            most_r,
+            host_bytes,
+        )
+        count = len(self.places)
+        self.A, self.U = (torch.zeros(count, vectors, width, dtype=dtype, device=device) for _ in range(2))
+        self.b, self.c = (torch.zeros(count, vectors, dtype=dtype, device=device) for _ in range(2))
+        self.table = torch.zeros(count, lines, 4, dtype=torch.int32, device=device)
+        self._vectors, self._lines = Ranges(vectors), Ranges(lines)
+        self._names: dict[str, str] = {}
+        self._folders: dict[str, Path] = {}
+        self._host: OrderedDict[str, Adapter] = OrderedDict()  # by fingerprint, the one used last at the end
+        self._resident: OrderedDict[str, Resident] = OrderedDict()  # likewise
+        self._lock = threading.RLock()
+
+    @property
+    def bytes(self) -> int:
+        """Of the device's memory."""
+        return sum(t.nbytes for t in (self.A, self.U, self.b, self.c, self.table))
+
+    def names(self) -> list[str]:
+        """The adapters that can be asked for."""
+        with self._lock:
+            return sorted(self._names)
+
+    def fingerprint(self, name: str) -> str:
+        """What a name stands for now; ``KeyError`` for an unknown one."""
+        with self._lock:
+            return self._names[self._known(name)]
+
+    def add(self, name: str, folder: str | Path) -> str:
+        """Have ``name`` stand for the adapter in a folder, whatever it stood for before; its fingerprint.
+
+        ``ValueError`` as :func:`fastreft.serving.adapter.read`, and where it is larger than the pool; nothing is changed then.
+        """
+        adapter = read(folder, self.places, self.width, self.dtype)
+        rank = int(adapter.lines[..., 1].max())
+        if rank > self.most_r:
+            raise ValueError(f"the adapter in '{folder}' has rank {rank}; the pool's most_r is {self.most_r}")
+        if adapter.vectors > self._vectors.size or adapter.interventions > self._lines.size:
+            raise ValueError(
+                f"the adapter in '{folder}' takes {adapter.vectors} vectors and {adapter.interventions} lines; the pool has "
+                f"{self._vectors.size} and {self._lines.size}"
+            )
+        with self._lock:
+            self._names[name] = adapter.fingerprint
+            self._folders[adapter.fingerprint] = Path(folder)
+            self._keep(adapter)
+            self._forget_unnamed()
+        return adapter.fingerprint
+
+    def remove(self, name: str) -> None:
+        """``name`` stands for nothing any more; ``KeyError`` where it did not."""
+        with self._lock:
+            del self._names[self._known(name)]
+            self._forget_unnamed()
+
+    def take(self, names: Iterable[str], in_use: Iterable[str] = ()) -> dict[str, Resident]:
+        """Where the adapters of a batch lie, brought to the device if need be; those of ``in_use``, fingerprints, stay.
+
+        ``KeyError`` for an unknown name; ``RuntimeError`` where they do not fit together.
+        """
+        with self._lock:
+            wanted = {name: self._names[self._known(name)] for name in names}
+            held = {*wanted.values(), *in_use}
+            return {name: self._brought(fingerprint, held) for name, fingerprint in wanted.items()}
+
+    def at(self, place: int) -> Pool:
+        """What edits the rows of a place; views, which :meth:`take` writes into."""
+        return Pool(self.A[place], self.U[place], self.b[place], self.c[place], self.table[place], self.most_r)
+
+    def edit_(self, place: int, hidden: Tensor, rows: Tensor, lines: Tensor) -> Tensor:
+        """Edit rows of a place's hidden state in place; ``lines`` int64 (n,): of each row its adapter's line, -1 = none."""
+        return edit_pooled_(hidden, rows, lines, self.at(place))
+
+    # ---- within -----------------------------------------------------------------------------------------------------
+
+    def _known(self, name: str) -> str:
+        if name not in self._names:
+            raise KeyError(f"there is no adapter {name!r}; there are {len(self._names)}")
+        return name
+
+    def _keep(self, adapter: Adapter) -> None:
+        """Keep an adapter on the host, and as many others as there is room for; the last one always."""
+        self._host[adapter.fingerprint] = adapter
+        self._host.move_to_end(adapter.fingerprint)
+        total = sum(each.bytes for each in self._host.values())
+        while total > self.host_bytes and len(self._host) > 1:
+            _, gone = self._host.popitem(last=False)
+            total -= gone.bytes
+
+    def _forget_unnamed(self) -> None:
+        """Contents that no name stands for: off the host at once, off the device when their room is wanted."""
+        named = set(self._names.values())
+        for fingerprint in [each for each in self._host if each not in named]:
+            del self._host[fingerprint]
+        for fingerprint in [each for each in self._resident if each not in named]:
+            self._resident.move_to_end(fingerprint, last=False)
+
+    def _on_host(self, fingerprint: str) -> Adapter:
+        if fingerprint not in self._host:
+            folder = self._folders[fingerprint]
+            adapter = read(folder, self.places, self.width, self.dtype)
+            if adapter.fingerprint != fingerprint:
+                raise ValueError(f"the adapter in '{folder}' is not what was added from there; add it again")
+            self._keep(adapter)
+        self._host.move_to_end(fingerprint)
+        return self._host[fingerprint]
+
+    def _brought(self, fingerprint: str, held: set[str]) -> Resident:
+        found = self._resident.get(fingerprint)
+        if found is None:
+            found = self._placed(self._on_host(fingerprint), held)
+        self._resident.move_to_end(fingerprint)
+        return found
+
+    def _placed(self, adapter: Adapter, held: set[str]) -> Resident:
+        """Room for an adapter, made by taking off what was used longest ago; and its weights there, the table's lines last."""
+        while True:
+            vector, line = self._vectors.take(adapter.vectors), self._lines.take(adapter.interventions)
+            if vector is not None and line is not None:
+                break
+            for ranges, at, size in (
+                (self._vectors, vector, adapter.vectors),
+                (self._lines, line, adapter.interventions),
+            ):
+                if at is not None:
+                    ranges.give_back(at, size)
+            oldest = next((each for each in self._resident if each not in held), None)
+            if oldest is None:
+                raise RuntimeError(
+                    f"the pool has {self._vectors.size} vectors and {self._lines.size} lines, which the adapters in use fill; "
+                    "make it larger, or the batch smaller"
+                )
+            self._take_off(oldest)
+        own = slice(vector, vector + adapter.vectors)
+        for arena, part in ((self.A, adapter.A), (self.U, adapter.U), (self.b, adapter.b), (self.c, adapter.c)):
+            arena[:, own].copy_(part, non_blocking=True)
+        lines = adapter.lines.clone()
+        lines[..., 0] += vector * (lines[..., 1] > 0)
+        self.table[:, line : line + adapter.interventions].copy_(lines, non_blocking=True)
+        placed = self._resident[adapter.fingerprint] = Resident(vector, line, adapter)
+        return placed
+
+    def _take_off(self, fingerprint: str) -> None:
+        gone = self._resident.pop(fingerprint)
+        self.table[:, gone.line : gone.line + gone.adapter.interventions].zero_()
+        self._vectors.give_back(gone.vector, gone.adapter.vectors)
+        self._lines.give_back(gone.line, gone.adapter.interventions)
