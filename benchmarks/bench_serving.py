@@ -1,0 +1,157 @@
+"""A batch of many adapters: what it costs over the bare model, by the number of distinct adapters in it.
+
+    python benchmarks/bench_serving.py [--save] [--model FOLDER]
+
+A batch of 64 prompts of 32 tokens and 16 tokens written after each, greedy, on the embedded model, a GPT-2 of random weights
+and any other. ``prefill``: a forward; ``token``: the median time between two tokens of generate. LoReFT r = 4, f5+l5, and
+PEFT's LoRA r = 8 on all linear layers, both by adapter_names; and as formulas in plain torch, hung on the blocks: a loop over the
+adapters, and low ranks gathered row by row, as others serve edits.
+"""
+
+from __future__ import annotations
+
+import copy
+from statistics import median
+from typing import Any
+
+import torch
+from bench_generate import models, writer
+from harness import keep_heap, measure, parser, save, table
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import fastreft
+from fastreft.models.blocks import find_blocks
+
+BATCH, PROMPT, TOKENS = 64, 32, 16
+COUNTS = (1, 8, 64)
+FIRST = LAST = 5
+
+
+def names(count: int) -> list[str]:
+    return [f"adapter{i % count}" for i in range(BATCH)]
+
+
+def adapted(bare: nn.Module, config: Any, count: int) -> nn.Module:
+    """The bare model's weights with ``count`` adapters that change something."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        copy.deepcopy(bare, {id(p): p for p in bare.parameters()}), config(), adapter_name="adapter0"
+    )
+    for i in range(1, count):
+        model.add_adapter(f"adapter{i}", config())
+    return model.eval()
+
+
+def reft() -> Any:
+    return fastreft.ReftConfig(r=4, positions=f"f{FIRST}+l{LAST}", task_type="CAUSAL_LM", init_weights="random")
+
+
+def lora() -> Any:
+    return LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+class Formula:
+    """LoReFT of ``count`` adapters as hooks on the blocks, of prompts alone."""
+
+    def __init__(self, bare: nn.Module, count: int, gathered: bool):
+        self.bare, self.count, self.gathered = bare, count, gathered
+        d, self.blocks = bare.config.hidden_size, find_blocks(bare).modules
+        self.R = torch.linalg.qr(torch.randn(count, d, 4)).Q.mT.contiguous()
+        self.D, self.b = torch.randn(count, 4, d) / d**0.5, torch.randn(count, 4)
+        places = torch.cat([torch.arange(FIRST), torch.arange(PROMPT - LAST, PROMPT)])
+        rows = torch.arange(BATCH)[:, None] * PROMPT + places
+        self.rows, self.owner = rows.reshape(-1), (torch.arange(BATCH) % count).repeat_interleave(len(places))
+        self.of = [self.rows[self.owner == i] for i in range(count)]
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.shape[1] != PROMPT:
+            return
+        flat = hidden.view(-1, hidden.shape[-1])
+        if self.gathered:
+            h = flat[self.rows]
+            z = torch.einsum("nd,nrd->nr", h, self.D[self.owner]) + self.b[self.owner]
+            flat[self.rows] = h + torch.einsum("nr,nrd->nd", z, self.R[self.owner])
+            return
+        for i in range(self.count):
+            h = flat[self.of[i]]
+            flat[self.of[i]] = h + (h @ self.D[i].T + self.b[i]) @ self.R[i]
+
+    def __call__(self, run: Any) -> Any:
+        def hooked() -> None:
+            handles = [block.register_forward_hook(self.hook) for block in self.blocks]
+            try:
+                run()
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        return hooked
+
+
+def case(name: str, bare: nn.Module, rounds: int) -> list[dict[str, Any]]:
+    bare = bare.eval()
+    vocabulary = bare.config.vocab_size
+    ids = torch.randint(5, vocabulary, (BATCH, PROMPT), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    prefills: dict[str, Any] = {"bare": torch.no_grad()(lambda: bare(**given))}
+    tokens: dict[str, list[float]] = {"bare": []}
+    writes: dict[str, Any] = {"bare": writer(bare, ids, TOKENS, tokens["bare"])}
+    for kind, config in (("ReFT", reft), ("LoRA", lora)):
+        model = adapted(bare, config, max(COUNTS))
+        for count in COUNTS:
+            key = f"{kind} {count}"
+            named = Named(model, names(count))
+            tokens[key] = []
+            prefills[key] = torch.no_grad()(lambda named=named: named(**given))
+            writes[key] = writer(named, ids, TOKENS, tokens[key])
+    for count in COUNTS:
+        for gathered in (False, True):
+            formula = Formula(bare, count, gathered)
+            prefills[f"{'gathered' if gathered else 'loop'} {count}"] = formula(prefills["bare"])
+    prefill = measure(prefills, rounds=rounds, budget_s=240)
+    measure(writes, rounds=max(3, rounds // 3), budget_s=240)
+    per_token = {key: median(found) for key, found in tokens.items()}
+    rows = []
+    for key in prefills:
+        row = {"model": name, "adapters": key, "prefill ms": prefill[key], "over bare": prefill[key] / prefill["bare"]}
+        if key in per_token:
+            row |= {"token ms": per_token[key], "token over bare": per_token[key] / per_token["bare"]}
+        rows.append(row)
+    return rows
+
+
+class Named:
+    """A model whose calls name their adapters."""
+
+    def __init__(self, model: nn.Module, adapters: list[str]):
+        self.model, self.adapters = model, adapters
+
+    def __call__(self, **given: Any) -> Any:
+        return self.model(**given, adapter_names=self.adapters)
+
+    def generate(self, **given: Any) -> Any:
+        return self.model.generate(**given, adapter_names=self.adapters)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", help="a folder of one more causal language model")
+    chosen = arguments.parse_args()
+    keep_heap()
+    there = models()
+    if chosen.model:
+        there["given"] = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32)
+    results = []
+    for name, bare in there.items():
+        rows = case(name, bare, chosen.rounds)
+        table(name, rows)
+        results += rows
+    if chosen.save:
+        save(__file__, results)
+
+
+if __name__ == "__main__":
+    main()
