@@ -2,10 +2,10 @@
 
     python benchmarks/bench_serving.py [--save] [--model FOLDER]
 
-A batch of 64 prompts of 32 tokens and 16 tokens written after each, greedy, on the embedded model, a GPT-2 of random weights
-and any other. ``prefill``: a forward; ``token``: the median time between two tokens of generate. LoReFT r = 4, f5+l5, and
-PEFT's LoRA r = 8 on all linear layers, both by adapter_names; and as formulas in plain torch, hung on the blocks: a loop over the
-adapters, and low ranks gathered row by row, as others serve edits.
+A batch of 64 prompts of 32 tokens and 16 tokens written after each, greedy, on the embedded model, a GPT-2 of random
+weights and any other. ``prefill``: a forward; ``token``: the median time between two tokens of generate. LoReFT r = 4, f5+l5,
+and PEFT's LoRA r = 8 on all linear layers, both by adapter_names; and as formulas in plain torch, hung on the blocks: a loop
+over the adapters, and low ranks gathered row by row, as others serve edits.
 """
 
 from __future__ import annotations
