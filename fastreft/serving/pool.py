@@ -20,6 +20,10 @@ from .adapter import Adapter, read
 from .ranges import Ranges
 
 
+class PoolFull(ValueError):
+    """Adapters that do not fit into a pool, by themselves or together."""
+
+
 class Resident(NamedTuple):
     """Where an adapter lies on the device: its first vector, and its first line of the table."""
 
@@ -91,14 +95,15 @@ class AdapterPool:
     def add(self, name: str, folder: str | Path) -> str:
         """Have ``name`` stand for the adapter in a folder, whatever it stood for before; its fingerprint.
 
-        ``ValueError`` as :func:`fastreft.serving.adapter.read`, and where it is larger than the pool; nothing is changed then.
+        ``ValueError`` as :func:`fastreft.serving.adapter.read`, and :class:`PoolFull` where it is larger than the pool; nothing
+        is changed then.
         """
         adapter = read(folder, self.places, self.width, self.dtype)
         rank = int(adapter.lines[..., 1].max())
         if rank > self.most_r:
             raise ValueError(f"the adapter in '{folder}' has rank {rank}; the pool's most_r is {self.most_r}")
         if adapter.vectors > self._vectors.size or adapter.interventions > self._lines.size:
-            raise ValueError(
+            raise PoolFull(
                 f"the adapter in '{folder}' takes {adapter.vectors} vectors and {adapter.interventions} lines; the pool has "
                 f"{self._vectors.size} and {self._lines.size}"
             )
@@ -118,7 +123,7 @@ class AdapterPool:
     def take(self, names: Iterable[str], in_use: Iterable[str] = ()) -> dict[str, Resident]:
         """Where the adapters of a batch lie, brought to the device if need be; those of ``in_use``, fingerprints, stay.
 
-        ``KeyError`` for an unknown name; ``RuntimeError`` where they do not fit together.
+        ``KeyError`` for an unknown name; :class:`PoolFull` where they do not fit together.
         """
         with self._lock:
             wanted = {name: self._names[self._known(name)] for name in names}
@@ -188,7 +193,7 @@ class AdapterPool:
                     ranges.give_back(at, size)
             oldest = next((each for each in self._resident if each not in held), None)
             if oldest is None:
-                raise RuntimeError(
+                raise PoolFull(
                     f"the pool has {self._vectors.size} vectors and {self._lines.size} lines, which the adapters in use fill; "
                     "make it larger, or the batch smaller"
                 )

@@ -10,6 +10,7 @@ from tiny import LAYERS, WIDTH, make
 
 from fastreft import ReftConfig, get_reft_model
 from fastreft.serving import AdapterPool, read
+from fastreft.serving.pool import PoolFull
 from fastreft.serving.ranges import Ranges
 
 PLACES = [f"model.layers.{i}" for i in range(LAYERS)]
@@ -81,7 +82,7 @@ def test_what_was_used_longest_ago_gives_way(folders):
     apart = pool.take(["apart"])["apart"]
     assert apart.vector == act.vector == 4 and apart.line == act.line == 1  # "plain" was used since
     assert pool.take(["plain"])["plain"] == plain
-    with pytest.raises(RuntimeError, match="the adapters in use fill"):
+    with pytest.raises(PoolFull, match="the adapters in use fill"):
         pool.take(["act"], in_use=[pool.fingerprint(name) for name in ("plain", "apart")])
     act = pool.take(["act"], in_use=[pool.fingerprint("plain")])["act"]
     assert not pool.table[:, 2].any() and pool.table[:, act.line].any()  # no line is left of what has gone

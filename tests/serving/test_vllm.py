@@ -60,9 +60,9 @@ def shelf(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(shelf):
-    os.environ |= {
+    os.environ |= {  # so few vectors that a batch does not fit, and the pool grows
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
-        "FASTREFT_ADAPTERS": str(shelf[0]), "FASTREFT_VECTORS": "40", "FASTREFT_LINES": "8",
+        "FASTREFT_ADAPTERS": str(shelf[0]), "FASTREFT_VECTORS": "6", "FASTREFT_LINES": "8",
     }  # fmt: skip
     return vllm.LLM(
         str(EMBEDDED_PATH), dtype="float32", max_model_len=256, enforce_eager=True, max_num_seqs=8,

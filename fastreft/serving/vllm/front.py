@@ -77,7 +77,7 @@ def hook() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     theirs = InputProcessor.process_inputs
-    if hasattr(theirs, "__wrapped__"):
+    if hasattr(theirs, "_reft"):
         return
 
     @wraps(theirs)
@@ -101,4 +101,5 @@ def hook() -> None:
         request.cache_salt = f"{request.cache_salt or ''}reft:{fingerprint}"
         return request
 
+    process_inputs._reft = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

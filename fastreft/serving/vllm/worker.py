@@ -9,6 +9,7 @@ more than that.
 from __future__ import annotations
 
 import importlib
+import logging
 from functools import wraps
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import rows as of_rows
-from ..pool import AdapterPool, Resident
+from ..pool import AdapterPool, PoolFull, Resident
 from . import environment
 from .front import ARGUMENT
 
+_log = logging.getLogger("vllm.fastreft")
 _current: Step | None = None  # the step that runs now; a worker runs one at a time
 
 
@@ -52,16 +54,8 @@ class Served:
                 "ReFT adapters are not served with micro-batches (--enable-dbo): their rows would be miscounted"
             )
         layers = decoder_layers(runner.get_model(), config.get_total_num_hidden_layers())
-        dtype = torch.float32 if config.dtype is torch.float32 else torch.bfloat16
-        self.pool = AdapterPool(
-            config.get_total_num_hidden_layers(),
-            config.get_hidden_size(),
-            vectors=environment.vectors(),
-            lines=environment.lines(),
-            most_r=environment.most_r(),
-            dtype=dtype,
-            device=runner.device,
-        )
+        self.config, self.device = config, runner.device
+        self.pool = self._pool(environment.vectors(), environment.lines())
         for place, layer in layers:
             layer.register_forward_hook(_hook_of(place))
 
@@ -91,11 +85,30 @@ class Served:
         on = self.pool.A.device
         return Step(self.pool, torch.tensor(rows, device=on), torch.tensor(lines, device=on))
 
+    def _pool(self, vectors: int, lines: int) -> AdapterPool:
+        exact = self.config.dtype is torch.float32
+        return AdapterPool(
+            self.config.get_total_num_hidden_layers(),
+            self.config.get_hidden_size(),
+            vectors=vectors,
+            lines=lines,
+            most_r=environment.most_r(),
+            dtype=torch.float32 if exact else torch.bfloat16,
+            device=self.device,
+        )
+
     def _where(self, folders: dict[str, str]) -> dict[str, Resident]:
-        for fingerprint, folder in folders.items():
-            if fingerprint not in self.pool:
-                self.pool.add(fingerprint, folder)
-        return self.pool.take(folders)
+        """Where the adapters of a step lie; in a larger pool if they do not fit together, as an error would end the engine."""
+        while True:
+            try:
+                for fingerprint, folder in folders.items():
+                    if fingerprint not in self.pool:
+                        self.pool.add(fingerprint, folder)
+                return self.pool.take(folders)
+            except PoolFull:
+                vectors, lines = 2 * self.pool.A.shape[1], 2 * self.pool.table.shape[1]
+                _log.warning("fastreft: a step has more adapters than the pool; FASTREFT_VECTORS is %d now", vectors)
+                self.pool = self._pool(vectors, lines)
 
 
 def decoder_layers(model: nn.Module, count: int) -> list[tuple[int, nn.Module]]:
