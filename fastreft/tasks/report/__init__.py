@@ -87,7 +87,7 @@ def _looked_at(
     after = samples.written(model, tokenizer, texts, kind, labels, most)
     with samples.without_edits(model):
         before = samples.written(model, tokenizer, texts, kind, labels, most)
-    edits = [measured.edits_of(model, ids, kind == GENERATE and not model.config.is_encoder_decoder) for ids in texts]
+    edits = [measured.edits_of(model, ids, kind == GENERATE) for ids in texts]
     shown = []
     for record, ids, one, other, edit in zip(chosen, texts, before, after, edits, strict=True):
         rows = [("without the edits", one), ("with them", other)]
