@@ -55,6 +55,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._block = (block,)  # in a tuple, as a module must not be its own grandchild
         self._active_adapter = []
         self._hooks: dict[bool, Any] = {}
+        self.pools: dict[
+            bool, Any
+        ] = {}  # of calls that mix adapters, see place_pool; gone when the adapters are others
 
     def get_base_layer(self) -> nn.Module:
         """The edited module."""
@@ -62,6 +65,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: ReftConfig) -> None:
         """Add an adapter: one intervention, one for the prefix and one for the suffix, or one for each position."""
+        self.pools.clear()
         positions = parse(config.positions, pyreft_compat=config.pyreft_compat)
         made = [
             INTERVENTIONS[config.intervention_type](
@@ -109,6 +113,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def forget(self, adapter_name: str) -> None:
         """Drop an adapter."""
+        self.pools.clear()
         self.specs.pop(adapter_name, None)
         for group in _GROUPS:
             container = getattr(self, group)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..models import layouts
-from ..ops import activations
 from ..ops.edit import IN_PLACE, settled
-from ..ops.pooled import Pool, edit_pooled_, pool_of
+from ..ops.pooled import edit_pooled_
 from .layer import ReftLayer
-from .loading import layers_of
+from .place_pool import PlacePool, place_pool
 
 BASE = "__base__"
+WHOLE = ("modules_to_save", "trainable_token_indices")  # of a configuration: what PEFT wraps a module for
 TOO_MANY = "adapter_names has {} names; it must have one a sample, here {}"
 
 
@@ -44,45 +44,42 @@ class Mixed:
 
     def edit(self, layer: ReftLayer, plan: Any, hidden: Tensor, at_input: bool, where: str) -> Tensor:
         """The hidden state that ``layer`` edits, each sample by its adapter."""
-        here = [name for name in self.used if name in layer.specs and layer.specs[name].at_input is at_input]
-        if not here:
+        place = place_pool(layer, at_input, self.used, hidden)
+        if place is None:
             return hidden
-        work = self._work(layer, plan, hidden, here)
-        edits = [edit for name in here for edit in layer.interventions(name)]
-        if torch.is_grad_enabled() or any(edit.act is not None for edit in edits):
-            for i, edit in enumerate(edits):
-                hidden = edit.edit(hidden, work.rows.masked_fill(work.edits != i, -1), where)
+        work = self._work(layer, plan, hidden, place)
+        if torch.is_grad_enabled() or any(edit.act is not None for edit in place.named.edits):
+            for i, edit in enumerate(place.edits):
+                if edit in place.named.edits:
+                    hidden = edit.edit(hidden, work.rows.masked_fill(work.edits != i, -1), where)
             return hidden
         if settled(where, hidden) is not IN_PLACE:
             hidden = hidden.clone()
-        return edit_pooled_(hidden, work.rows, work.edits, _pool(layer, here, edits, hidden))
+        return edit_pooled_(hidden, work.rows, work.edits, place.pool)
 
-    def _work(self, layer: ReftLayer, plan: Any, hidden: Tensor, here: list[str]) -> Work:
+    def _work(self, layer: ReftLayer, plan: Any, hidden: Tensor, place: PlacePool) -> Work:
         places = None if layer.layout is None else layouts.places(layer.layout, hidden, plan.length)
         tokens = hidden if places is None else places
-        key = ("mixed", tuple((name, layer.specs[name]) for name in here), tokens.shape[:2], tokens.get_device())
+        key = ("mixed", place.key, tokens.shape[:2], tokens.get_device())
         work = plan.kept.get(key)
         if work is None:
-            work = plan.kept[key] = self._computed(layer, plan, tokens, here)
+            work = plan.kept[key] = self._computed(layer, plan, tokens, place)
         if places is None:
             return work
         return Work(layouts.take(places, work.rows), work.edits.repeat_interleave(places.shape[-1]))
 
-    def _computed(self, layer: ReftLayer, plan: Any, tokens: Tensor, here: list[str]) -> Work:
+    def _computed(self, layer: ReftLayer, plan: Any, tokens: Tensor, place: PlacePool) -> Work:
         batch, length = tokens.shape[:2]
         beams = layer._shared.local.here.run is not None  # of generate, which has seen to the number of samples
         if batch % len(self.names) or (batch != len(self.names) and not beams):
             raise ValueError(TOO_MANY.format(len(self.names), batch))
-        kinds: dict[
-            Any, dict[str, int]
-        ] = {}  # of each kind of positions: the adapters, and the first of their interventions
-        first = 0
-        for name in here:
-            spec = layer.specs[name]
-            kinds.setdefault((spec.positions, spec.tied), {})[name] = first
-            first += len(layer.interventions(name))
+        first: dict[Any, dict[str, int]] = {}  # of each kind of positions: the adapters, and their first interventions
+        for name in self.used:
+            if name in place.specs:
+                spec = place.specs[name]
+                first.setdefault((spec.positions, spec.tied), {})[name] = place.first[name]
         found = []
-        for (positions, tied), adapters in kinds.items():
+        for (positions, tied), adapters in first.items():
             starts = torch.tensor([adapters.get(name, -1) for name in self.names], device=tokens.device)
             starts = starts.repeat_interleave(batch // len(self.names))
             for share, rows in enumerate(plan.rows(positions, tied, tokens)):
@@ -91,18 +88,17 @@ class Mixed:
                 start = starts[rows.clamp(min=0) // length]
                 mine = (rows >= 0) & (start >= 0)
                 found.append((rows[mine], start[mine] + share))
-        if not found:
-            nothing = torch.empty(0, dtype=torch.int64, device=tokens.device)
-            return Work(nothing, nothing)
-        rows, edits = (torch.cat(parts) for parts in zip(*found, strict=True))
+        nothing = torch.empty(0, dtype=torch.int64, device=tokens.device)  # a decode step's
+        rows, edits = (torch.cat(parts) for parts in zip((nothing, nothing), *found, strict=True))
         return Work(rows, edits)
 
     @contextmanager
-    def heads(self, tuner: nn.Module) -> Iterator[None]:
+    def heads(self, tuner: Any) -> Iterator[None]:
         """Within it the modules that an adapter trained in full (``modules_to_save``) are each sample's adapter's."""
+        trained = any(getattr(config, name, None) for config in tuner.peft_config.values() for name in WHOLE)
         handles = [
             module.register_forward_pre_hook(partial(_with_names, names=self.names), with_kwargs=True)
-            for module in tuner.modules()
+            for module in (tuner.modules() if trained else ())
             if isinstance(module, AuxiliaryTrainingWrapper)
         ]
         try:
@@ -116,21 +112,7 @@ def _with_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> 
     return args, {**kwargs, "adapter_names": names}
 
 
-def _pool(layer: Any, here: list[str], edits: list[Any], hidden: Tensor) -> Pool:
-    """The adapters' weights side by side, made anew when one of them has changed."""
-    dtype = torch.float64 if hidden.dtype is torch.float64 else torch.float32
-    tensors = [w for edit in edits for w in edit.weights() if w is not None]  # held: no other takes an id of theirs
-    versions = tuple((id(w), w._version) for w in tensors)
-    state = (tuple(here), dtype, hidden.device, tuple(edit.scale for edit in edits), versions)
-    kept = layer.__dict__.get("_pool")
-    if kept is None or kept[0] != state:
-        with torch.no_grad():
-            adapters = [(edit.scaled_weights(), activations.find(edit.act_fn)) for edit in edits]
-        kept = layer.__dict__["_pool"] = (state, tensors, pool_of(adapters, dtype))
-    return kept[2]
-
-
-def of_call(tuner: nn.Module, names: Any, args: Sequence[Any], given: dict[str, Any]) -> Mixed:
+def of_call(tuner: Any, names: Any, args: Sequence[Any], given: dict[str, Any]) -> Mixed:
     """The adapters that a call names; ``ValueError`` where they are not one a sample, or not the model's."""
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"adapter_names is {names!r}; it must be a list of names, one a sample")
@@ -138,7 +120,7 @@ def of_call(tuner: nn.Module, names: Any, args: Sequence[Any], given: dict[str, 
         raise ValueError("adapter_names is for evaluation; the model is in training mode: call model.eval() first")
     if is_compiling():
         raise ValueError("adapter_names is for a model that is not compiled; a compiled one takes set_adapter")
-    there = {name for layer in layers_of(tuner) for name in layer.specs}
+    there = {name for layer in tuner._shared.layers for name in layer.specs}
     unknown = [name for name in dict.fromkeys(names) if name != BASE and name not in there]
     if unknown:
         raise ValueError(

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from fastreft import ReftConfig, get_reft_model
+from fastreft.tuner.layer import ReftLayer
 
 NAMES = ["ada", "bob", "__base__", "cid", "ada"]
 
@@ -110,6 +111,11 @@ def test_a_changed_adapter_is_seen():
         halved = model(**batch, adapter_names=NAMES)[0]
         model.set_adapter("ada")
         assert torch.equal(halved[0], model(**batch)[0][0]) and not torch.equal(halved[0], after[0])
+        edits = next(module for module in model.modules() if isinstance(module, ReftLayer)).interventions("bob")
+        edits[0].b = torch.nn.Parameter(edits[0].b + 1)
+        replaced = model(**batch, adapter_names=NAMES)[0]
+        model.set_adapter("bob")
+        assert torch.equal(replaced[1], model(**batch)[0][1]) and not torch.equal(replaced[1], after[1])
     assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [name == "ada" for name in NAMES]
     model.delete_adapter("cid")
     with pytest.raises(ValueError, match="'cid'; the model's ReFT adapters are ada, bob"):
