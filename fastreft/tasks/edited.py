@@ -9,7 +9,9 @@ import torch
 
 from .data import prompt_ids
 from .errors import UserError
-from .models import load_adapter, load_base, load_tokenizer, reft_config
+from .models import reft_config
+from .sets.registry import GENERATE
+from .trained import load_trained
 
 
 def marked(tokens: Sequence[str], columns: Sequence[int]) -> str:
@@ -29,21 +31,19 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def lines(adapter: str, model: str | None, prompts: Sequence[str]) -> Iterator[str]:
     """For each prompt: its length, and the text as it is edited, once for all layers that edit the same tokens of it."""
-    config = reft_config(adapter)
-    name = model or config.base_model_name_or_path
-    if not name:
-        raise UserError(f"the adapter in '{adapter}' names no base model; give --model")
-    tokenizer = load_tokenizer(name, adapter)
-    edited = load_adapter(load_base(name), adapter)
+    reft_config(adapter)
+    edited, tokenizer, _, kind, *_ = load_trained(adapter, model)
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt)
         if not ids:
             raise UserError(f"the prompt {prompt!r} has no token")
-        # As generate runs it: all of it is prompt.
-        with torch.inference_mode():
-            edited.generate(
-                input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=1, do_sample=False
-            )
+        given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+        given = {name: tensor.to(edited.device) for name, tensor in given.items()}
+        with torch.inference_mode():  # all of it is prompt
+            if kind == GENERATE:
+                edited.generate(**given, max_new_tokens=1, do_sample=False)
+            else:
+                edited(**given)
         tokens = pieces(tokenizer, ids)
         yield f"a prompt of {len(ids)} tokens"
         places: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}

@@ -5,45 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-import torch
-
-import fastreft  # noqa: F401  # registers the method with PEFT
 
 from .errors import UserError
 from .flags.eval import EvalArguments
-from .models import (
-    adapter_config,
-    class_for,
-    head_settings,
-    load_adapter,
-    load_base,
-    load_config,
-    load_tokenizer,
-    longest,
-)
-from .places import ADAPTER_CONFIG
+from .models import longest
 from .records import check_known, set_of_file, tasks_of, to_score
 from .run_log import read_log, write_rows
 from .scoring import Score, completion_loss, mean_and_spread, score
 from .sets import Record, TaskSet
 from .sets.registry import GENERATE, NAMED
-
-
-def _is_adapter(folder: str) -> bool:
-    return (Path(folder).expanduser() / ADAPTER_CONFIG).is_file()
-
-
-def _base_of(arguments: EvalArguments, folder: str | None) -> str:
-    """The model that a folder's adapter is for; the folder itself where all of a model was trained."""
-    if folder is not None and not _is_adapter(folder):
-        return folder
-    named = arguments.model or (adapter_config(folder).base_model_name_or_path if folder is not None else None)
-    if not named:
-        raise UserError(f"the adapter in '{folder}' names no base model; give --model")
-    return named
+from .trained import is_adapter, load_trained
 
 
 def _sets(arguments: EvalArguments, folder: str | None, log: dict[str, Any]) -> list[TaskSet]:
@@ -102,23 +74,17 @@ def _scores(arguments: EvalArguments, folder: str | None, base: bool) -> Iterato
             f"the labels of '{sets[0].name}' are those of a training; score what 'fastreft train' wrote for them"
         )
     records = {task: _records(arguments, task, labels) for task in sets}
-    named, trusts = _base_of(arguments, folder), arguments.trust_remote_code
-    config, tokenizer = (
-        load_config(named, trusts),
-        load_tokenizer(named, folder, trusts, writes=sets[0].kind == GENERATE),
-    )
+    trained = load_trained(
+        folder, arguments.model, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code, kind=sets[0].kind,
+        labels=labels,
+    )  # fmt: skip
+    model, tokenizer = trained.model, trained.tokenizer
     how: dict[str, Any] = {
         "chat": bool(log.get("chat")),
         "batch_size": arguments.batch_size,
-        "max_length": longest(log.get("max_length"), config),
+        "max_length": longest(log.get("max_length"), trained.config),
     }
-    kind, _ = class_for(sets[0].kind, config)
-    dtype = arguments.dtype if arguments.dtype != "auto" else str(log.get("dtype", "auto"))
-    model = load_base(named, dtype, trusts, kind=kind, **head_settings(sets[0].kind, labels, tokenizer))
-    adapted = folder is not None and _is_adapter(folder)
-    if adapted:
-        model = load_adapter(model, str(folder))
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    adapted = folder is not None and is_adapter(folder)
     for task, some in records.items():
         # The base of a classifier is a fresh head, whose score is nobody's.
         untouched = base and task.kind == GENERATE and (adapted or folder is None)

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-import fastreft  # noqa: F401  # registers the method with PEFT
-
 from ..settings import ReftSettings
 from .data import chat_prompt, prompt_ids
 from .errors import UserError, user_errors
 from .flags.generate import NO_PROMPT, GenerateArguments
-from .models import adapter_config, load_adapter, load_base, load_tokenizer
+from .models import adapter_config
 from .read import read_records, text_of
-from .run_log import read_log, write_rows
+from .run_log import write_rows
+from .sets.registry import GENERATE
+from .trained import kind_of, load_trained
 
 
 def complete(
@@ -75,17 +75,14 @@ def run(arguments: GenerateArguments) -> int:
         raise UserError(
             f"strength is of a ReFT adapter's edits, and the one in '{arguments.adapter}' is {config.peft_type}"
         )
-    name = arguments.model or config.base_model_name_or_path
-    if not name:
-        raise UserError(f"the adapter in '{arguments.adapter}' names no base model; give --model")
-    trained = read_log(arguments.adapter)  # what it was trained with, it is asked with
-    tokenizer = load_tokenizer(name, arguments.adapter, arguments.trust_remote_code)
-    encoded = _encoded(tokenizer, prompts, arguments.chat or bool(trained.get("chat")))
-    dtype = arguments.dtype if arguments.dtype != "auto" else str(trained.get("dtype", "auto"))
-    model = load_adapter(load_base(name, dtype, arguments.trust_remote_code), arguments.adapter)
+    if (kind := kind_of(arguments.adapter)) != GENERATE:
+        raise UserError(f"the adapter in '{arguments.adapter}' was trained to {kind}; 'fastreft eval' has it do so")
+    model, tokenizer, *_, trained = load_trained(
+        arguments.adapter, arguments.model, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
+    )
+    encoded = _encoded(tokenizer, prompts, arguments.chat or bool(trained.get("chat")))  # as it was trained
     if arguments.strength != 1:
         model.set_scale(arguments.strength)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.do_sample}
     if arguments.do_sample:
         options |= {"temperature": arguments.temperature, "top_p": arguments.top_p}

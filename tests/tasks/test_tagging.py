@@ -98,6 +98,8 @@ def test_a_tagger_learns_and_is_scored_again(tmp_path, bert, numbers, capsys, me
     assert all(row["right"] is (row["found"] == row["answer"]) for row in rows)
     if method == "reft":
         pytest.importorskip("matplotlib")
+        capsys.readouterr()
+        fails(main(["generate", "--adapter", out, "--prompt", "one"]), capsys, "was trained to tag; 'fastreft eval'")
         assert main(["report", "--adapter", out]) == 0
         assert "7 (B-LOC)" in (tmp_path / "out" / "report.html").read_text()
 

@@ -244,6 +244,11 @@ def test_an_encoder_decoder(tmp_path, questions, capsys):
     (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "Is it cold?", "completion": "true"}))
     assert main(["eval", "--adapter", out, "--eval_file", str(tmp_path / "own.jsonl")]) == 0
     assert number(r"own.jsonl: exact match 0.00   loss ([\d.]+)", capsys.readouterr().out) > 1
+    assert main(["generate", "--adapter", out, "--prompt", "Is it cold?", "--max_new_tokens", "3"]) == 0
+    assert main(["inspect", "--adapter", out, "--prompt", "Is it cold?"]) == 0
+    assert "encoder.block.0" in capsys.readouterr().out
+    assert main(["report", "--adapter", out, "--data_dir", questions, "--records", "1", "--max_new_tokens", "3"]) == 0
+    assert "without the edits" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_records_that_are_too_long(tmp_path, capsys):

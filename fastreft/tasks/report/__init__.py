@@ -12,15 +12,15 @@ from ...files import check_writable, staged
 from ..edited import pieces
 from ..errors import UserError, user_errors
 from ..flags.report import ReportArguments
-from ..models import class_for, head_settings, load_adapter, load_base, load_config, load_tokenizer, reft_config
+from ..models import reft_config
 from ..places import ADAPTER_WEIGHTS
 from ..run_log import read_log
-from ..sets.registry import CLASSIFY, GENERATE, TAG
+from ..sets.registry import GENERATE
+from ..trained import Trained, load_trained
 from . import measured, samples
 
 PAGE = "report.html"
 MOST_TOKENS = 48  # across a picture
-KINDS = {"SEQ_CLS": CLASSIFY, "TOKEN_CLS": TAG}
 
 
 def run(arguments: ReportArguments) -> int:
@@ -33,10 +33,14 @@ def run(arguments: ReportArguments) -> int:
     output = folder / PAGE if arguments.output is None else Path(arguments.output).expanduser()
     with user_errors(OSError, prefix=f"cannot write '{output}': "):
         check_writable(str(output.parent))
-    config, log = reft_config(arguments.adapter), read_log(folder)
-    kind = log.get("kind") or KINDS.get(str(config.task_type), GENERATE)
-    chosen, about = samples.pick(arguments.adapter, arguments.prompt, log, arguments.records, arguments.data_dir)
-    model, tokenizer = _load(arguments, config, log, kind)
+    config = reft_config(arguments.adapter)
+    chosen, about = samples.pick(
+        arguments.adapter, arguments.prompt, read_log(folder), arguments.records, arguments.data_dir
+    )
+    trained = load_trained(
+        arguments.adapter, arguments.model, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
+    )
+    model, log = trained.model, trained.log
     page = {
         "title": f"{config.intervention_type}, rank {config.r}, on {_short(config.base_model_name_or_path)}",
         "subtitle": f"{log.get('task') or 'records of a file'}, positions {config.positions}, {folder.name}",
@@ -44,7 +48,7 @@ def run(arguments: ReportArguments) -> int:
         "curves": _curves(log, charts),
         "notes": log.get("notes", []),
         "settings": _settings(config, log),
-        **_looked_at(model, tokenizer, chosen, about, kind, log, arguments.max_new_tokens, charts),
+        **_looked_at(trained, chosen, about, arguments.max_new_tokens, charts),
         **_overlap(model, charts),
         "facts": _facts(model, folder, log),
     }
@@ -61,26 +65,12 @@ def _short(name: Any) -> str:
     return Path(str(name)).name if Path(str(name)).is_absolute() else str(name)
 
 
-def _load(arguments: ReportArguments, config: Any, log: dict[str, Any], kind: str) -> tuple[Any, Any]:
-    named = arguments.model or config.base_model_name_or_path
-    if not named:
-        raise UserError(f"the adapter in '{arguments.adapter}' names no base model; give --model")
-    trusts = arguments.trust_remote_code
-    tokenizer = load_tokenizer(named, arguments.adapter, trusts, writes=kind == GENERATE)
-    found, _ = class_for(kind, load_config(named, trusts))
-    dtype = arguments.dtype if arguments.dtype != "auto" else str(log.get("dtype", "auto"))
-    labels = tuple(log.get("labels") or ())
-    base = load_base(named, dtype, trusts, kind=found, **head_settings(kind, labels, tokenizer))
-    return load_adapter(base, arguments.adapter).to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
-
-
-def _looked_at(
-    model: Any, tokenizer: Any, chosen: Any, about: str, kind: str, log: dict[str, Any], most: int, charts: Any
-) -> dict[str, Any]:
+def _looked_at(trained: Trained, chosen: Any, about: str, most: int, charts: Any) -> dict[str, Any]:
     """What is shown of the texts: before and after, the edits by layer and token, their directions."""
     if not chosen:
         return {"no_samples": about}
-    labels, chat = tuple(log.get("labels") or ()), bool(log.get("chat"))
+    model, tokenizer, kind, labels = trained.model, trained.tokenizer, trained.kind, trained.labels
+    chat = bool(trained.log.get("chat"))
     texts = [samples.token_ids(record, tokenizer, kind, chat) for record in chosen]
     if not all(texts):
         raise UserError("a text to look at has no token; give others with --prompt")
