@@ -15,8 +15,10 @@ from peft.utils import PeftType
 import fastreft
 
 from ..models.blocks import find_blocks
+from ..tuner.loading import layers_of
 from ..tuner.model import quiet_peft
 from .errors import UserError, nearest, user_errors
+from .flags.train import MethodArguments
 
 REFT, FULL, HEAD, LAST = "reft", "full", "head", "last"
 
@@ -76,15 +78,25 @@ def _choose(base: Any, method: str) -> None:
             module.requires_grad_(True)
 
 
-def optimizer_of(model: Any, method: str, training: Any, r_lr_scale: float) -> Any:
+def optimizer_of(model: Any, settings: MethodArguments, training: Any) -> Any:
     """:class:`fastreft.ReftAdamW` for ReFT, whose Rs it keeps orthonormal; None else: Trainer's own AdamW."""
-    if method != REFT:
+    if settings.method != REFT:
         return None
+    groups = fastreft.param_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay)
+    if settings.head_lr_scale != 1:
+        edits = {id(p) for layer in layers_of(model) for p in layer.parameters()}
+        rate = settings.head_lr_scale * training.learning_rate
+        apart = [
+            {**group, "params": [p for p in group["params"] if (id(p) in edits) is edit], "lr": lr}
+            for group in groups
+            for edit, lr in ((True, group["lr"]), (False, rate))
+        ]
+        groups = [group for group in apart if group["params"]]
     return fastreft.ReftAdamW(
-        fastreft.param_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay),
+        groups,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
-        r_lr_scale=r_lr_scale,
+        r_lr_scale=settings.r_lr_scale,
     )
 
 

@@ -139,8 +139,7 @@ class TaskTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer of the method, or Trainer's own."""
         if self.optimizer is None:
-            method = self.mine.method
-            self.optimizer = methods.optimizer_of(self.model, method.method, self.args, method.r_lr_scale)
+            self.optimizer = methods.optimizer_of(self.model, self.mine.method, self.args)
         return super().create_optimizer(*args, **kwargs)
 
 

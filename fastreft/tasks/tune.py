@@ -17,7 +17,7 @@ from ..files import check_writable, staged
 from . import methods
 from .errors import UserError, user_errors
 from .flags.train import AUTO, parser_of
-from .flags.tune import FACTOR, Dimension, TuneArguments, dimensions
+from .flags.tune import FACTOR, SCALES, Dimension, TuneArguments, dimensions
 from .run_log import write_rows
 from .sets.registry import GENERATE
 from .train import Prepared, Settings, TaskTrainer, make_model, prepare, settings, trainer_settings
@@ -51,7 +51,7 @@ def of_trial(run: Settings, space: Sequence[Dimension], trial: Any) -> tuple[Set
     """(the settings of a trial, what its model's own rate is multiplied with)."""
     chosen = {each.name: each.suggest(trial) for each in space} if trial is not None else {}
     adapter = {name: chosen.get(name, value) for name, value in run.adapter.items()}
-    method = dataclasses.replace(run.method, r_lr_scale=chosen.get("r_lr_scale", run.method.r_lr_scale))
+    method = dataclasses.replace(run.method, **{name: chosen[name] for name in SCALES if name in chosen})
     for name, value in chosen.items():
         if name not in adapter and hasattr(run.training, name):
             setattr(run.training, name, value)

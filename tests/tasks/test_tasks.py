@@ -6,11 +6,15 @@ import json
 import re
 
 import pytest
+import torch
 import transformers
 from shell import fails
 from tiny import save_bert
 
+from fastreft import ReftConfig, get_reft_model
 from fastreft.cli import main
+from fastreft.tasks.flags.train import MethodArguments
+from fastreft.tasks.methods import optimizer_of
 from fastreft.tasks.run_log import read_log
 from fastreft.tasks.sets import registry
 
@@ -219,6 +223,21 @@ def test_a_task_of_ones_own(tmp_path, capsys, monkeypatch):
     fails(main(run), capsys, "the task module", "nothing_of_this_name")
 
 
+def test_a_heads_rate(tmp_path):
+    torch.manual_seed(0)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(bert(tmp_path / "bert"))
+    model = get_reft_model(base, ReftConfig(task_type="SEQ_CLS", r=2))
+    training = transformers.TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-2, weight_decay=0.1)
+    optimizer = optimizer_of(model, MethodArguments(head_lr_scale=10), training)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {
+        names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert set(rates) == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, found in rates.items():
+        assert found == ((1e-1 if "classifier" in name else 1e-2), 0.0 if name.endswith(".R") else 0.1)
+
+
 def t5(folder):
     """A tiny T5 with the embedded model's tokenizer, saved."""
     from fastreft.tasks.models import load_tokenizer
@@ -292,6 +311,8 @@ def test_records_that_are_too_long(tmp_path, capsys):
         ({"early_stopping": 2}, ["early_stopping needs --load_best_model_at_end"]),
         ({"early_stopping": -1}, ["early_stopping is -1"]),
         ({"r_lr_scale": 0}, ["r_lr_scale is 0"]),
+        ({"head_lr_scale": -1}, ["head_lr_scale is -1"]),
+        ({"method": "lora", "head_lr_scale": 3}, ["the method 'lora' has one rate for all"]),
         ({"too_long": "shrink"}, ["shrink"]),
         ({"hold_out": 1}, ["hold_out is 1, and there are 1 training records"]),
         ({"hold_out": -1}, ["hold_out is -1"]),

@@ -45,6 +45,10 @@ class MethodArguments:
         metadata={"help": "JSON of the configuration of another of PEFT's methods, such as '{\"r\": 8}'"},
     )
     r_lr_scale: float = field(default=2.0, metadata={"help": "the rate of ReFT's R as a multiple of that of all else"})
+    head_lr_scale: float = field(
+        default=1.0,
+        metadata={"help": "with ReFT, the rate of what is trained beside the edits, a classifier's head, so"},
+    )
     early_stopping: int = field(
         default=0,
         metadata={
@@ -58,8 +62,13 @@ class MethodArguments:
         self.settings()
         if self.method == "reft" and self.method_config is not None:
             raise UserError("method_config is for other methods; a ReFT adapter's settings are flags of their own")
-        if not 0 < self.r_lr_scale < float("inf"):
-            raise UserError(f"r_lr_scale is {self.r_lr_scale}; it must be above 0, and finite")
+        for name in ("r_lr_scale", "head_lr_scale"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0, and finite")
+        if self.method != "reft" and self.head_lr_scale != 1:
+            raise UserError(
+                f"head_lr_scale is {self.head_lr_scale}, and the method '{self.method}' has one rate for all"
+            )
         if self.early_stopping < 0:
             raise UserError(f"early_stopping is {self.early_stopping}; it must be at least 0")
 

@@ -11,6 +11,7 @@ from ..errors import UserError, nearest
 from . import train
 from .training import training_arguments
 
+SCALES = ("r_lr_scale", "head_lr_scale")
 FACTOR = "rate_factor"  # of the rate that suits a trial's model
 SPACE = (f"{FACTOR}=0.25:4:log", "r=1,2,4,8", "positions=f3,f5+l5,f7+l7,all", "dropout=0,0.05", "warmup_steps=0,0.1")
 
@@ -79,7 +80,7 @@ def dimension(text: str, known: set[str]) -> Dimension:
 
 def dimensions(arguments: TuneArguments, training: type) -> list[Dimension]:
     """All that is searched."""
-    known = {FACTOR, "r_lr_scale", *(f.name for kind in (ReftSettings, training) for f in fields(kind))}
+    known = {FACTOR, *SCALES, *(f.name for kind in (ReftSettings, training) for f in fields(kind))}
     found = [dimension(text, known) for text in arguments.search or SPACE]
     names = [each.name for each in found]
     if len(set(names)) < len(names):
