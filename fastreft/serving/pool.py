@@ -7,7 +7,7 @@ flight with the old one. The arenas and the table never move: a captured graph r
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -69,8 +69,10 @@ class AdapterPool:
         self.table = torch.zeros(count, lines, 4, dtype=torch.int32, device=device)
         self._vectors, self._lines = Ranges(vectors), Ranges(lines)
         self._names: dict[str, str] = {}
+        self._named: Counter[str] = Counter()  # how many names a content has
         self._folders: dict[str, Path] = {}
         self._host: OrderedDict[str, Adapter] = OrderedDict()  # by fingerprint, the one used last at the end
+        self._host_holds = 0  # bytes
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # likewise
         self._lock = threading.RLock()
 
@@ -108,17 +110,19 @@ class AdapterPool:
                 f"{self._vectors.size} and {self._lines.size}"
             )
         with self._lock:
+            before = self._names.get(name)
             self._names[name] = adapter.fingerprint
+            self._named[adapter.fingerprint] += 1
             self._folders[adapter.fingerprint] = Path(folder)
             self._keep(adapter)
-            self._forget_unnamed()
+            if before is not None:
+                self._unname(before)
         return adapter.fingerprint
 
     def remove(self, name: str) -> None:
         """``name`` stands for nothing any more; ``KeyError`` where it did not."""
         with self._lock:
-            del self._names[self._known(name)]
-            self._forget_unnamed()
+            self._unname(self._names.pop(self._known(name)))
 
     def take(self, names: Iterable[str], in_use: Iterable[str] = ()) -> dict[str, Resident]:
         """Where the adapters of a batch lie, brought to the device if need be; those of ``in_use``, fingerprints, stay.
@@ -147,19 +151,24 @@ class AdapterPool:
 
     def _keep(self, adapter: Adapter) -> None:
         """Keep an adapter on the host, and as many others as there is room for; the last one always."""
+        if adapter.fingerprint not in self._host:
+            self._host_holds += adapter.bytes
         self._host[adapter.fingerprint] = adapter
         self._host.move_to_end(adapter.fingerprint)
-        total = sum(each.bytes for each in self._host.values())
-        while total > self.host_bytes and len(self._host) > 1:
+        while self._host_holds > self.host_bytes and len(self._host) > 1:
             _, gone = self._host.popitem(last=False)
-            total -= gone.bytes
+            self._host_holds -= gone.bytes
 
-    def _forget_unnamed(self) -> None:
-        """Contents that no name stands for: off the host at once, off the device when their room is wanted."""
-        named = set(self._names.values())
-        for fingerprint in [each for each in self._host if each not in named]:
-            del self._host[fingerprint]
-        for fingerprint in [each for each in self._resident if each not in named]:
+    def _unname(self, fingerprint: str) -> None:
+        """A name less for a content: with the last it goes off the host at once, off the device when its room is wanted."""
+        self._named[fingerprint] -= 1
+        if self._named[fingerprint] > 0:
+            return
+        del self._named[fingerprint]
+        del self._folders[fingerprint]
+        gone = self._host.pop(fingerprint, None)
+        self._host_holds -= 0 if gone is None else gone.bytes
+        if fingerprint in self._resident:
             self._resident.move_to_end(fingerprint, last=False)
 
     def _on_host(self, fingerprint: str) -> Adapter:
