@@ -1,11 +1,12 @@
 """A batch of many adapters: what it costs over the bare model, by the number of distinct adapters in it.
 
-    python benchmarks/bench_serving.py [--save] [--model FOLDER]
+    python benchmarks/bench_serving.py [--save] [--model FOLDER] [--only embedded]
 
-A batch of 64 prompts of 32 tokens and 16 tokens written after each, greedy, on the embedded model, a GPT-2 of random
-weights and any other. ``prefill``: a forward; ``token``: the median time between two tokens of generate. LoReFT r = 4, f5+l5,
-and PEFT's LoRA r = 8 on all linear layers, both by adapter_names; and as formulas in plain torch, hung on the blocks: a loop
-over the adapters, and low ranks gathered row by row, as others serve edits.
+Prompts of 32 tokens and 16 tokens written after each, greedy: 512 of them in a batch on the embedded model, 64 on a GPT-2 of
+random weights and on any other. ``prefill``: a forward, which is the time to a first token; ``token``: the median time between
+two tokens of generate; ``tokens/s``: of all of generate. LoReFT r = 4, f5+l5, and PEFT's LoRA r = 8 on all linear layers, by
+adapter_names, each sample's adapter the next of so many, or drawn by Zipf's law; and as formulas in plain torch, hung on the
+blocks: a loop over the adapters, and low ranks gathered row by row, as others serve edits.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from transformers import AutoModelForCausalLM
 import fastreft
 from fastreft.models.blocks import find_blocks
 
-BATCH, PROMPT, TOKENS = 64, 32, 16
-COUNTS = (1, 8, 64)
+BATCHES, PROMPT, TOKENS = {"embedded Llama, 2M": 512}, 32, 16
+COUNTS = (1, 8, 64, 256, 512)
 FIRST = LAST = 5
 
 
-def names(count: int) -> list[str]:
-    return [f"adapter{i % count}" for i in range(BATCH)]
+def owners(batch: int, count: int, zipf: bool = False) -> torch.Tensor:
+    """The adapter of each sample."""
+    if not zipf:
+        return torch.arange(batch) % count
+    share = 1 / torch.arange(1, count + 1)
+    return torch.multinomial(share, batch, replacement=True, generator=torch.Generator().manual_seed(0))
 
 
 def adapted(bare: nn.Module, config: Any, count: int) -> nn.Module:
@@ -55,14 +60,14 @@ def lora() -> Any:
 class Formula:
     """LoReFT of ``count`` adapters as hooks on the blocks, of prompts alone."""
 
-    def __init__(self, bare: nn.Module, count: int, gathered: bool):
+    def __init__(self, bare: nn.Module, batch: int, count: int, gathered: bool):
         self.bare, self.count, self.gathered = bare, count, gathered
         d, self.blocks = bare.config.hidden_size, find_blocks(bare).modules
         self.R = torch.linalg.qr(torch.randn(count, d, 4)).Q.mT.contiguous()
         self.D, self.b = torch.randn(count, 4, d) / d**0.5, torch.randn(count, 4)
         places = torch.cat([torch.arange(FIRST), torch.arange(PROMPT - LAST, PROMPT)])
-        rows = torch.arange(BATCH)[:, None] * PROMPT + places
-        self.rows, self.owner = rows.reshape(-1), (torch.arange(BATCH) % count).repeat_interleave(len(places))
+        rows = torch.arange(batch)[:, None] * PROMPT + places
+        self.rows, self.owner = rows.reshape(-1), owners(batch, count).repeat_interleave(len(places))
         self.of = [self.rows[self.owner == i] for i in range(count)]
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -92,33 +97,36 @@ class Formula:
 
 
 def case(name: str, bare: nn.Module, rounds: int) -> list[dict[str, Any]]:
-    bare = bare.eval()
-    vocabulary = bare.config.vocab_size
-    ids = torch.randint(5, vocabulary, (BATCH, PROMPT), generator=torch.Generator().manual_seed(0))
+    bare, batch = bare.eval(), BATCHES.get(name, 64)
+    counts = [count for count in COUNTS if count <= batch]
+    ids = torch.randint(5, bare.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     prefills: dict[str, Any] = {"bare": torch.no_grad()(lambda: bare(**given))}
     tokens: dict[str, list[float]] = {"bare": []}
     writes: dict[str, Any] = {"bare": writer(bare, ids, TOKENS, tokens["bare"])}
     for kind, config in (("ReFT", reft), ("LoRA", lora)):
-        model = adapted(bare, config, max(COUNTS))
-        for count in COUNTS:
-            key = f"{kind} {count}"
-            named = Named(model, names(count))
+        model = adapted(bare, config, max(counts))
+        for count, zipf in [*((count, False) for count in counts), (max(counts), True)]:
+            of = owners(batch, count, zipf)
+            key = f"{kind} Zipf, {len(of.unique())} of {count}" if zipf else f"{kind} {count}"
+            named = Named(model, [f"adapter{i}" for i in of])
             tokens[key] = []
             prefills[key] = torch.no_grad()(lambda named=named: named(**given))
             writes[key] = writer(named, ids, TOKENS, tokens[key])
-    for count in COUNTS:
+    for count in counts:
         for gathered in (False, True):
-            formula = Formula(bare, count, gathered)
+            formula = Formula(bare, batch, count, gathered)
             prefills[f"{'gathered' if gathered else 'loop'} {count}"] = formula(prefills["bare"])
-    prefill = measure(prefills, rounds=rounds, budget_s=240)
-    measure(writes, rounds=max(3, rounds // 3), budget_s=240)
+    prefill = measure(prefills, rounds=rounds, budget_s=300)
+    whole = measure(writes, rounds=max(3, rounds // 3), warmup=1, budget_s=300)
     per_token = {key: median(found) for key, found in tokens.items()}
     rows = []
     for key in prefills:
-        row = {"model": name, "adapters": key, "prefill ms": prefill[key], "over bare": prefill[key] / prefill["bare"]}
+        row = {"model": name, "batch": batch, "adapters": key, "prefill ms": prefill[key]}
+        row["over bare"] = prefill[key] / prefill["bare"]
         if key in per_token:
             row |= {"token ms": per_token[key], "token over bare": per_token[key] / per_token["bare"]}
+            row |= {"tokens/s": 1e3 * batch * TOKENS / whole[key], "of bare's": whole["bare"] / whole[key]}
         rows.append(row)
     return rows
 
@@ -139,6 +147,7 @@ class Named:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", help="a folder of one more causal language model")
+    arguments.add_argument("--only", help="the models whose names begin so")
     chosen = arguments.parse_args()
     keep_heap()
     there = models()
@@ -146,6 +155,8 @@ def main() -> None:
         there["given"] = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32)
     results = []
     for name, bare in there.items():
+        if not name.startswith(chosen.only or ""):
+            continue
         rows = case(name, bare, chosen.rounds)
         table(name, rows)
         results += rows
