@@ -190,7 +190,8 @@ def main() -> None:
         rows.append({"case": name, **run(of, w, chosen.replicas, edits, own)})
         print("  ".join(f"{key} {value:.4g}" if key != "case" else f"{value:26}" for key, value in rows[-1].items()))
     if chosen.json:
-        written = {"simulated": True, "assumptions": asdict(of), **vars(chosen), "cases": rows}
+        given = {name: value for name, value in vars(chosen).items() if name != "json"}
+        written = {"simulated": True, "assumptions": asdict(of), **given, "cases": rows}
         Path(chosen.json).write_text(json.dumps(written, indent=1) + "\n")
 
 

@@ -29,7 +29,7 @@ from .checkpoints import lacks, newest_whole
 from .data import Encoded, encode_labelled, encode_written
 from .errors import UserError, user_errors
 from .flags.data import DataArguments
-from .flags.train import AUTO, MethodArguments, ModelArguments, parser_of, settings_of
+from .flags.train import AUTO, MethodArguments, ModelArguments, parser_of, settings_of, with_positions
 from .models import class_for, head_settings, load_base, load_config, load_tokenizer, longest, save_adapter
 from .records import Data, gather, to_score
 from .run_log import peak_memory, versions, write_log
@@ -95,6 +95,7 @@ def prepare(run: Settings) -> Prepared:
             "load_best_model_at_end would choose the model by the records that it is scored on; give --hold_out N, which "
             "keeps the last N training records for that"
         )
+    run.adapter.update(with_positions(run.adapter, labelled=data.kind != GENERATE))
     named, trusts = run.model.model, run.model.trust_remote_code
     config = load_config(named, trusts)
     tokenizer = load_tokenizer(named, trust_remote_code=trusts, writes=data.kind == GENERATE)

@@ -68,8 +68,6 @@ def test_a_classifier_by_any_method(tmp_path, films, capsys, method):
         "--method",
         method,
         *flags,
-        "--positions",
-        "all",
         "--max_steps",
         "40",
         "--learning_rate",
@@ -86,6 +84,8 @@ def test_a_classifier_by_any_method(tmp_path, films, capsys, method):
         "positive",
     ]
     assert log["method"] == method and log["trained_numbers"] > 0 and log["steps"] == 40
+    if method == "reft":
+        assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["positions"] == "all"
     # the evaluation's own accuracy, of the same records by Trainer's road, is the same
     assert log["evaluation"]["eval_accuracy"] == pytest.approx(accuracy)
 

@@ -93,6 +93,7 @@ class _Auto(float):
 
 
 AUTO = _Auto()
+ANY = "auto"  # positions that suit the task
 
 
 def _rate_or_auto(text: str) -> float:
@@ -126,6 +127,9 @@ def parser_of(training: type, *more: type, help_all: bool = True, of: tuple[str,
         parser.hide({field.name for field in fields(training)} - {*_SHOWN})
     # A rate for the model and the adapter, and the paper's warmup; Trainer's defaults are meant for whole models.
     parser.let("learning_rate", _rate_or_auto, AUTO, "the rate, or 'auto': one that suits the model and the adapter")
+    parser.let("positions", str, ANY, "the tokens to edit: 'fN' the first N of the prompt, 'lM' the last M, 'fN+lM' both, "
+               "'prompt' all of it, 'all' every token, decoded ones too, 'decode' only those; or 'auto': 'all' where texts or "
+               f"words are labelled, '{ReftSettings.positions}' where text is written")  # fmt: skip
     parser.let("fsdp", bool_or_word, None, "shard the model over the GPUs (FSDP2); see docs/devices.md")
     parser.set_defaults(warmup_steps=0.1)
     parser.require("output_dir")  # TrainingArguments would make one up
@@ -152,7 +156,7 @@ def checked(argv: Sequence[str], command: str, what: str, *more: type) -> tuple[
     data.check()
     method.check()
     with user_errors(ValueError, TypeError):
-        ReftSettings(**settings_of(adapter)).check()
+        ReftSettings(**with_positions(settings_of(adapter), labelled=False)).check()
     find_model(model.model)
     _check_ranges(training)
     refuse_empty(training, "output_dir")
@@ -210,6 +214,14 @@ def _check_optimizer(training: Any) -> None:
 def settings_of(adapter: Any) -> dict[str, Any]:
     """The flags of an adapter as the fields of a :class:`ReftSettings`."""
     return {name: _names(value) for name, value in vars(adapter).items()}
+
+
+def with_positions(adapter: dict[str, Any], *, labelled: bool) -> dict[str, Any]:
+    """The settings of an adapter, positions that were left to "auto" chosen by what the task does."""
+    if adapter["positions"] != ANY:
+        return adapter
+    everywhere = labelled and adapter["tied"] != "position"  # which is of so many positions
+    return {**adapter, "positions": "all" if everywhere else ReftSettings.positions}
 
 
 def _names(value: Any) -> Any:
