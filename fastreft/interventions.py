@@ -6,7 +6,8 @@
 
 The parameters are plain leaves: R, P, W (r, d), b, c (r,). R has orthonormal rows; an optimizer step does not keep
 that by itself, :mod:`fastreft.optim` does. R is at least fp32; ``dtype`` (default fp32) is that of W, b, P and c.
-Dropout is on the whole output, as in pyreft. Source: ReFT (Wu et al. 2024, arXiv 2404.03592), section 3.
+Dropout is on the whole output, as in pyreft. ``m(base, None, subspaces)`` edits each sample with some of R's rows.
+Source: ReFT (Wu et al. 2024, arXiv 2404.03592), section 3.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops import activations
+from .ops import activations, groups, subspaces
 from .ops.checks import Weights
 from .ops.edit import IN_PLACE, NEW, edit, settled
 from .ops.names import STARTS, may_be_identity, unknown_activation
@@ -48,12 +49,15 @@ class Intervention(nn.Module):
     ``embed_dim`` d and ``low_rank_dimension`` r, 1 <= r <= d (``ValueError`` else); ``dropout`` in [0, 1);
     ``act_fn`` a name of Transformers' ``ACT2FN``; ``init_weights`` "random", pyreft's start, or "identity", where the edit
     changes nothing (``ValueError`` for one that cannot: ConsReFT, LoReFT and NoReFT with an activation, and DiReFT and
-    NodiReFT with one that is not 0 at 0). Unknown keywords are ignored, as pyreft's callers expect.
+    NodiReFT with one that is not 0 at 0). ``subspace_partition`` is pyvene's: groups of rows, two numbers being the first of
+    them and the one after the last. Unknown keywords are ignored, as pyreft's callers expect.
     """
 
     orthonormal = True  # is there an R to keep orthonormal?
     method = ""  # the edit's name in a configuration
     scale = 1.0  # h + scale (edit(h) - h) in place of edit(h); of a run, and saved nowhere
+    by_rows = False  # has some sample been edited with some of R's rows alone?
+    partition: groups.Groups = ()  # the groups of rows that a call's ``subspaces`` count, where there are some
 
     def __init__(
         self,
@@ -91,6 +95,8 @@ class Intervention(nn.Module):
         if init_weights == "identity":
             self.become_identity()
         _alive.add(self)
+        if others.get("subspace_partition") is not None:
+            self.partition = groups.of_pyvene(others["subspace_partition"], self.r)
         if "use_fast" in others:
             self.use_fast = others["use_fast"]
 
@@ -159,19 +165,35 @@ class Intervention(nn.Module):
         """The edited base, shape and dtype of ``base``; with ``rows`` (integers, -1 = skip) in place.
 
         ``inplace=False`` leaves ``base`` alone, which ``torch.compile`` wants; ``unique`` promises that no row is listed
-        twice. ``source`` and ``subspaces`` other than None are a ``ValueError``.
+        twice. ``subspaces``: for each sample of ``base`` (B, ..., d) the rows of R, or the groups of ``subspace_partition``,
+        that it is edited with; not with ``rows``. ``source`` other than None is a ``ValueError``.
         """
         if source is not None:
             raise ValueError("source is not supported: the edit reads the hidden state that it edits, and no other")
         if subspaces is not None:
-            raise ValueError("subspaces is not supported: an intervention edits all of its r dimensions")
+            return self._in_subspaces(base, subspaces, rows)
         return self.edit(base, rows, IN_PLACE if inplace else NEW, unique)
 
-    def edit(self, hidden: Tensor, rows: Tensor | None, where: str, unique: bool = True) -> Tensor:
+    def _in_subspaces(self, base: Tensor, given: Any, rows: Tensor | None) -> Tensor:
+        if rows is not None or base.ndim < 2:
+            raise ValueError("subspaces has one entry a sample of base (batch, ..., d), all of whose rows are edited")
+        choices = subspaces.parse(given)
+        choices.check(len(base))
+        chosen = choices.rows(self.partition, self.r, f"this {type(self).__name__}", len(base))
+        edited = base
+        for part, only in subspaces.parts(None, chosen, base[0].numel() // self.embed_dim, base.device):
+            edited = self.edit(edited, part, NEW, True, only)
+        return base.clone() if edited is base else edited
+
+    def edit(
+        self, hidden: Tensor, rows: Tensor | None, where: str, unique: bool = True, only: Tensor | None = None
+    ) -> Tensor:
         """:func:`fastreft.ops.edit.edit` with these weights, dropout included: what the hooks call, as an edit costs
-        microseconds and so does the call of a module."""
+        microseconds and so does the call of a module. ``only``: the rows of R that edit, int64 (k,); all where None."""
         act_fn = self.act_fn if self.act is None else self.act
         w = self.weights() if self.scale == 1.0 else self.scaled_weights()
+        if only is not None:
+            w, self.by_rows = subspaces.restricted(w, only), True
         if self.dropout and self.training:
             return self._dropped(hidden, w, rows, where, act_fn)
         return edit(hidden, w, act_fn, rows, where, unique)
@@ -299,3 +321,8 @@ def orthonormal_parameters() -> dict[int, nn.Parameter]:
     """id -> R of every orthonormal intervention alive in this process."""
     Rs = [m._parameters["R"] for m in _alive if m.orthonormal]
     return {id(R): R for R in Rs if R is not None}
+
+
+def edited_by_rows() -> set[int]:
+    """The ids of those of them that some sample was edited with some rows of alone."""
+    return {id(m._parameters["R"]) for m in _alive if m.by_rows and m.orthonormal}

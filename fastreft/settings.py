@@ -10,11 +10,14 @@ import numbers
 import operator
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .models.components import COMPONENTS
+from .ops.groups import Groups
+from .ops.groups import parse as parse_groups
 from .ops.names import FUSED_ACTIVATIONS, METHODS, STARTS, may_be_identity, unknown_activation
 from .plan.spec import parse
 from .sources import assigned, tree_of
@@ -34,6 +37,13 @@ class ReftSettings:
         default="loreft", metadata={"help": f"The edit: {', '.join(METHODS)}.", "choices": list(METHODS)}
     )
     r: int = field(default=4, metadata={"help": "The rank of the edit, at least 1 and at most the hidden size."})
+    subspaces: dict[str, list[int]] | list[list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Groups of the edit's rows, 0 to r - 1, that samples may choose of, by name or as a list of lists: "
+            '{"german": [0, 1, 2, 3], "instruct": [4, 5, 6, 7]}.'
+        },
+    )
     positions: str = field(
         default="f5+l5",
         metadata={
@@ -98,6 +108,7 @@ class ReftSettings:
         self.r = _integer(self.r)
         if type(self.r) is not int or not 1 <= self.r < 2**31:
             raise ValueError(f"r is {_short(self.r)}; it must be an integer of at least 1")
+        self._check_subspaces()
         self._check_tied()
         if not isinstance(self.dropout, numbers.Real) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {_short(self.dropout)}; it must be at least 0 and below 1")
@@ -118,6 +129,20 @@ class ReftSettings:
                 "target_modules names the modules whose output is edited"
             )
         self._check_layers()
+
+    def _check_subspaces(self) -> None:
+        """``ValueError`` for groups that are none; numbers of numpy's and the like become plain ones."""
+        given = self.subspaces
+        if isinstance(given, Mapping):
+            given = {name: _integers(rows) for name, rows in given.items()}
+        elif isinstance(given, (list, tuple)):
+            given = [_integers(rows) for rows in given]
+        self.subspaces = given
+        self.groups()
+
+    def groups(self) -> Groups:
+        """``subspaces`` as they are counted."""
+        return parse_groups(self.subspaces, self.r)
 
     def _check_tied(self) -> None:
         """``ValueError`` for positions that are none, and for another way to share interventions than there are."""
@@ -205,6 +230,13 @@ def _integer(value: Any) -> Any:
         return operator.index(value)
     except TypeError:
         return value
+
+
+def _integers(rows: Any) -> Any:
+    """A row of whole numbers of whatever kind, a range say, as a list of Python's own; all else as it is."""
+    if isinstance(rows, str) or not hasattr(rows, "__iter__"):
+        return rows
+    return [_integer(row) for row in rows]
 
 
 def _names(name: str, value: Any) -> Any:

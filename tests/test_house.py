@@ -27,7 +27,7 @@ KNOWN_FROM = {
     "rich": "tasks",
 }
 # These know the conventions of Transformers' models, and not its code.
-LIGHT = ("cli", "settings", "sources", "joining", "plan.spec", "models.components", "ops.names")
+LIGHT = ("cli", "settings", "sources", "joining", "plan.spec", "models.components", "ops.names", "ops.groups")
 
 
 def room_of(module: str) -> str:

@@ -165,7 +165,7 @@ def test_pyvene_calling_convention_copies_and_errors():
         (lambda: I.LoreftIntervention(embed_dim=4, low_rank_dimension=2, dropout=1.0), "dropout is 1.0"),
         (lambda: I.LoreftIntervention(embed_dim=4, low_rank_dimension=2, act_fn="nope"), "act_fn 'nope'"),
         (lambda: I.LoreftIntervention(embed_dim=4, low_rank_dimension=2, dtype=torch.int8), "dtype is torch.int8"),
-        (lambda: module(h, subspaces=[[0]]), "subspaces is not supported"),
+        (lambda: module(h, subspaces=[[0]]), "subspaces has 1 entries; it must have one a sample, here 2"),
         (lambda: I.Intervention(embed_dim=4, low_rank_dimension=2), "abstract"),
     ):
         with pytest.raises((ValueError, TypeError), match=words):

@@ -22,7 +22,7 @@ from .. import reference
 from ..interventions import orthonormal_parameters
 from ..ops import native
 from ..ops import step as native_step
-from . import shards
+from . import idle, shards
 
 R_LR_SCALE = 2.0  # R's learning rate as a multiple of W's: the pace of pyreft's parametrization
 
@@ -81,6 +81,7 @@ class ReftAdamW(torch.optim.Optimizer):
     parameter of its group changed, for a gradient that is not finite. On a GPU, where that would need a sync, an R with
     such a gradient is left as it was, and :meth:`skipped` counts them. Survives deepcopy, pickling and state_dict.
     Takes FSDP2's shards: every rank steps the same whole R, and of W and b its own part, whose gradient it alone looks at;
+    Rows of an R with a gradient of exactly 0, as those of ``subspaces`` that no sample of the step had, stay as they are.
     ``ValueError`` for an R that FSDP1 or DeepSpeed's ZeRO-3 flattened, or that ZeRO-1 or 2 steps in parts without a
     :class:`fastreft.ZeroRetraction`.
 
@@ -191,14 +192,18 @@ class ReftAdamW(torch.optim.Optimizer):
                 self._update(own, orthonormal, age, group)
             return
         wholes = [tuple(map(shards.whole, item)) for item in items]
-        self._update(wholes, orthonormal, age, group)
+        self._update(wholes, orthonormal, age, group, [p for p, *_ in items])
         for (p, _, m, v, _), (whole_p, _, whole_m, whole_v, _) in zip(items, wholes, strict=True):
             shards.keep(p, whole_p)
             shards.keep(m, whole_m)
             shards.keep(v, whole_v)
 
-    def _update(self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
+    def _update(
+        self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any], known_as: Any = None
+    ) -> None:
         params, grads, m, v, ages = (list(column) for column in zip(*items, strict=True))
+        found = zip(known_as or params, grads, params, m, v, strict=True) if orthonormal else ()
+        untouched = [each for some in found if (each := idle.of(*some)) is not None]
         lr: Any = group["lr"]
         live_lr: Tensor | None = None
         if group["capturable"] and isinstance(lr, Tensor):
@@ -216,6 +221,8 @@ class ReftAdamW(torch.optim.Optimizer):
             if group["capturable"]:
                 torch._foreach_sub_(ages, 1)
             raise
+        for each in untouched:
+            each.keep_()
 
     def _run(
         self,

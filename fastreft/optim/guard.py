@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import functional, reference
 from ..interventions import Intervention, orthonormal_parameters
-from . import shards
+from . import idle, shards
 from .adamw import R_LR_SCALE, ReftAdamW, check_settings
 
 # Optimizers that keep their Rs orthonormal already.
@@ -44,7 +44,7 @@ def attach_retraction(
     if not _held(optimizer, wanted):
         raise ValueError("optimizer holds no orthonormal R" + ("" if model is None else " of model"))
     _attached.add(optimizer)
-    before: list[tuple[nn.Parameter, Tensor]] = []
+    before: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
 
     def project() -> None:
         before.clear()
@@ -52,9 +52,12 @@ def attach_retraction(
             if R.grad is not None:
                 shards.refuse_flattened(R)
                 old, gradient = shards.whole(R.detach()).clone(), shards.whole(R.grad)
+                untouched = idle.of(R, gradient, old)
                 reference.project_(old, gradient)
+                if untouched is not None:
+                    gradient.masked_fill_(untouched.rows, 0)
                 shards.keep(R.grad, gradient)
-                before.append((R, old))
+                before.append((R, old, None if untouched is None else untouched.rows))
 
     def pre_hook(_optimizer, args, kwargs):
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
@@ -73,11 +76,15 @@ def attach_retraction(
 
     @torch.no_grad()
     def post_hook(_optimizer, _args, _kwargs) -> None:
-        wholes = [shards.whole(R) for R, _ in before]
-        for R, (_, old) in zip(wholes, before, strict=True):
+        wholes = [shards.whole(R) for R, *_ in before]
+        for R, (_, old, _) in zip(wholes, before, strict=True):
             R.copy_(torch.lerp(old, R, r_lr_scale))
-        functional.retract_(wholes)
-        for (R, _), full in zip(before, wholes, strict=True):
+        whole = [full for full, (*_, rows) in zip(wholes, before, strict=True) if rows is None]
+        functional.retract_(whole)
+        for full, (_, old, rows) in zip(wholes, before, strict=True):
+            if rows is not None:
+                idle.Idle(rows, (full,), (old,)).keep_()
+        for (R, *_), full in zip(before, wholes, strict=True):
             shards.keep(R, full)
         before.clear()
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..ops.edit import NEW, WHERE_ALLOWED
-from . import entrances, inputs, positions, silence
+from ..ops.subspaces import Choices
+from . import entrances, inputs, positions, silence, subspaces
 from .asked import Asked, Outer
 from .entrances import LM, OTHER, Entrance
 from .generation import NO_BATCHES, NO_LENGTHS, Generate, Run
@@ -43,6 +44,7 @@ class Plan:
     began: int | None = None  # autograd's number at the start, where a backward may recompute it
     outer: Plan | None = None  # of the model within which this forward runs
     mixed: Any = None  # the adapters of each sample, where the call named them
+    subspaces: Choices | None = None  # the rows of an edit that each sample has, where they were given
     frame: FrameType | None = None  # of its module's call, while that lasts, see Here
 
     def __init__(
@@ -98,6 +100,7 @@ class Shared:
         self.layers: list[Any] = []  # the ReftLayers that share this
         self.decodes = False  # does any adapter edit decode steps?
         self.counts = self.ends = False  # does one ask where the prompt is, does one edit its end?
+        self.grouped = False  # has one subspaces, of which training is to say which?
         self.silence = Silence()
         self.handles: list[Any] = []
         self.entered: set[str] = set()
@@ -127,8 +130,9 @@ class Shared:
         self.handles.clear()
         self.entered.clear()
 
-    def add(self, spec: Positions) -> None:
-        """Note the positions of an adapter."""
+    def add(self, spec: Positions, grouped: bool = False) -> None:
+        """Note the positions of an adapter, and that it has subspaces."""
+        self.grouped |= grouped
         self.specs.add(spec)
         self.decodes |= spec.everywhere or spec.written
         self.counts |= not spec.everywhere
@@ -177,7 +181,7 @@ class Shared:
         if run is not None and run.over and kwargs.get("past_key_values") is run.cache:
             if run.step is None or run.step.owner is not module:
                 run.step = self._decoding(module, run, entrance.in_stacks)
-                run.step.mixed = here.mixed
+                run.step.mixed, run.step.subspaces = here.mixed, run.subspaces
             run.step.outer, here.plan = outer_plan, run.step
             return None
         given = inputs.by_name(module, args, kwargs)
@@ -196,6 +200,8 @@ class Shared:
         plan = here.plan
         if here.mixed is not None:
             plan.mixed = here.mixed
+        if plan.subspaces is None:  # else it is one that is recomputed
+            plan.subspaces = subspaces.of_forward(asked, plan, self)
         if not is_compiling():
             here.made += 1
             if torch._C._len_torch_dispatch_stack():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.subspaces import Choices
 from . import inputs, positions
 from .positions import Tokens
 from .said import taken
@@ -49,9 +50,16 @@ class Run:
     """
 
     def __init__(
-        self, mask: Tensor | None, length: int | None, cached: int, explicit: Tensor | None, lengths: Tensor | None
+        self,
+        mask: Tensor | None,
+        length: int | None,
+        cached: int,
+        explicit: Tensor | None,
+        lengths: Tensor | None,
+        subspaces: Choices | None,
     ):
         self.mask, self.length, self.explicit, self.lengths = mask, length, explicit, lengths
+        self.subspaces = subspaces  # of each sample, prompt or written
         self.done = cached  # columns that have been run
         self.cache: Any = None  # the one that the sequence is run with, once a forward has shown it
         self.over = False  # has the prompt been run? Then all that comes with this cache is decoded
@@ -110,8 +118,8 @@ class Run:
 
 
 class Generate:
-    """A model's ``generate`` that notes its prompt; takes ``reft_positions`` (B, n), columns of the padded input, and
-    ``reft_prompt_lengths`` (B,), too.
+    """A model's ``generate`` that notes its prompt; takes ``reft_positions`` (B, n), columns of the padded input,
+    ``reft_prompt_lengths`` (B,) and ``subspaces``, one choice a sample, too.
 
     An object and not a function, so that a copy of the model, pickled or not, has one of its own.
     """
@@ -128,7 +136,7 @@ class Generate:
             model.__dict__[DecoderPrompt.name] = DecoderPrompt(model, local)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        explicit, answers, lengths, _ = taken({}, kwargs)
+        explicit, answers, lengths, subspaces, _ = taken({}, kwargs)
         if answers is not None:
             raise ValueError(NO_LABELS)
         given = dict(zip(("inputs", "generation_config"), args, strict=False), **kwargs)
@@ -137,7 +145,8 @@ class Generate:
         if here.run is not None and here.run.model is not self.model:  # a model that has the one within it generate
             explicit = here.run.explicit if explicit is None else explicit
             lengths = here.run.lengths if lengths is None else lengths
-        run = _run_of(self.model, given, explicit, lengths)
+            subspaces = here.run.subspaces if subspaces is None else subspaces
+        run = _run_of(self.model, given, explicit, lengths, subspaces)
         run.model = self.model
         # What a module round it was given, labels for one, says nothing of what is written.
         (outer_run, here.run), (outer, here.outer), plan = (here.run, run), (here.outer, None), here.plan
@@ -200,7 +209,9 @@ def _refuse_batches(*args: Any, **kwargs: Any) -> Any:
     raise ValueError(NO_BATCHES)
 
 
-def _run_of(model: Any, given: dict[str, Any], explicit: Tensor | None, lengths: Tensor | None) -> Run:
+def _run_of(
+    model: Any, given: dict[str, Any], explicit: Tensor | None, lengths: Tensor | None, subspaces: Choices | None
+) -> Run:
     """What the arguments of ``generate`` say of the prompt. ``ValueError`` for what cannot be followed."""
     config = given.get("generation_config")
     cacheless = _setting("use_cache", given, config, model) is False
@@ -224,9 +235,12 @@ def _run_of(model: Any, given: dict[str, Any], explicit: Tensor | None, lengths:
         positions.check_explicit(explicit, (source.shape[0], length or source.shape[1]))
     if lengths is not None and source is not None:
         positions.check_lengths(lengths, (source.shape[0], length or source.shape[1]))
+    if subspaces is not None and source is not None:
+        subspaces.check(source.shape[0])
     if cached and getattr(config, "is_assistant", False):
         length = cached  # a draft goes on: the prompt was the first call's, and what came since has been written
-    return Run(None if mask is None or length is None else mask[:, :length] != 0, length, cached, explicit, lengths)
+    shown = None if mask is None or length is None else mask[:, :length] != 0
+    return Run(shown, length, cached, explicit, lengths, subspaces)
 
 
 def _setting(name: str, given: dict[str, Any], config: Any, model: Any) -> Any:

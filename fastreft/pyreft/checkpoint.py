@@ -18,6 +18,7 @@ import torch
 
 from ..files import staged
 from ..interventions import Intervention
+from ..ops.groups import of_pyvene, to_pyvene
 from . import format
 from .format import CheckpointError
 
@@ -25,6 +26,7 @@ CONFIG, MODEL_WEIGHTS, TRAINER_FOLDER = "config.json", "pytorch_model.bin", "int
 _UNIT = "pos"
 _TOLERANCE = 1e-5  # of R R^T = I: what fp32 keeps
 _FIELDS = 14  # of a representation, 13 up to pyreft 0.1.2
+_PARTITION = 7  # of a representation: the groups of its rows
 _GROUP_KEY = 8  # the one of the optional fields that changes nothing here
 # intkey_layer_3_comp_block_output_unit_pos_nunit_1#0.bin and, up to pyvene 0.1.6, the same with dots.
 _FILE = re.compile(r"intkey_(?:layer[_.](\d+)[_.])?comp[_.](.+)[_.]unit[_.]pos[_.]nunit[_.]1#(\d+)\.bin")
@@ -71,13 +73,17 @@ def read(
     else:
         listed = _named(files)
     entries = []
-    for name, layer, component, flat, kind, rank in listed:
+    for name, layer, component, flat, kind, rank, partition in listed:
         tensors = format.read_tensors(files[name])
         made = format.to_intervention(
             tensors, f"'{name}'", kind or intervention_type, dtype=dtype, dropout=dropout, act_fn=act_fn
         )
         if rank is not None and rank != made.r:
             raise CheckpointError(f"'{name}' has rank {made.r}, but {CONFIG} says low_rank_dimension {rank}")
+        try:
+            made.partition = () if partition is None else of_pyvene(partition, made.r)
+        except ValueError as error:
+            raise CheckpointError(f"'{name}': {error}") from None
         entries.append(Entry(layer, component, made, flat))
     _check_rotations([entry.intervention for entry in entries], orthonormalise, str(path))
     return entries
@@ -101,11 +107,11 @@ def _check_rotations(interventions: list[Intervention], orthonormalise: bool, pa
     )
 
 
-_Listed = list[tuple[str, int | None, str, bool, str | None, int | None]]
+_Listed = list[tuple[str, int | None, str, bool, str | None, int | None, Any]]
 
 
 def _listed(config: Path, files: set[str]) -> _Listed:
-    """(file, layer, component, False, kind, rank) of each representation that config.json lists."""
+    """(file, layer, component, False, kind, rank, groups of its rows) of each representation that config.json lists."""
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
         representations, types = settings["representations"], settings["intervention_types"]
@@ -117,7 +123,7 @@ def _listed(config: Path, files: set[str]) -> _Listed:
     places = [_representation(fields) for fields, _ in pairs]
     found: _Listed = []
     both_styles = zip(keys([place[:2] for place in places]), keys([place[:2] for place in places], "."), strict=True)
-    for (layer, component, rank), (_, type_name), styles in zip(places, pairs, both_styles, strict=True):
+    for (layer, component, rank, partition), (_, type_name), styles in zip(places, pairs, both_styles, strict=True):
         name = next((name for key in styles if (name := f"intkey_{key}.bin") in files), None)
         if name is None:
             raise CheckpointError(
@@ -125,15 +131,15 @@ def _listed(config: Path, files: set[str]) -> _Listed:
             )
         if not isinstance(type_name, str):
             raise CheckpointError(f"'{config.name}' gives the intervention type {type_name!r}; it must be a class name")
-        found.append((name, layer, component, False, format.kind_of_class(type_name), rank))
+        found.append((name, layer, component, False, format.kind_of_class(type_name), rank, partition))
     over = files - {name for name, *_ in found}
     if over or not found:
         raise CheckpointError(f"'{config.name}' does not list {min(over) if over else 'any intervention'}")
     return found
 
 
-def _representation(fields: Any) -> tuple[int, str, int | None]:
-    """(layer, component, rank) of a representation's positional list."""
+def _representation(fields: Any) -> tuple[int, str, int | None, Any]:
+    """(layer, component, rank, groups of its rows) of a representation's positional list."""
     if not isinstance(fields, list) or not 5 <= len(fields) <= _FIELDS:
         raise CheckpointError(f"a representation is {str(fields)[:120]}; it must be a list of up to {_FIELDS} fields")
     layer, component, unit, units, rank = fields[:5]
@@ -142,11 +148,11 @@ def _representation(fields: Any) -> tuple[int, str, int | None]:
         raise CheckpointError(
             f"a representation is {str(fields)[:120]}; it must be a layer, a component, '{_UNIT}', 1 and a rank"
         )
-    if any(value is not None for i, value in enumerate(fields) if i > 4 and i != _GROUP_KEY):
+    if any(value is not None for i, value in enumerate(fields) if i > 4 and i not in (_GROUP_KEY, _PARTITION)):
         raise CheckpointError(
-            f"a representation is {str(fields)[:120]}; subspaces, linked interventions and sources are not supported"
+            f"a representation is {str(fields)[:120]}; linked interventions and sources are not supported"
         )
-    return layer, component, rank
+    return layer, component, rank, fields[_PARTITION] if len(fields) > _PARTITION else None
 
 
 def _named(files: dict[str, Path]) -> _Listed:
@@ -160,7 +166,7 @@ def _named(files: dict[str, Path]) -> _Listed:
         number = int(layer) if layer else int((re.findall(r"\[(\d+)\]", component) or [0])[0])
         flat = layer is None and "." not in component
         found.append(
-            ((int(count), number, component), (name, int(layer) if layer else None, component, flat, None, None))
+            ((int(count), number, component), (name, int(layer) if layer else None, component, flat, None, None, None))
         )
     return [entry for _, entry in sorted(found)]
 
@@ -176,7 +182,18 @@ def write(path: str | os.PathLike, entries: Sequence[Entry], model_weights: dict
         ],
         "mode": "parallel",
         "representations": [
-            [entry.layer, entry.component, _UNIT, 1, entry.intervention.r, *[None] * (_FIELDS - 5)] for entry in entries
+            [
+                entry.layer,
+                entry.component,
+                _UNIT,
+                1,
+                entry.intervention.r,
+                None,
+                None,
+                to_pyvene(entry.intervention.partition),
+                *[None] * (_FIELDS - 8),
+            ]
+            for entry in entries
         ],
         "sorted_keys": keys([(entry.layer, entry.component) for entry in entries]),
     }

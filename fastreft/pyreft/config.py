@@ -11,6 +11,7 @@ from torch import nn
 
 from ..interventions import Intervention
 from ..models.blocks import hidden_size
+from ..ops.groups import of_pyvene
 
 
 class TaskType(str, enum.Enum):
@@ -22,7 +23,8 @@ class TaskType(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Representation:
-    """One intervention: where it is and what it does. The fields after ``intervention`` must be left alone."""
+    """One intervention: where it is and what it does. ``subspace_partition``: the groups of
+    its rows that ``subspaces`` count, see :func:`fastreft.ops.groups.of_pyvene`. The fields after it must be left alone."""
 
     layer: int = 0
     component: str = "block_output"
@@ -31,7 +33,7 @@ class Representation:
     low_rank_dimension: int | None = None
     intervention_type: type[Intervention] | None = None
     intervention: Intervention | None = None
-    subspace_partition: None = None
+    subspace_partition: Any = None
     group_key: Any = None
     intervention_link_key: None = None
     moe_key: None = None
@@ -41,7 +43,7 @@ class Representation:
 
 
 _NAMES = [field.name for field in fields(Representation)]
-_UNSUPPORTED = ("subspace_partition", "intervention_link_key", "moe_key", "source_representation", "latent_dim")
+_UNSUPPORTED = ("intervention_link_key", "moe_key", "source_representation", "latent_dim")
 
 
 class ReftConfig:
@@ -71,6 +73,9 @@ class ReftConfig:
                     )
                 new = representation.intervention_type(embed_dim=hidden_size(model), low_rank_dimension=rank)
                 representation = replace(representation, intervention=new)
+            if representation.subspace_partition is not None:
+                held: Any = representation.intervention
+                held.partition = of_pyvene(representation.subspace_partition, held.r)
             made.append(representation)
         return made
 

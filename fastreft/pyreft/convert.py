@@ -66,6 +66,12 @@ def load(
     tied = len(groups) == 1
     first = entries[0].intervention
     kinds = {(format.kind_of(entry.intervention), entry.intervention.r) for entry in entries}
+    partitions = {entry.intervention.partition for entry in entries}
+    if len(partitions) > 1:
+        raise CheckpointError(
+            f"'{path}' has interventions with other subspace_partitions than others; one adapter has the same groups "
+            "everywhere, so use fastreft.pyreft.ReftModel.load, which keeps one intervention a representation"
+        )
     if len(kinds) > 1:
         raise CheckpointError(
             f"'{path}' mixes {', '.join(f'{kind} of rank {r}' for kind, r in sorted(kinds))}; one adapter has one kind and "
@@ -80,6 +86,7 @@ def load(
         task_type=task_type or ("CAUSAL_LM" if generates else None),
         intervention_type=format.kind_of(first),
         r=first.r,
+        subspaces=[list(rows) for _, rows in first.partition] or None,
         positions=positions or ("l1" if tied else "f1+l1"),
         tied=tied,
         layers_to_transform=sorted(map(names.index, chosen)) if blocks_only else None,

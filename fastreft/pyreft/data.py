@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import torch
 from transformers import DataCollatorForSeq2Seq
 
 from ..plan.spec import parse
@@ -57,14 +58,19 @@ def get_intervention_locations(
 
 @dataclass
 class ReftDataCollator:
-    """A collator that pads the text, with ``intervention_locations`` carried along, (B, interventions, n)."""
+    """A collator that pads the text, with ``intervention_locations`` carried along, (B, interventions, n), and ``subspaces``
+    where records have them, -1 where one has fewer than another."""
 
     data_collator: Any
 
     def __call__(self, instances: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.data_collator(instances)
+        chosen = [instance["subspaces"] for instance in instances if "subspaces" in instance]
+        batch = self.data_collator([{k: v for k, v in each.items() if k != "subspaces"} for each in instances])
         longest = batch["input_ids"].shape[-1]
         batch["intervention_locations"] = batch["intervention_locations"][..., :longest]
+        if chosen:
+            most = max(len(rows) for own in chosen for rows in own)
+            batch["subspaces"] = torch.tensor([[[*rows, *[-1] * (most - len(rows))] for rows in own] for own in chosen])
         return batch
 
 

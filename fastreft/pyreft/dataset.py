@@ -27,8 +27,8 @@ class ReftDataset(Dataset):
 
     ``position`` is "fN+lM" and the like; ``num_interventions`` and ``share_weights`` as in :func:`get_intervention_locations`;
     other keywords are kept in ``fields``. Records come from ``dataset``, else a ``.json`` file at ``data_path``, else the
-    hub's ``task``. A subclass may set ``pad_mode`` ("first" or "last": where the padding token goes) and ``fields_to_pad`` in
-    :meth:`preprocess`.
+    hub's ``task``; a record's ``subspaces`` are the rows of R that it is edited with. A subclass may set ``pad_mode`` ("first"
+    or "last": where the padding token goes) and ``fields_to_pad`` in :meth:`preprocess`.
     """
 
     pad_mode = "first"
@@ -68,7 +68,10 @@ class ReftDataset(Dataset):
                 share_weights=share_weights,
                 pad_mode=self.pad_mode,
             )
-            self.result.append({**self._padded(item), "intervention_locations": self._shifted(locations), "id": i})
+            made = {**self._padded(item), "intervention_locations": self._shifted(locations), "id": i}
+            if "subspaces" in record:  # the same rows of every intervention
+                made["subspaces"] = [list(record["subspaces"])] * num_interventions
+            self.result.append(made)
 
     def _padded(self, item: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The item as tensors, with the padding token that locations without a token point to."""

@@ -264,6 +264,11 @@ def orthonormal_twin(intervention: Intervention) -> Intervention:
     kind = kind_of(intervention)
     if kind not in _TWINS:
         return intervention
+    if intervention.partition:
+        raise ValueError(
+            f"a {kind} with subspaces has no equal with an orthonormal R that has the same groups of rows; write it as it is, "
+            "with keep_type=True"
+        )
     if intervention.act_fn not in (None, "linear"):
         raise ValueError(f"this {kind} with act_fn={intervention.act_fn!r} has no equal with an orthonormal R")
     p = {name: value.detach().cpu().double() for name, value in intervention.named_parameters(recurse=False)}

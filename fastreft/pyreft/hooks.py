@@ -74,7 +74,11 @@ class _Edits:
 
     def __call__(self, _module: nn.Module, where: Locations, hidden: Tensor) -> Tensor:
         kind = WHERE_ALLOWED if self.fresh and not torch.compiler.is_compiling() else NEW
+        shape = (hidden.shape[0], hidden.shape[1])
         for i, intervention in self.edits:
-            rows = where.rows(i, (hidden.shape[0], hidden.shape[1]), hidden.device)
-            hidden = intervention.edit(hidden, rows, kind)
+            if where.subspaces is None:
+                hidden = intervention.edit(hidden, where.rows(i, shape, hidden.device), kind)
+                continue
+            for rows, only in where.parts(i, intervention, shape, hidden.device):
+                hidden = intervention.edit(hidden, rows, kind, True, only)
         return hidden

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..interventions import Intervention
+from ..ops.subspaces import Choices, Part, parts
+from ..ops.subspaces import parse as parse_choices
 from ..plan.positions import rows_of_columns
 
 
@@ -18,8 +21,10 @@ class Locations:
 
     def __init__(self, index: Tensor | None, prompt: bool | None = None):
         self.index, self.prompt = index, prompt
+        self.subspaces: list[Choices] | None = None  # of each intervention, where some are given
         self.idle = False  # does the forward under way edit nothing?
         self._rows: dict[Any, tuple[Tensor, ...]] = {}
+        self._parts: dict[Any, list[Part]] = {}
 
     def begin(self, decoding: bool) -> None:
         """Note what kind of forward comes: over a prompt, or a decode step."""
@@ -38,6 +43,17 @@ class Locations:
         if found is None:
             found = self._rows[key] = self._compute(self.index.to(device), *shape)
         return found[i]
+
+    def parts(self, i: int, intervention: Intervention, shape: tuple[int, int], device: torch.device) -> list[Part]:
+        """The same rows by what of the intervention edits them, where there are ``subspaces``."""
+        found = self._parts.get((i, shape, device))
+        if found is None and self.subspaces is not None:
+            whose = f"this {type(intervention).__name__}"
+            self.subspaces[i].check(shape[0], beams=True)
+            chosen = self.subspaces[i].rows(intervention.partition, intervention.r, whose, shape[0])
+            found = parts(self.rows(i, shape, device), chosen, shape[1], device)
+            self._parts[i, shape, device] = found
+        return found or []
 
     def _compute(self, index: Tensor, batch: int, length: int) -> tuple[Tensor, ...]:
         samples = index.shape[1]
@@ -69,6 +85,26 @@ def parse(unit_locations: Any, interventions: int, batch: int, prompt: bool | No
     elif name != "base":
         raise ValueError(f"unit_locations has the key {name!r}; it must be 'sources->base' or 'base'")
     return Locations(_index(given, interventions, batch), prompt)
+
+
+def parse_subspaces(given: Any, interventions: int, batch: int) -> list[Choices]:
+    """pyvene's ``subspaces`` for each intervention: nested [intervention][sample][row], a tensor of that shape, a list of rows
+    for all, or one for all; rows are numbers of groups where the intervention has a ``subspace_partition``."""
+    if type(given) is int:
+        given = [given]
+    if isinstance(given, (list, tuple)) and given and all(type(row) is int for row in given):
+        return [Choices((tuple(given),), one=True)] * interventions
+    depth = given.ndim if isinstance(given, Tensor) else _depth(given)
+    if depth != 3 or len(given) != interventions:
+        raise ValueError(
+            f"subspaces is {_short(given)}; it must be rows, nested [intervention][sample][row], for {interventions} "
+            "interventions, or a list of rows for all"
+        )
+    found = [parse_choices(samples) for samples in given]
+    for choices in found:
+        if not choices.samples or batch % len(choices.samples):
+            raise ValueError(f"subspaces has rows for {len(choices.samples)} samples; the batch has {batch}")
+    return found
 
 
 def _index(given: Any, interventions: int, batch: int) -> Tensor:

@@ -53,13 +53,16 @@ class ReftModel(nn.Module):
     def device(self) -> torch.device:
         return self.get_device()
 
-    def _located(self, base: Any, unit_locations: Any, prompt: bool | None, unsupported: tuple[Any, ...]) -> Locations:
-        if any(value is not None for value in unsupported[:2]):
+    def _located(
+        self, base: Any, unit_locations: Any, prompt: bool | None, sources: Any, representations: Any, subspaces: Any
+    ) -> Locations:
+        if sources is not None or representations is not None:
             raise NotImplementedError(_SOURCES)
-        if unsupported[2] is not None:
-            raise ValueError("subspaces is not supported: an intervention edits all of its r dimensions")
         batch = len(next(iter(base.values())))
-        return locations.parse(unit_locations, len(self.interventions), batch, prompt)
+        where = locations.parse(unit_locations, len(self.interventions), batch, prompt)
+        if subspaces is not None:
+            where.subspaces = locations.parse_subspaces(subspaces, len(self.interventions), batch)
+        return where
 
     def forward(
         self,
@@ -75,10 +78,11 @@ class ReftModel(nn.Module):
     ) -> Any:
         """(the plain model's output or None, the edited model's output), as pyreft gives them.
 
-        ``base`` is the model's input as a dict; ``unit_locations`` as in :func:`fastreft.pyreft.locations.parse`. The plain
+        ``base`` is the model's input as a dict; ``unit_locations`` as in :func:`fastreft.pyreft.locations.parse`; ``subspaces``
+        are the rows of R that each sample is edited with, as in :func:`fastreft.pyreft.locations.parse_subspaces`. The plain
         model runs too with ``output_original_output``. ``return_dict`` is taken and makes no difference.
         """
-        where = self._located(base, unit_locations, None, (sources, source_representations, subspaces))
+        where = self._located(base, unit_locations, None, sources, source_representations, subspaces)
         original = self._hooks.run(None, self.model, base) if output_original_output else None
         more = {name: value for name, value in (("labels", labels), ("use_cache", use_cache)) if value is not None}
         return original, self._hooks.run(where, self.model, {**base, **more})
@@ -102,7 +106,7 @@ class ReftModel(nn.Module):
         if unit_locations is None and not intervene_on_prompt:
             unit_locations = {"base": 0}  # the one column of a decode step
         prompt = intervene_on_prompt if unit_locations is not None else None
-        where = self._located(base, unit_locations, prompt, (sources, source_representations, subspaces))
+        where = self._located(base, unit_locations, prompt, sources, source_representations, subspaces)
         original = self.model.generate(**base, **kwargs) if output_original_output else None  # type: ignore[operator]
         return original, self._hooks.run(where, self.model.generate, {**base, **kwargs})  # type: ignore[arg-type]
 

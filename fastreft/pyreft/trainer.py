@@ -16,7 +16,7 @@ from .model import ReftModel
 
 
 class ReftTrainer(Trainer):
-    """Trains a :class:`ReftModel` on batches with ``intervention_locations`` (B, interventions, n).
+    """Trains a :class:`ReftModel` on batches with ``intervention_locations`` (B, interventions, n), and ``subspaces`` likewise.
 
     ``tokenizer`` is Trainer's ``processing_class``. AdamW is :class:`fastreft.ReftAdamW`, so that weight decay reaches
     W, b and P and never R. Checkpoints are written into ``intervenable_model``, over an earlier one's; evaluation, resuming and
@@ -49,12 +49,16 @@ class ReftTrainer(Trainer):
 
     def _run(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         """The edited model's output on a batch."""
-        if inputs.get("subspaces") is not None:
-            raise ValueError("subspaces is not supported: an intervention edits all of its r dimensions")
+        chosen = inputs.get("subspaces")
+        if chosen is not None and chosen.ndim != 3:
+            raise ValueError(
+                f"subspaces in a batch has shape {tuple(chosen.shape)}; it must be (batch, interventions, rows)"
+            )
         located = inputs.get("intervention_locations")
         where = None if located is None else {"sources->base": (None, located.permute(1, 0, 2))}
         base = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-        return model(base, unit_locations=where, labels=inputs.get("labels"))[1]
+        chosen = None if chosen is None else chosen.permute(1, 0, 2)
+        return model(base, unit_locations=where, subspaces=chosen, labels=inputs.get("labels"))[1]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

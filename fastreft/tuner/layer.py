@@ -13,9 +13,11 @@ from ..interventions import INTERVENTIONS, Intervention
 from ..models import blocks, layouts
 from ..models.layouts import Layout
 from ..ops.edit import NEW
+from ..ops.groups import Groups
 from ..plan import hooks
 from ..plan.forward import Plan, Shared
 from ..plan.spec import Positions, Tied, parse
+from . import subspaces
 from .config import ReftConfig
 
 # The attributes of a ReftLayer that hold interventions, or, with one for each position, a list of them in the first. The
@@ -30,6 +32,7 @@ class Spec(NamedTuple):
     positions: Positions
     tied: Tied
     at_input: bool
+    groups: Groups = ()  # of the edit's rows
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
@@ -78,11 +81,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             )
             for _ in positions.shares(config.tied)
         ]
+        for intervention in made:
+            intervention.partition = config.groups()
         held = [nn.ModuleList(made)] if config.tied == "position" else made
         for group, item in zip(_GROUPS, held, strict=False):
             getattr(self, group)[adapter_name] = item
         at_input = config.component == "block_input"
-        self.specs[adapter_name] = Spec(positions, config.tied, at_input)
+        self.specs[adapter_name] = Spec(positions, config.tied, at_input, config.groups())
         if at_input not in self._hooks:
             edit = _edit_input if at_input else _edit_output
             look = self.fresh and not blocks.makes_its_output(self._block[0])
@@ -180,6 +185,8 @@ def _edited(module: nn.Module, plan: Plan, hidden: Tensor, at_input: bool) -> Te
     where = plan.where if layer.fresh and not at_input and not compiling else NEW
     if plan.mixed is not None:
         return plan.mixed.edit(layer, plan, hidden, at_input, where)
+    if plan.subspaces is not None:
+        return subspaces.edit(layer, plan, hidden, at_input, where, names)
     for name in names:
         spec = layer.specs.get(name)
         if spec is not None and spec.at_input is at_input:

@@ -39,9 +39,10 @@ HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"
 class ReftModel(BaseTuner):
     """PEFT's tuner for ReFT; made by :func:`get_reft_model` or ``peft.get_peft_model``.
 
-    Its model takes three more keywords. ``reft_positions`` (B, n): the tokens to edit, as columns of the padded input,
+    Its model takes four more keywords. ``reft_positions`` (B, n): the tokens to edit, as columns of the padded input,
     instead of the configuration's; (k, B, n) where a layer has k interventions that are not ``tied``. ``reft_labels`` (B, S):
     labels that say where the prompt ends, of which no loss is taken. ``reft_prompt_lengths`` (B,): its tokens, padding aside.
+    ``subspaces``: the groups of the edit's rows that each sample is edited with, see :func:`fastreft.ops.subspaces.parse`.
     Raises ``ValueError`` where the configuration does not fit, or another method's adapter on the model has the name.
     """
 
@@ -200,7 +201,8 @@ class ReftModel(BaseTuner):
             layer = ReftLayer(target, self._shared, current_key, width, layout, fresh=current_key in self._fresh)
             target.add_module("reft", layer)
         layer.update_layer(adapter_name, peft_config)
-        self._shared.add(layer.specs[adapter_name].positions)
+        spec = layer.specs[adapter_name]
+        self._shared.add(spec.positions, bool(spec.groups))
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 

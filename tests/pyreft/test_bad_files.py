@@ -79,7 +79,9 @@ BAD = {
         "none of pyreft's six interventions",
     ),
     "heads": (represent(2, "h.pos"), "it must be a layer, a component, 'pos', 1 and a rank"),
-    "a subspace": (represent(7, [[0, 1]]), "subspaces, linked interventions and sources are not supported"),
+    "a link": (represent(9, 0), "linked interventions and sources are not supported"),
+    "a subspace beyond": (represent(7, [[0, 4]]), "subspace_partition gives '0' the row 3; r is 3"),
+    "no subspace": (represent(7, 4), "subspace_partition is 4; it must be a list of groups of rows"),
     "another rank": (represent(4, 9), "has rank 3, but config.json says low_rank_dimension 9"),
     "a layer beyond": (
         lambda f: (

@@ -137,8 +137,6 @@ def test_what_is_not_supported_says_so():
     model, inputs = model_of(), batch("left")
     with pytest.raises(NotImplementedError, match="sources are not supported"):
         model(inputs, sources=[inputs], unit_locations=at([1]))
-    with pytest.raises(ValueError, match="subspaces is not supported"):
-        model.generate(inputs, unit_locations=at([1]), subspaces=[[0]])
     with pytest.raises(ValueError, match="for 3 interventions"):
         model(inputs, unit_locations=at([1], 2))
     with pytest.raises(
@@ -155,7 +153,7 @@ def test_what_is_not_supported_says_so():
         ([], ValueError, "representations is empty"),
         ([3], TypeError, "a representation is a int; it must be a dict"),
         ({"layr": 1}, ValueError, "unknown field 'layr'"),
-        ({"subspace_partition": [[0, 1]]}, ValueError, "subspace_partition is not supported"),
+        ({"moe_key": "a"}, ValueError, "moe_key is not supported"),
         ({"unit": "h.pos"}, ValueError, "unit is 'h.pos'; it must be 'pos'"),
         (
             {"intervention": nn.Linear(2, 2)},

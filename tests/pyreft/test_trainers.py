@@ -129,8 +129,8 @@ def test_a_trainer_wants_a_reft_model(tmp_path):
         pyreft.ReftTrainerForCausalLM(model=make("llama"), args=arguments(tmp_path))
 
 
-def test_subspaces_in_a_batch_are_refused(chat, tmp_path):
+def test_subspaces_of_another_shape_are_refused(chat, tmp_path):
     trainer = trainer_of(chat, tmp_path)
     inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long), "subspaces": torch.zeros(1)}
-    with pytest.raises(ValueError, match="subspaces is not supported"):
+    with pytest.raises(ValueError, match="subspaces in a batch has shape"):
         trainer.compute_loss(trainer.model, inputs)

@@ -25,10 +25,13 @@ def test_a_column_arrives(kind, column, tmp_path):
     model = get_reft_model(make(kind), ReftConfig(r=2, positions="f2+l3"))
     ids = torch.randint(1, 61, (ROWS, 9))
     labels = torch.tensor([0, 1, 0, 1]) if kind == "bert-cls" else ids
+    if column == "subspaces" and kind != "bert-cls":  # nothing else says where the prompt ends
+        labels = torch.where(torch.arange(9) < 5, -100, ids)
     values = {
         "reft_positions": torch.tensor([[1, 4]] * ROWS),
         "reft_labels": torch.where(torch.arange(9) < 5, -100, ids),
         "reft_prompt_lengths": torch.tensor([5, 6, 7, 8]),
+        "subspaces": torch.tensor([[0, -1], [0, 1], [1, -1], [0, -1]]),
     }[column]
     data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist(), column: values.tolist()})
     arguments = TrainingArguments(
@@ -36,10 +39,12 @@ def test_a_column_arrives(kind, column, tmp_path):
     )
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=default_data_collator)
     trainer.train()
-    found = sorted(map(tuple, model.reft_report().edits[0].columns))
+    report = model.reft_report()
+    found, chosen = sorted(map(tuple, report.edits[0].columns)), sorted(report.subspaces or ())
     model.train()
     model(input_ids=ids, labels=labels, **{column: values})
     assert found == sorted(map(tuple, model.reft_report().edits[0].columns))
+    assert chosen == sorted(model.reft_report().subspaces or ()) and bool(chosen) is (column == "subspaces")
     assert found[0] != tuple(range(9)) and len(found) == ROWS
 
 
@@ -51,7 +56,7 @@ def test_they_are_no_labels_to_trainer():
 def test_the_signature_names_them_once_and_generate_is_unharmed():
     first, second = (get_reft_model(make("llama"), ReftConfig(r=2)) for _ in range(2))
     names = list(inspect.signature(second.get_base_model().forward).parameters)
-    assert [names.count(name) for name in OURS] == [1, 1, 1]
+    assert [names.count(name) for name in OURS] == [1] * len(OURS)
     first.generate(**batch(), max_new_tokens=1)
     with pytest.raises(ValueError, match="not_an_argument"):
         first.generate(**batch(), max_new_tokens=1, not_an_argument=1)
