@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import oracles
 import pytest
 import torch
@@ -239,3 +241,54 @@ def test_the_first_steps_of_training_follow_pyrefts():
     drop = curves[1][0] - curves[1][-1]
     assert drop > 0
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 0.2 * drop
+
+
+class ByRows(pyreft.LoreftIntervention):
+    """pyreft's LoReFT by some of its rows, as its users write it: pyreft 0.1.0's own takes ``subspaces`` and ignores them."""
+
+    def forward(self, base, source=None, subspaces=None):
+        Q = self.rotate_layer.weight
+        diff = self.learned_source(base) - self.rotate_layer(base)
+        edits = [diff[i][:, rows] @ Q[:, rows].T for i, rows in enumerate(subspaces)]
+        return base + torch.stack(edits)
+
+
+def test_subspaces():
+    """The logits, the loss, the gradients of W and b, and the text; and ours within pyreft's model."""
+    torch.manual_seed(0)
+    settings = {"embed_dim": WIDTH, "low_rank_dimension": 8, "dtype": torch.float32}
+    made = [ByRows(**settings) for _ in range(LAYERS)]
+    mine = [ours.LoreftIntervention(**settings) for _ in range(LAYERS)]
+    with torch.no_grad():
+        for a, b in zip(mine, made, strict=True):
+            a.R.copy_(b.rotate_layer.weight.T)
+            a.W.copy_(b.learned_source.weight)
+            a.b.copy_(b.learned_source.bias)
+
+    def model_of(api, interventions):
+        at = [
+            {"layer": i, "component": "block_output", "low_rank_dimension": 8, "intervention": m}
+            for i, m in enumerate(interventions)
+        ]
+        return api.get_reft_model(make("llama"), api.ReftConfig(representations=at))
+
+    inputs = batch("right", (9, 9, 9))
+    labels = torch.where(torch.arange(9) < 6, -100, inputs["input_ids"])
+    rows = [[[0, 1, 2, 3], [4, 5, 6, 7], [0, 3, 5, 6]]] * LAYERS
+    models = [model_of(pyreft, made), model_of(ours, mine)]
+    found = [model(inputs, unit_locations=WHERE, subspaces=rows, labels=labels)[1] for model in models]
+    for output in found:
+        output.loss.backward()
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found[1].logits, found[0].logits, **close)
+    torch.testing.assert_close(found[1].loss, found[0].loss, **close)
+    for a, b in zip(mine, made, strict=True):
+        torch.testing.assert_close(a.W.grad, b.learned_source.weight.grad, **close)
+        torch.testing.assert_close(a.b.grad, b.learned_source.bias.grad, **close)
+    options = {"unit_locations": WHERE, "subspaces": rows, "intervene_on_prompt": True, "max_new_tokens": 6}
+    one, two = (model.generate(inputs, **options)[1] for model in models)
+    assert torch.equal(one, two)
+    guests = model_of(pyreft, copy.deepcopy(mine))
+    with torch.no_grad():
+        within = guests(inputs, unit_locations=WHERE, subspaces=rows)[1].logits
+    torch.testing.assert_close(within, found[1].logits, **close)
