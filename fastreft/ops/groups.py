@@ -49,6 +49,13 @@ def parse(given: Any, r: int, named_as: str = "subspaces") -> Groups:
     return tuple(named)
 
 
+def numbers_of(choice: Choice, groups: Groups, r: int, whose: str) -> list[int]:
+    """A choice as numbers of groups, or of rows where there are no groups; ``ValueError`` as in :func:`rows_of`."""
+    rows = rows_of(choice, groups, r, whose)
+    chosen = set(range(r) if rows is None else rows)
+    return [i for i, (_, own) in enumerate(groups) if chosen.issuperset(own)] if groups else sorted(chosen)
+
+
 def of_pyvene(given: Any, r: int) -> Groups:
     """The groups of pyvene's ``subspace_partition``: lists of rows, two numbers being the first and the one after
     the last."""

@@ -69,6 +69,12 @@ def parse(given: Any) -> Choices:
     return Choices(tuple(map(choice_of, given)))
 
 
+def padded(numbers: Sequence[Sequence[int]]) -> Tensor:
+    """Choices as the tensor (B, n) that :func:`parse` takes."""
+    most = max(map(len, numbers))
+    return torch.tensor([[*own, *[-1] * (most - len(own))] for own in numbers])
+
+
 def parts(rows: Tensor | None, chosen: Sequence[Rows], length: int, device: torch.device) -> list[Part]:
     """The rows to edit, sorted by what edits them: ``rows`` int64 (B * n,) of a hidden state (B, length, d), n a sample,
     -1 = skip, None = all; ``chosen`` a sample each. No value is looked at."""

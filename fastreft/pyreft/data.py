@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import torch
 from transformers import DataCollatorForSeq2Seq
 
+from ..ops.subspaces import padded
 from ..plan.spec import parse
 
 IGNORE_INDEX = -100
@@ -69,8 +69,8 @@ class ReftDataCollator:
         longest = batch["input_ids"].shape[-1]
         batch["intervention_locations"] = batch["intervention_locations"][..., :longest]
         if chosen:
-            most = max(len(rows) for own in chosen for rows in own)
-            batch["subspaces"] = torch.tensor([[[*rows, *[-1] * (most - len(rows))] for rows in own] for own in chosen])
+            every = padded([rows for own in chosen for rows in own])
+            batch["subspaces"] = every.view(len(chosen), -1, every.shape[1])
         return batch
 
 

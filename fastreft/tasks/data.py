@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
-from .errors import UserError
+from ..ops.groups import choice_of
+from ..ops.groups import numbers_of as numbers_of_choice
+from ..ops.subspaces import padded
+from ..settings import ReftSettings
+from .errors import UserError, user_errors
 from .records import label_index
 from .sets import Record
 from .sets.registry import CLASSIFY, TAG
@@ -65,6 +69,49 @@ def encode(tokenizer: Any, prompt: str, completion: str, *, templated: bool = Fa
     return {"input_ids": start + rest, "labels": [IGNORED] * len(start) + rest}
 
 
+Numbers = Callable[[Any], list[int]]  # of a record's subspaces; ValueError for what the adapter has not
+
+
+def numbers_of(settings: ReftSettings) -> Numbers:
+    """What numbers an adapter has for a record's subspaces."""
+    groups = settings.groups()
+    return lambda given: numbers_of_choice(choice_of(given), groups, settings.r, "the adapter")
+
+
+def numbers_for(model: Any) -> Numbers | None:
+    """The same of the adapter that a model has; None where that is none of ReFT's."""
+    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
+    return numbers_of(config) if isinstance(config, ReftSettings) else None
+
+
+def _subspaces(records: Sequence[Record], numbers: Numbers | None) -> list[list[int]] | None:
+    """Those of each record; None where no record has any, or nobody asks. :class:`UserError` where some have none."""
+    if numbers is None or all(record.subspaces is None for record in records):
+        return None
+    found = []
+    for i, record in enumerate(records, 1):
+        where = record.where or f"record {i}"
+        if record.subspaces is None:
+            raise UserError(f"{where} has no subspaces, and others have: name those that it is for")
+        with user_errors(ValueError, prefix=f"{where}: "):
+            found.append(numbers(choice_of(record.subspaces)))
+    return found
+
+
+class Pad:
+    """A collator that pads, and takes ``subspaces`` along, (B, n), -1 where a record has fewer than another."""
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+
+    def __call__(self, records: Sequence[dict[str, Any]]) -> Any:
+        chosen = [record["subspaces"] for record in records if "subspaces" in record]
+        batch = self.inner([{name: value for name, value in each.items() if name != "subspaces"} for each in records])
+        if chosen:
+            batch["subspaces"] = padded(chosen)
+        return batch
+
+
 @dataclass
 class Encoded:
     """Records as tokens, and how many were cut or left out for their length."""
@@ -82,12 +129,15 @@ def encode_written(
     too_long: str = "error",
     chat: bool = False,
     apart: bool = False,
+    numbers: Numbers | None = None,
 ) -> Encoded:
     """What a model learns to write; see :class:`fastreft.tasks.flags.data.DataArguments` for ``too_long``.
 
     ``apart``: for an encoder-decoder, whose prompt is the input and whose completion the labels, each up to ``max_length``.
+    ``numbers``: of the subspaces of a record, which are left out where it is None.
     """
-    rows, cut, dropped = [], 0, 0
+    rows: list[dict[str, Any]] = []
+    cut, dropped, chosen = 0, 0, _subspaces(records, numbers)
     for i, record in enumerate(records, 1):
         where = record.where or f"record {i}"
         templated = chat or record.messages is not None
@@ -119,7 +169,8 @@ def encode_written(
                 room = min(sum(label != IGNORED for label in ids["labels"]), max(1, max_length // 2))
                 start = sum(label == IGNORED for label in ids["labels"]) + room - max_length
                 ids = {name: values[start:] for name, values in ids.items()}
-        rows.append({name: values[:max_length] for name, values in ids.items()})
+        more = {} if chosen is None else {"subspaces": chosen[i - 1]}
+        rows.append({name: values[:max_length] for name, values in ids.items()} | more)
     if not rows:
         raise UserError(f"all {dropped} records are longer than max_length = {max_length} tokens")
     return Encoded(Dataset.from_list(rows), cut, dropped)

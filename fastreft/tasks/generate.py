@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from ..ops.groups import choice_of, rows_of
 from ..settings import ReftSettings
 from .data import chat_prompt, prompt_ids
 from .errors import UserError, user_errors
@@ -23,15 +24,23 @@ from .trained import kind_of, load_trained
 
 
 def complete(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], batch_size: int = 8, **options: Any
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    batch_size: int = 8,
+    subspaces: Sequence[Any] | None = None,
+    **options: Any,
 ) -> list[str]:
-    """What ``model.generate(**options)`` writes after each prompt (token ids), in left-padded batches."""
+    """What ``model.generate(**options)`` writes after each prompt (token ids), in left-padded batches, with the
+    ``subspaces`` of each where they are given."""
     texts = []
     for i in range(0, len(prompts), batch_size):
         batch = tokenizer.pad(
             {"input_ids": list(prompts[i : i + batch_size])}, padding_side="left", return_tensors="pt"
         )
         batch = batch.to(model.device)
+        if subspaces is not None:
+            batch["subspaces"] = list(subspaces[i : i + batch_size])
         with torch.inference_mode():
             out = model.generate(**batch, pad_token_id=tokenizer.pad_token_id, **options)
         start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
@@ -71,10 +80,14 @@ def run(arguments: GenerateArguments) -> int:
     """Print the completion of every prompt."""
     prompts = _prompts(arguments)
     config = adapter_config(arguments.adapter)
-    if arguments.strength != 1 and not isinstance(config, ReftSettings):
-        raise UserError(
-            f"strength is of a ReFT adapter's edits, and the one in '{arguments.adapter}' is {config.peft_type}"
-        )
+    for flag, given in (("strength", arguments.strength != 1), ("subspaces", arguments.subspaces is not None)):
+        if given and not isinstance(config, ReftSettings):
+            raise UserError(
+                f"{flag} is of a ReFT adapter's edits, and the one in '{arguments.adapter}' is {config.peft_type}"
+            )
+    if arguments.subspaces is not None and isinstance(config, ReftSettings):
+        with user_errors(ValueError):
+            rows_of(choice_of(arguments.subspaces), config.groups(), config.r, "the adapter")
     if (kind := kind_of(arguments.adapter)) != GENERATE:
         raise UserError(f"the adapter in '{arguments.adapter}' was trained to {kind}; 'fastreft eval' has it do so")
     model, tokenizer, *_, trained = load_trained(
@@ -84,6 +97,8 @@ def run(arguments: GenerateArguments) -> int:
     if arguments.strength != 1:
         model.set_scale(arguments.strength)
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.do_sample}
+    if arguments.subspaces is not None:
+        options["subspaces"] = [arguments.subspaces] * len(prompts)
     if arguments.do_sample:
         options |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
     texts = {}

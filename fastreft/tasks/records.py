@@ -60,13 +60,21 @@ def of_file(path: str, arguments: DataArguments) -> Iterator[Record]:
         yield from from_file(path, str(arguments.text_field), arguments.label_field, arguments.pair_field)
         return
     for where, row in read_records(path):
+        subspaces = _subspaces(row, arguments.subspaces_field, where)
         if arguments.messages_field:
-            yield Record("", messages=_messages(row, arguments.messages_field, where), where=where)
+            yield Record("", messages=_messages(row, arguments.messages_field, where), subspaces=subspaces, where=where)
         elif arguments.prompt_field == "prompt" and "prompt" not in row and {"instruction", "output"} <= {*row}:
-            yield from_record(row, where)
+            yield from_record(row, where).by(subspaces)
         else:
             prompt = text_of(row, arguments.prompt_field, where)
-            yield Record(prompt, text_of(row, arguments.completion_field, where), where=where)
+            completion = text_of(row, arguments.completion_field, where)
+            yield Record(prompt, completion, subspaces=subspaces, where=where)
+
+
+def _subspaces(row: dict[str, Any], name: str | None, where: str) -> Any:
+    if name is not None and row.get(name) is None:
+        raise UserError(f"{where} has no field '{name}'{nearest(name, row)}")
+    return None if name is None else row[name]
 
 
 def _some_of(path: str, arguments: DataArguments) -> list[Record]:

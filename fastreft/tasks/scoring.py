@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq
 
-from .data import IGNORED, chat_prompt, chat_texts, encode_written, prompt_ids
+from .data import IGNORED, Pad, chat_prompt, chat_texts, encode_written, numbers_for, prompt_ids
 from .generate import complete
 from .records import label_index
 from .sets import Record, TaskSet
@@ -75,7 +75,11 @@ def write(
         prompts = [tokenizer(record.prompt).input_ids for record in records]
     else:
         prompts = [_asked(record, tokenizer, chat) for record in records]
-    return complete(model, tokenizer, prompts, batch_size, max_new_tokens=max_new_tokens, do_sample=False)
+    chosen = [record.subspaces for record in records]
+    asked = chosen if any(chosen) and numbers_for(model) is not None else None
+    return complete(
+        model, tokenizer, prompts, batch_size, subspaces=asked, max_new_tokens=max_new_tokens, do_sample=False
+    )
 
 
 def _asked(record: Record, tokenizer: Any, chat: bool) -> list[int]:
@@ -94,8 +98,9 @@ def completion_loss(
     """(the mean loss of the completions' tokens, their ends included, as in a training; how many records were cut at
     ``max_length``). :class:`UserError` for a prompt that leaves no room for a completion."""
     apart = bool(model.config.is_encoder_decoder)
-    encoded = encode_written(records, tokenizer, max_length=max_length, chat=chat, apart=apart)
-    pad, total, tokens = DataCollatorForSeq2Seq(tokenizer), 0.0, 0
+    numbers = numbers_for(model)
+    encoded = encode_written(records, tokenizer, max_length=max_length, chat=chat, apart=apart, numbers=numbers)
+    pad, total, tokens = Pad(DataCollatorForSeq2Seq(tokenizer)), 0.0, 0
     for i in range(0, len(encoded.data), batch_size):
         batch = pad([encoded.data[j] for j in range(i, min(i + batch_size, len(encoded.data)))]).to(model.device)
         counted = batch["labels"] if apart else batch["labels"][:, 1:]  # a causal model is not asked for the first

@@ -24,9 +24,10 @@ from transformers.utils.logging import disable_progress_bar
 import fastreft
 
 from ..files import check_writable
+from ..settings import ReftSettings
 from . import methods, processes
 from .checkpoints import lacks, newest_whole
-from .data import Encoded, encode_labelled, encode_written
+from .data import Encoded, Pad, encode_labelled, encode_written, numbers_of
 from .errors import UserError, user_errors
 from .flags.data import DataArguments
 from .flags.train import AUTO, MethodArguments, ModelArguments, parser_of, settings_of, with_positions
@@ -101,11 +102,16 @@ def prepare(run: Settings) -> Prepared:
     tokenizer = load_tokenizer(named, trust_remote_code=trusts, writes=data.kind == GENERATE)
     length = longest(run.data.max_length, config)
 
+    numbers = numbers_of(ReftSettings(**run.adapter)) if run.method.method == methods.REFT else None
+    if numbers is None and any(record.subspaces is not None for record in data.train):
+        data.notes.append(f"the records name subspaces, which are ReFT's: {run.method.method} trains on all alike")
+
     def encode(records: Sequence[Record]) -> Encoded:
         limits: dict[str, Any] = {"max_length": length, "too_long": run.data.too_long}
         if data.kind != GENERATE:
             return encode_labelled(records, tokenizer, data.kind, data.labels, **limits)
-        return encode_written(records, tokenizer, chat=run.data.chat, apart=bool(config.is_encoder_decoder), **limits)
+        apart = bool(config.is_encoder_decoder)
+        return encode_written(records, tokenizer, chat=run.data.chat, apart=apart, numbers=numbers, **limits)
 
     evaluated = encode(data.evaluated) if data.evaluated else None
     return Prepared(data, config, tokenizer, length, encode(data.train), evaluated)
@@ -201,7 +207,7 @@ def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
     """What Trainer is given besides a model and its optimizer."""
     data = ready.data
     pads = {GENERATE: DataCollatorForSeq2Seq, TAG: DataCollatorForTokenClassification}
-    pad: Any = pads.get(data.kind, DataCollatorWithPadding)(ready.tokenizer)
+    pad: Any = Pad(pads.get(data.kind, DataCollatorWithPadding)(ready.tokenizer))
     smoothed = run.training.label_smoothing_factor and data.kind == GENERATE and run.method.method == methods.REFT
     callbacks: list[Any] = [EarlyStoppingCallback(run.method.early_stopping)] if run.method.early_stopping else []
     if run.training.deepspeed_plugin and run.method.method == methods.REFT:

@@ -106,4 +106,4 @@ def test_activations_that_no_kernel_has_are_known_with_and_without_their_source(
 def test_the_papers_settings_are_settings(path, tmp_path):
     flags = train.parse(["--config", str(path), "--data_dir", str(tmp_path)])
     _, data, _, adapter, training_settings = train.parser_of(training.training_arguments()).parse(flags)
-    assert find(data.task) and adapter.init_weights == "random" and 1e-4 <= training_settings.learning_rate <= 9e-4
+    assert find(data.task) and adapter.init_weights == "random" and 1e-4 <= training_settings.learning_rate <= 5e-3

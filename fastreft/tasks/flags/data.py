@@ -42,6 +42,13 @@ class DataArguments:
             " and completion; goes through the tokenizer's chat template"
         },
     )
+    subspaces_field: str | None = field(
+        default=None,
+        metadata={
+            "help": "the field that holds which of the adapter's subspaces a record is for: names joined by '+', or a list; "
+            "of records to write, not of labelled ones"
+        },
+    )
     text_field: str | None = field(
         default=None,
         metadata={
@@ -87,6 +94,10 @@ class DataArguments:
             raise UserError("give either --task or --train_file: what to train on")
         if (self.text_field is None) is not (self.label_field is None):
             raise UserError("text_field and label_field go together: the text, and what it is to be classified as")
+        if self.subspaces_field is not None and (self.label_field is not None or self.task):
+            raise UserError(
+                "subspaces_field is of a file of prompts and completions; a task says its own: leave it out"
+            )
         if self.too_long not in TOO_LONG:
             raise UserError(f"too_long is {self.too_long!r}; it must be one of {', '.join(TOO_LONG)}")
         for name in ("max_train_records", "max_eval_records"):

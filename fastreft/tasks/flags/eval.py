@@ -13,7 +13,17 @@ from ..sets.registry import SPLITS
 from .data import DataArguments
 from .parser import Parser, check_rows_file
 
-FIELDS = ("prompt_field", "completion_field", "messages_field", "text_field", "pair_field", "label_field")
+FIELDS = (
+    *(
+        "prompt_field",
+        "completion_field",
+        "messages_field",
+        "subspaces_field",
+        "text_field",
+        "pair_field",
+        "label_field",
+    ),
+)
 
 
 def _of_training(name: str) -> Any:
@@ -53,6 +63,7 @@ class EvalArguments:
     prompt_field: str = _of_training("prompt_field")
     completion_field: str = _of_training("completion_field")
     messages_field: str | None = _of_training("messages_field")
+    subspaces_field: str | None = _of_training("subspaces_field")
     text_field: str | None = _of_training("text_field")
     pair_field: str | None = _of_training("pair_field")
     label_field: str | None = _of_training("label_field")

@@ -41,6 +41,10 @@ class GenerateArguments:
             "help": "of a ReFT adapter's edits: 1 as trained, 0 the untouched model, 0.5 half of each, -1 the other way"
         },
     )
+    subspaces: str | None = field(
+        default=None,
+        metadata={"help": "the adapter's subspaces that edit, by name or number, joined by '+'; all if not given"},
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "most tokens to write after a prompt"})
     batch_size: int = field(default=8, metadata={"help": "prompts at a time"})
     do_sample: bool = field(default=False, metadata={"help": "sample instead of taking the likeliest token"})

@@ -138,7 +138,8 @@ def _argument_type(hint: Any) -> Any:
     if members == [bool, str]:
         return bool_or_word
     chosen = next((member for member in members if get_origin(member) is list), members[0])
-    if get_origin(chosen) is list and str in members:
+    nested = any(get_origin(member) is dict for member in members)  # JSON
+    if get_origin(chosen) is list and (str in members or nested):
         chosen = list[str]  # takes whatever the others take
     return chosen | None if len(members) < len(get_args(hint)) else chosen
 

@@ -213,7 +213,23 @@ def _check_optimizer(training: Any) -> None:
 
 def settings_of(adapter: Any) -> dict[str, Any]:
     """The flags of an adapter as the fields of a :class:`ReftSettings`."""
-    return {name: _names(value) for name, value in vars(adapter).items()}
+    found = {name: _names(value) for name, value in vars(adapter).items() if name != "subspaces"}
+    return {**found, "subspaces": _groups(adapter.subspaces)}
+
+
+def _groups(texts: list[str] | None) -> Any:
+    """--subspaces: JSON of an object, or of a list of rows each; :class:`UserError` for what is none."""
+    if texts is None:
+        return None
+    try:
+        found = [json.loads(text) for text in texts]
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"subspaces is {' '.join(texts)!r}, which is not JSON ({error}); it must be groups of rows, such as "
+            '\'{"german": [0, 1, 2, 3], "instruct": [4, 5, 6, 7]}\''
+        ) from error
+    nested = isinstance(found[0], dict) or all(isinstance(group, list) for group in found[0])
+    return found[0] if len(found) == 1 and nested else found
 
 
 def with_positions(adapter: dict[str, Any], *, labelled: bool) -> dict[str, Any]:

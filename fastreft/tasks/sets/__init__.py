@@ -3,7 +3,7 @@
 Each module registers its own; :func:`register` adds yours.
 """
 
-from . import arithmetic, commonsense, glue, instructions, labelled, memorisation, tagging  # noqa: F401  # they register what they hold
+from . import arithmetic, commonsense, composition, glue, instructions, labelled, memorisation, tagging  # noqa: F401  # they register what they hold
 from .registry import Record, TaskSet, find, names, register, register_family, training_records
 from .tagging import tagged
 

@@ -41,7 +41,8 @@ def from_record(record: dict[str, Any], where: str) -> Record:
     )
 
 
-def _alpaca_eval(folder: Path | None) -> Iterator[Record]:
+def alpaca_eval(folder: Path | None) -> Iterator[Record]:
+    """AlpacaEval's 805 prompts, with the reference's answers."""
     rows = (
         read_records(file_of(folder, *ALPACA_EVAL))
         if folder is not None
@@ -56,7 +57,7 @@ def _alpaca_eval(folder: Path | None) -> Iterator[Record]:
 def _reader(hub: str, *files: str) -> Callable[[str, Path | None], Iterator[Record]]:
     def read(split: str, folder: Path | None) -> Iterator[Record]:
         if split == "test":
-            yield from _alpaca_eval(folder)
+            yield from alpaca_eval(folder)
         elif folder is not None:
             for where, record in read_records(file_of(folder, *files)):
                 yield from_record(record, where)

@@ -1,4 +1,4 @@
-"""The metrics of the tasks, of predictions and answers in the same order, in percent."""
+"""The metrics of the tasks, of predictions and answers in the same order, in percent; words are counted."""
 
 from __future__ import annotations
 
@@ -53,6 +53,16 @@ def f1(found: Values, wanted: Values) -> float:
     return 100 * 2 * int((a & b).sum()) / total if total else 0.0
 
 
+def german(found: Sequence[tuple[str | None, int]], wanted: Values) -> float:
+    """How many texts, of which (language, words) is known, are German."""
+    return 100 * float(np.mean([language == "de" for language, _ in found]))
+
+
+def words(found: Sequence[tuple[str | None, int]], wanted: Values) -> float:
+    """How many words they have, the mean over them."""
+    return float(np.mean([count for _, count in found]))
+
+
 def _ranks(values: Values) -> np.ndarray:
     _, place, count = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[place]
@@ -66,6 +76,8 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,
+    "german": german,
+    "words": words,
     "entity_f1": entity_f1,
     "token_accuracy": token_accuracy,
 }

@@ -14,7 +14,7 @@ which ``fastreft train --task capitals --task_module my_tasks.py`` trains on and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class Record:
     ``pair`` beside it where there are two. ``completion`` is what it learns to write. ``answer`` is what counts: the text,
     number or label that a prediction is compared with; None where nothing is scored. ``about`` goes into the predictions'
     file as it is. ``messages``: a conversation in place of prompt and completion. ``words``: those of ``prompt``, which has
-    blanks between them, and ``answer`` a tag for each. ``where`` names the record in errors.
+    blanks between them, and ``answer`` a tag for each. ``subspaces``: the groups of R's rows that it is for, a name, names
+    joined by "+", or a list of names and numbers. ``where`` names the record in errors.
     """
 
     prompt: str
@@ -50,11 +51,16 @@ class Record:
     about: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] | None = None
     words: tuple[str, ...] | None = None
+    subspaces: Any = None
     where: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.words is not None and (self.prompt != " ".join(self.words) or len(self.answer) != len(self.words)):
             raise ValueError("words must be those of prompt, a blank between two, and answer must have a tag for each")
+
+    def by(self, subspaces: Any) -> Record:
+        """The same for other subspaces."""
+        return replace(self, subspaces=subspaces)
 
 
 # (split, the folder of --data_dir or None for the hub) -> records; UserError where there are none.
