@@ -7,7 +7,7 @@ import torch
 from tiny import LAYERS, WIDTH, make
 
 from fastreft import ReftConfig, get_reft_model
-from fastreft.serving.vllm.front import Shelf
+from fastreft.serving.vllm.shelf import Shelf
 
 
 @pytest.fixture
