@@ -6,7 +6,8 @@ import inspect
 from functools import wraps
 from typing import Any
 
-from .shelf import ARGUMENT, named, shelf_of
+from .names import named
+from .shelf import ARGUMENT, shelf_of
 
 
 def hook() -> None:
@@ -14,7 +15,7 @@ def hook() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from .names import AdapterName
+    from .server import AdapterName
 
     theirs = InputProcessor.process_inputs
     if hasattr(theirs, "_reft"):

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,6 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 KEPT = 24 * 3600.0  # seconds that a copy outlives its last request, where its name stands for something else
 
 Marks = tuple[tuple[int, int, int], ...]
-
-
-def named(extra: Mapping[str, Any], model: str | None = None) -> Any:
-    """The adapter that a request asks for, by its model or by its extra argument; None for the base model.
-
-    ``ValueError`` where the two are not the same, and for an argument that is nearly ours: what is not known would not be done.
-    """
-    unknown = next((key for key in extra if key != ARGUMENT and key.casefold().startswith(ARGUMENT)), None)
-    if unknown is not None:
-        raise ValueError(
-            f"there is no argument {_short(unknown)} of an adapter's; it is '{ARGUMENT}', an adapter's name"
-        )
-    if ARGUMENT not in extra:
-        return model
-    name = extra[ARGUMENT]
-    if model is not None and name != model:
-        raise ValueError(
-            f"the model is the adapter {_short(model)}, and '{ARGUMENT}' names {_short(name)}; give one of them"
-        )
-    if name is None:
-        raise ValueError(f"'{ARGUMENT}' is null; leave it out for the base model")
-    return name
 
 
 class Shelf:
@@ -71,7 +49,7 @@ class Shelf:
         """(fingerprint, folder of the copy); ``ValueError`` for a name that there is not, and for an adapter that is spoilt or
         not this model's."""
         if name not in self:
-            raise ValueError(f"there is no adapter {_short(name)}; there are {len(self.names())}")
+            raise ValueError(f"there is no adapter {short(name)}; there are {len(self.names())}")
         with self._lock:
             marks = self._marks(name)
             known = self._known.get(name)
@@ -139,6 +117,7 @@ def shelf_of(processor: Any) -> Shelf:
     return shelf
 
 
-def _short(name: Any) -> str:
+def short(name: Any) -> str:
+    """What was asked for, as a sentence may have it."""
     said = ascii(name)
     return said if len(said) <= 80 else f"{said[:77]}..."
