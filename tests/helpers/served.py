@@ -59,7 +59,7 @@ def written(model: Any, ids: list[int], tokens: int) -> tuple[list[int], float]:
 class Server:
     """``fastreft serve`` of the embedded model in a process of its own, with what it says in ``log``; a context."""
 
-    def __init__(self, adapters: Path, log: Path, *flags: str, **environment: str):
+    def __init__(self, adapters: Path, log: Path, *flags: str, eager: bool = True):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -67,11 +67,11 @@ class Server:
         self._command = [
             sys.executable, "-m", "fastreft", "serve", "--model", "embedded", "--adapters", str(adapters),
             "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "256",
-            "--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", *flags,
+            "--max-num-seqs", "8", "--max-num-batched-tokens", "64", *["--enforce-eager"][:eager], *flags,
         ]  # fmt: skip
         self._environment = {
             **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1", **environment,
+            "OMP_NUM_THREADS": "1",
         }  # fmt: skip
 
     def __enter__(self) -> Server:
