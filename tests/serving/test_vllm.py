@@ -9,39 +9,13 @@ import torch
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm makes an environment for it")
 
+from served import KINDS, saved, written  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 
-import fastreft  # noqa: E402
 from fastreft.tasks.places import EMBEDDED_PATH  # noqa: E402
 
 TOKENS = 8
-KINDS = {
-    "ada": dict(r=4, positions="f2+l3"),
-    "bob": dict(r=3, positions="f4+l2", tied=False, act_fn="relu"),
-    "cid": dict(r=2, positions="all", intervention_type="noreft", add_bias=True),
-    "dot": dict(r=2, positions="decode"),
-}
 ORDER = ["ada", "bob", "base", "cid", "ada", "dot"]
-
-
-def saved(folder, seed, settings):
-    """An adapter that changes what is written."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_PATH, dtype=torch.float32)
-    config = fastreft.ReftConfig(task_type="CAUSAL_LM", init_weights="random", **settings)
-    model = fastreft.get_reft_model(base, config).eval()
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return model
-
-
-def written(model, ids):
-    out = model.generate(
-        input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), pad_token_id=0,
-        max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False,
-    )  # fmt: skip
-    return out[0, len(ids) :].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +25,9 @@ def shelf(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(20, 1000, (n,), generator=generator).tolist() for n in (7, 180)]
     models = {name: saved(folder / name, i, settings) for i, (name, settings) in enumerate(KINDS.items())}
-    expected = {name: [written(model, ids) for ids in prompts] for name, model in models.items()}
+    expected = {name: [written(model, ids, TOKENS)[0] for ids in prompts] for name, model in models.items()}
     with models["ada"].disable_adapter():
-        expected["base"] = [written(models["ada"], ids) for ids in prompts]
+        expected["base"] = [written(models["ada"], ids, TOKENS)[0] for ids in prompts]
     assert all(expected[name] != expected["base"] for name in KINDS)
     return folder, prompts, expected
 
@@ -100,7 +74,7 @@ def test_what_there_is_not_is_refused_and_the_rest_go_on(shelf, engine):
 def test_an_adapter_that_is_replaced_between_two_requests(shelf, engine):
     folder, prompts, expected = shelf
     new = saved(folder.parent / "new", 9, dict(r=4, positions="all"))
-    wanted = written(new, prompts[1])
+    wanted, _ = written(new, prompts[1], TOKENS)
     assert wanted != expected["ada"][1]
     shutil.rmtree(folder / "ada")
     shutil.copytree(folder.parent / "new", folder / "ada")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-ADAPTERS = "FASTREFT_ADAPTERS"
+PLUGIN = "fastreft"  # its name among vLLM's, as VLLM_PLUGINS has it
+ADAPTERS, VECTORS, LINES, MOST_R = "FASTREFT_ADAPTERS", "FASTREFT_VECTORS", "FASTREFT_LINES", "FASTREFT_MOST_R"
 
 
 def adapters() -> str | None:
@@ -14,14 +15,21 @@ def adapters() -> str | None:
 
 def vectors() -> int:
     """The pool's vectors on the device, at each layer."""
-    return int(os.environ.get("FASTREFT_VECTORS", "4096"))
+    return _count(VECTORS, 4096)
 
 
 def lines() -> int:
     """The pool's interventions on the device, at each layer."""
-    return int(os.environ.get("FASTREFT_LINES", "1024"))
+    return _count(LINES, 1024)
 
 
 def most_r() -> int:
     """The largest rank that is served."""
-    return int(os.environ.get("FASTREFT_MOST_R", "64"))
+    return _count(MOST_R, 64)
+
+
+def _count(name: str, otherwise: int) -> int:
+    text = os.environ.get(name) or str(otherwise)
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{name} is {text!r}; it must be a number, at least 1")
+    return int(text)

@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 from .. import rows as of_rows
 from ..pool import AdapterPool, PoolFull, Resident
 from . import environment
-from .front import ARGUMENT
+from .shelf import ARGUMENT
 
 _log = logging.getLogger("vllm.fastreft")
 _current: Step | None = None  # the step that runs now; a worker runs one at a time
