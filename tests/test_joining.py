@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
+import forked
 import pytest
+
+FRESH = "import sys; assert not {'fastreft', 'peft', 'transformers.trainer'} & set(sys.modules)\n"
 
 
 def run(code: str, *path: str) -> str:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=300
-    )
+    done = forked.run(FRESH + code, path=path)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
 def test_the_import_alone_is_light():
     code = "import sys, fastreft; print(sorted({'torch', 'peft', 'transformers', 'numpy'} & set(sys.modules)), dir(fastreft))"
-    found = run(code)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
     assert found.startswith("[]") and "ReftConfig" in found
 
 

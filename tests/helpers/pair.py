@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+import forked
 
 
 class Done(NamedTuple):
@@ -17,8 +18,7 @@ class Done(NamedTuple):
 
 def run(folder: Path, *arguments: str, as_gpus: bool = False) -> Done:
     """Both to their end. ``as_gpus``: accelerate takes them for such, as it shards models over GPUs alone."""
-    from_one = multiprocessing.get_context("forkserver")
-    from_one.set_forkserver_preload(["pair", "fastreft.tasks.train"])
+    from_one = forked.processes()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -10,6 +10,8 @@ import sys
 import threading
 from pathlib import Path
 
+import forked
+
 FLAGS = (
     *("--model", "embedded", "--r", "2", "--layers_to_transform", "1", "2", "--learning_rate", "1e-2"),
     *("--max_steps", "12", "--save_steps", "2", "--per_device_train_batch_size", "4"),
@@ -41,12 +43,8 @@ def write_records(path: Path) -> None:
 
 def start(folder: Path, *flags: str, limit: int | None = None, command: str = "train") -> multiprocessing.Process:
     """A run into ``folder / "out"``, started; no file of it may grow over ``limit`` bytes. What it says comes through a pipe,
-    which is no file, and is in :func:`said` when it has ended.
-
-    The process is forked off one that holds the modules and has run nothing, as a process with torch's threads must not fork.
-    """
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["trained", "fastreft.tasks.tune"])
+    which is no file, and is in :func:`said` when it has ended."""
+    processes = forked.processes()
     flags = ("--train_file", str(folder / "train.jsonl"), "--output_dir", str(folder / "out"), *FLAGS, *flags)
     hear, speak = processes.Pipe(duplex=False)
     process = processes.Process(target=_run, args=([command, *flags], speak, limit))

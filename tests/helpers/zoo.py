@@ -49,7 +49,9 @@ _SIZES = [
     (16, "sliding_window attention_window local_window_size"),
     (48, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff d_inner n_inner moe_intermediate_size dim_ff"),
     (48, "shared_expert_intermediate_size shared_intermediate_size ffn_hidden_size intermediate_dim mlp_dim"),
-    (48, "expert_ffn_hidden_size feed_forward_size"),
+    (48, "expert_ffn_hidden_size feed_forward_size dff intermediate_size_mlp dense_intermediate_size"),
+    (48, "moe_shared_expert_intermediate_size shared_experts_intermediate_size speech_encoder_intermediate_size"),
+    (48, "t2u_encoder_ffn_dim t2u_decoder_ffn_dim"),
     (64, "max_position_embeddings n_positions max_sequence_length n_ctx max_seq_len max_source_positions"),
     (64, "max_target_positions max_encoder_position_embeddings max_decoder_position_embeddings"),
     (VOCAB, "vocab_size decoder_vocab_size vocab_size_per_layer_input entity_vocab_size src_vocab_size tgt_vocab_size"),
@@ -81,6 +83,7 @@ _ODD: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "esm": {"vocab_size": VOCAB, "pad_token_id": 0, "mask_token_id": 4},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_chunk_size": 8},
     "gemma3n_text": {"intermediate_size": 48, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.0]},
     "gemma4_assistant": {"text_config": _DRAFTER | {"model_type": "gemma4_text"}},
     "gemma4_unified_assistant": {"text_config": _DRAFTER | {"model_type": "gemma4_unified_text"}},
@@ -100,6 +103,7 @@ _ODD: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "n_groups": 1, "chunk_size": 8},
     "ministral": {"head_dim": 8},
     "neomme": {"head_dim": 16},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
@@ -125,7 +129,7 @@ _ODD: dict[str, dict[str, Any]] = {
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": _MAMBA | {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
-    "zamba2": _MAMBA,
+    "zamba2": _MAMBA | {"chunk_size": 8},
 }
 
 _NO_DEFAULT = {"gemma4_assistant", "gemma4_unified_assistant"}  # their own default is refused by their own check

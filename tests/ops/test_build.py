@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 
 from fastreft.ops import native as core
@@ -49,14 +49,14 @@ def test_the_quick_calls_are_there_for_the_torch_that_built_them():
         assert built_with in core.build_info()["calls"]
 
 
-def python(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *args], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False
-    )
+def python(code: str, *argv: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which has torch and nothing of ours."""
+    return forked.run(f"import sys; assert 'fastreft' not in sys.modules\n{code}", *argv, cwd=cwd, **env)
 
 
-def setup(**env: str) -> subprocess.CompletedProcess[str]:
-    return python("setup.py", "--version", **env)
+def setup(*argv: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    run = "import runpy; sys.argv[0] = 'setup.py'; runpy.run_path('setup.py', run_name='__main__')"
+    return python(run, *argv, cwd=cwd, **env)
 
 
 source_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there is no source tree here")
@@ -68,14 +68,14 @@ def test_switches_of_the_build():
 
     pytest.importorskip("pybind11")
     for name in ("FASTREFT_BUILD_CUDA", "FASTREFT_QUICK"):
-        wrong = setup(**{name: "yes"})
+        wrong = setup("--version", **{name: "yes"})
         assert wrong.returncode != 0
         assert wrong.stderr.strip().endswith(f"{name} is 'yes'; it must be auto, 1 or 0")
     if torch.version.cuda is None:
-        insisted = setup(FASTREFT_BUILD_CUDA="1")
+        insisted = setup("--version", FASTREFT_BUILD_CUDA="1")
         assert insisted.returncode != 0
         assert "FASTREFT_BUILD_CUDA=1 but torch is a CPU build; install what is missing" in insisted.stderr
-    assert setup(FASTREFT_BUILD_CUDA="0").stdout.strip().endswith("0.1.0")
+    assert setup("--version", FASTREFT_BUILD_CUDA="0").stdout.strip().endswith("0.1.0")
 
 
 @native
@@ -108,7 +108,7 @@ def build(folder: Path, quick: str, asked: str) -> tuple[subprocess.CompletedPro
     (folder / "fastreft" / "_quick.older.so").touch()
     shutil.copy(ROOT / "setup.py", folder)
     switches = {"FASTREFT_BUILD_CUDA": "0", "FASTREFT_QUICK": asked}
-    done = python("setup.py", "build_ext", "--inplace", cwd=folder, **switches)
+    done = setup("build_ext", "--inplace", cwd=folder, **switches)
     return done, {path.name.split(".")[0] for path in (folder / "fastreft").glob("*.so")}
 
 
@@ -143,7 +143,7 @@ def test_a_build_with_and_without_the_quick_calls(quick, asked, builds, there, t
 def calls(**env: str) -> str:
     """How calls go in a process with this environment, or the last line of its error."""
     ask = "from fastreft.ops import native; print(native.build_info()['calls'])"
-    done = python("-c", ask, **{"FASTREFT_BACKEND": "", "FASTREFT_QUICK": "", **env})
+    done = python(ask, **{"FASTREFT_BACKEND": "", "FASTREFT_QUICK": "", **env})
     return (done.stdout or done.stderr).strip().rpartition("\n")[2]
 
 
@@ -215,7 +215,7 @@ def test_the_toolkit_is_that_of_the_nvcc_on_path(says, unversioned, monkeypatch,
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    done = python("-c", WITH_CUDA, FASTREFT_BUILD_CUDA="1", PATH=path)
+    done = python(WITH_CUDA, FASTREFT_BUILD_CUDA="1", PATH=path)
     assert done.returncode == 0, done.stderr
     linked, found = done.stdout.strip().split("\n")
     assert Path(found) == (home if says else tmp_path)  # torch's guess where nvcc does not say

@@ -2,6 +2,7 @@
 
 import faulthandler
 
+import forked
 import pytest
 import torch
 from common import assert_as_good
@@ -86,10 +87,15 @@ def half_in_shards(rank, folder, made, r):
     leave()
 
 
+def both(work, *arguments):
+    forked.processes()  # which says what those that are forked begin with
+    multiprocessing.start_processes(work, arguments, nprocs=2, start_method="forkserver")
+
+
 @pytest.mark.parametrize("r", [3, 1])  # uneven shards, and one of the two without a row
 @pytest.mark.parametrize("made", [reft_adamw, guarded_adamw])
 def test_two_processes_with_shards_learn_what_one_does(made, r, tmp_path):
-    multiprocessing.spawn(half_in_shards, (str(tmp_path), made, r), nprocs=2)
+    both(half_in_shards, str(tmp_path), made, r)
     (gradients, after), (others, theirs) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip([*gradients, *after], [*others, *theirs], strict=True))
     model, given = problem(r=r)
@@ -104,7 +110,7 @@ def test_two_processes_with_shards_learn_what_one_does(made, r, tmp_path):
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
-    multiprocessing.spawn(half, (str(tmp_path),), nprocs=2)
+    both(half, str(tmp_path))
     (gradients, after), (others, theirs) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip([*gradients, *after], [*others, *theirs], strict=True))
     model, given = problem()

@@ -3,9 +3,8 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 
+import forked
 import peft
 import pytest
 import torch
@@ -55,8 +54,8 @@ def test_importing_fastreft_is_enough_to_load(tmp_path):
         "import fastreft, sys; from peft import AutoPeftModelForCausalLM as M;"
         "print(type(M.from_pretrained(sys.argv[1]).base_model).__name__)"
     )
-    run = subprocess.run([sys.executable, "-c", code, tmp_path / "adapter"], capture_output=True, text=True, check=True)
-    assert run.stdout.split()[-1] == "ReftModel"
+    run = forked.run(code, str(tmp_path / "adapter"))
+    assert run.returncode == 0 and run.stdout.split()[-1] == "ReftModel", run.stderr
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
