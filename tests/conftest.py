@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from common import DEVICES, SHARED
+from filelock import FileLock
 from simt import harness
 
 from fastreft.ops import native
@@ -53,8 +55,14 @@ def fresh_adapters_edit(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def runner(tmp_path_factory) -> Path:
-    """The CUDA kernels as a program for the host (tests/cuda/simt), built once."""
-    return harness.build(tmp_path_factory.mktemp("simt"))
+    """The CUDA kernels as a program for the host (tests/cuda/simt), built once by whichever of the processes that share the
+    tests is the first to ask."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / "simt.lock"):
+        built = folder / "simt" / "runner"
+        return built if built.exists() else harness.build(built.parent)
 
 
 @pytest.fixture(params=DEVICES)

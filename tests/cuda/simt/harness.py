@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FLAGS = [
-    *("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-std=c++17", "-Og", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFASTREFT_SIMT"),
     "-MMD",  # beside every object, a file .d of what it was made of
 ]
