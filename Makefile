@@ -82,14 +82,15 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $(CPP)
 
 # torch first and by version, then the tools that build against it: the build sees the torch that will run it.
+# Without bytecode, of which pip makes a minute's one file after the other: Python makes that of what it imports.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) setuptools wheel pybind11 ninja
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c $(CONSTRAINTS) setuptools wheel pybind11 ninja
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[dev,sass]'
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[dev,sass]'
 	touch $@
 
 clean:
