@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,12 @@ def resolved(names: set[str], files: set[str]) -> set[str]:
 
 
 def house() -> dict[str, set[str]]:
-    """Module -> the modules and libraries that it imports, names within a module cut off."""
+    """Module -> the modules and libraries that it imports, names within a module cut off; its own, to plant something in."""
+    return dict(_read())
+
+
+@functools.cache
+def _read() -> dict[str, set[str]]:
     files = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in ROOT.rglob("*.py")

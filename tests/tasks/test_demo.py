@@ -35,7 +35,8 @@ def test_held_out_speakers_are_never_trained_on():
         ),
     ],
 )
-def test_demo_learns_and_reports(model, tmp_path):
+def test_demo_learns_and_reports(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastreft.tasks.demo.HELD_OUT", 16)  # sentences that each method completes
     arguments = DemoArguments(model=model, steps=30, memory_steps=20, output_dir=str(tmp_path / "adapter"))
     results = demo(arguments, Console(quiet=True))
     assert results.same_after_reload

@@ -1,9 +1,8 @@
 """Columns of a data set that are ours reach the model through Trainer, which drops what a forward does not name."""
 
 import inspect
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from datasets import Dataset
@@ -118,24 +117,20 @@ def test_a_collator_that_leaves_a_column_out(column, value, table, tmp_path):
     assert type(trainer.data_collator) is DataCollatorWithFlattening
 
 
-EACH_FIRST = """
-import os, sys, torch
+@pytest.mark.parametrize(
+    "first", ["from transformers import Trainer", "import fastreft, peft", "import fastreft.tuner.model"]
+)
+def test_whichever_is_imported_first(first):
+    code = f"""
+import sys, warnings
+assert not {{"fastreft", "peft", "transformers.trainer"}} & set(sys.modules)
+warnings.simplefilter("error", UserWarning)
+{first}
 from transformers import GPT2Config, GPT2LMHeadModel
-
-for first in ("from transformers import Trainer", "import fastreft, peft", "import fastreft.tuner.model"):
-    assert not {"fastreft", "peft", "transformers.trainer"} & set(sys.modules)
-    if os.fork():
-        assert os.wait()[1] == 0, first
-        continue
-    exec(first)
-    from fastreft import ReftConfig, get_reft_model
-    get_reft_model(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_head=2, n_layer=1)), ReftConfig(r=1))
-    from transformers import Trainer
-    assert hasattr(Trainer._get_dataloader, "__wrapped__")
-    os._exit(0)
+from fastreft import ReftConfig, get_reft_model
+get_reft_model(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_head=2, n_layer=1)), ReftConfig(r=1))
+from transformers import Trainer
+assert hasattr(Trainer._get_dataloader, "__wrapped__")
 """
-
-
-def test_whichever_is_imported_first():
-    """In one process and its children, as what they have in common takes the most time to import."""
-    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", EACH_FIRST], check=True)
+    done = forked.run(code)
+    assert done.returncode == 0, done.stderr
