@@ -186,22 +186,30 @@ class Intervention(nn.Module):
         return base.clone() if edited is base else edited
 
     def edit(
-        self, hidden: Tensor, rows: Tensor | None, where: str, unique: bool = True, only: Tensor | None = None
+        self,
+        hidden: Tensor,
+        rows: Tensor | None,
+        where: str,
+        unique: bool = True,
+        only: Tensor | None = None,
+        scale: float = 1.0,
     ) -> Tensor:
         """:func:`fastreft.ops.edit.edit` with these weights, dropout included: what the hooks call, as an edit costs
-        microseconds and so does the call of a module. ``only``: the rows of R that edit, int64 (k,); all where None."""
+        microseconds and so does the call of a module. ``only``: the rows of R that edit, int64 (k,); all where None.
+        ``scale`` multiplies its own."""
         act_fn = self.act_fn if self.act is None else self.act
-        w = self.weights() if self.scale == 1.0 else self.scaled_weights()
+        scale = scale * self.scale
+        w = self.weights() if scale == 1.0 else self.scaled_weights(scale)
         if only is not None:
             w, self.by_rows = subspaces.restricted(w, only), True
         if self.dropout and self.training:
             return self._dropped(hidden, w, rows, where, act_fn)
         return edit(hidden, w, act_fn, rows, where, unique)
 
-    def scaled_weights(self) -> Weights:
-        """:meth:`weights` of an edit of this ``scale``: of U alone, whatever the kind, as what it expands is the edit."""
+    def scaled_weights(self, scale: float) -> Weights:
+        """:meth:`weights` of an edit of this scale: of U alone, whatever the kind, as what it expands is the edit."""
         U, V, P, b, c = self.weights()
-        return self.scale * U, V, P, b, c
+        return scale * U, V, P, b, c
 
     def _dropped(
         self, hidden: Tensor, w: Weights, rows: Tensor | None, where: str, act_fn: activations.ActFn

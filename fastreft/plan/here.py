@@ -20,7 +20,10 @@ class Here:
         self.plan: Any = None  # of the forward
         self.run: Any = None  # the call of generate
         self.outer: Any = None  # what the forwards round it hand down
-        self.mixed: Any = None  # the adapters of each sample, where a call names them
+        self.mixed: Any = (
+            None  # what edits in place of the active adapters: those that a call names for each sample, or
+        )
+        self.steered: Any = None  # those of a context with strengths of its own
         self.made = 0  # plans so far
         self.compiled = False  # was the last forward a compiled one, of which no plan is kept?
         self.latest: dict[nn.Module, Any] = {}  # the last plans, by the model that made them

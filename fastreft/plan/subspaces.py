@@ -15,7 +15,8 @@ COMPILED = (
     "subspaces is for a model that is not compiled: which samples have which rows is looked at; leave torch.compile out"
 )
 TOGETHER = (
-    "adapter_names and subspaces are given together; give one of them: an adapter that is named edits with all its rows"
+    "adapter_names, or model.reft(), and subspaces are given together; give one of them: an adapter that is named edits "
+    "with all its rows"
 )
 NOTHING = "this forward in training edits nothing: subspaces leaves every sample without a row of the edit"
 UNSAID = (

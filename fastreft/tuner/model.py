@@ -7,7 +7,6 @@ cache with content comes in (a decode step) only ``positions="all"`` edits.
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -32,11 +31,12 @@ from . import beside, columns, embeddings, loading, mixed, mixin, weights
 from . import names as adapter_names
 from .config import ReftConfig
 from .layer import NO_MERGE, ReftLayer
+from .steered import Strengths
 
 HEADS = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
 
 
-class ReftModel(BaseTuner):
+class ReftModel(Strengths, BaseTuner):
     """PEFT's tuner for ReFT; made by :func:`get_reft_model` or ``peft.get_peft_model``.
 
     Its model takes four more keywords. ``reft_positions`` (B, n): the tokens to edit, as columns of the padded input,
@@ -72,7 +72,7 @@ class ReftModel(BaseTuner):
             return
         here = self._shared.local.here
         plan, outer, before = here.plan, here.outer, here.mixed
-        here.mixed = mix
+        here.mixed = here.steered if mix is None else mix
         try:
             with nullcontext() if mix is None else mix.heads(self):
                 yield
@@ -220,23 +220,6 @@ class ReftModel(BaseTuner):
             return None if spec is None else (module._modules["reft"].name, spec.positions, spec.tied)
 
         return report(list(self._shared.local.here.latest.values()), spec_of)
-
-    def set_scale(self, scale: float, adapters: str | list[str] | None = None) -> None:
-        """From now on h + scale (edit(h) - h) in place of edit(h): 1 is the adapter as it was trained, 0 the base model, below
-        0 the other way. ``adapters``: those that it is for, all of ReFT's if not given. Of this model in memory alone: it is
-        not saved, nor does it touch modules that were trained whole. ``ValueError`` for a scale that is no finite number or an
-        adapter that there is not."""
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise ValueError(f"scale is {scale!r}; it must be a finite number")
-        ours = [name for name, config in self.peft_config.items() if config.peft_type == "REFT"]
-        wanted = ours if adapters is None else [adapters] if isinstance(adapters, str) else adapters
-        for name in wanted:
-            if name not in ours:
-                raise ValueError(f"adapters is {adapters!r}; the ReFT adapters of this model are {', '.join(ours)}")
-        for layer in loading.layers_of(self.model):
-            for name in wanted:
-                for intervention in layer.interventions(name):
-                    intervention.scale = float(scale)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's; another adapter then becomes active in every block, also where the deleted one was not. ``ValueError`` for

@@ -43,7 +43,7 @@ class PlacePool:
         # What an activation outside the kernels stands as is read by nobody: its adapter is edited with in torch.
         acts = [activations.find(edit.act_fn if edit.act is None else None) for edit in self.edits]
         with torch.no_grad():
-            weights = [edit.scaled_weights() for edit in self.edits]
+            weights = [edit.scaled_weights(edit.scale) for edit in self.edits]
         self.pool: Pool = pool_of(list(zip(weights, acts, strict=True)), self.dtype)
         self.state = {edit: (edit.scale, [(p, p._version) for p in _parameters([edit])]) for edit in self.edits}
         self.named = Named([], [], [], [], [])

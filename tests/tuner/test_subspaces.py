@@ -170,7 +170,7 @@ def test_two_adapters_have_their_own_groups():
         ValueError, match="subspaces names 'other'; the adapter 'second' has the subspaces instruct, german"
     ):
         tiny.logits(model, {**batch, "subspaces": "other"})
-    with pytest.raises(ValueError, match="adapter_names and subspaces are given together"):
+    with pytest.raises(ValueError, match="and subspaces are given together"):
         tiny.logits(model, {**batch, "subspaces": "german", "adapter_names": ["default"] * 5})
 
 
