@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "write text with a trained adapter",
     "serve": "serve a model and its adapters over HTTP, with vLLM",
     "convert": "turn a pyreft checkpoint into an adapter, or back",
+    "das": "search a model for a variable, over layers and positions",
     "report": "a page of how an adapter was trained and what it does to its model",
     "inspect": "what a pyreft checkpoint or an adapter holds",
     "info": "versions, the native core in use, and why",

@@ -21,6 +21,7 @@ from .ops import step
 from .ops.activations import ActFn
 from .ops.edit import IN_PLACE, NEW
 from .ops.edit import edit as _edit
+from .ops.edit import interchange as _interchange
 
 
 def edit(
@@ -132,6 +133,23 @@ def lobireft(h: Tensor, R: Tensor, b: Tensor) -> Tensor:
 def lobireft_rows_(h: Tensor, rows: Tensor, R: Tensor, b: Tensor) -> Tensor:
     """:func:`lobireft` on the listed rows, in place."""
     return edit_rows_(h, rows, R, None, None, b)
+
+
+def interchange(h: Tensor, s: Tensor, R: Tensor, mask: Tensor | None = None) -> Tensor:
+    """An interchange intervention: h + R^T (mask * (R s - R h)), a new tensor of h's shape and dtype.
+
+    h and s (..., d) alike, ``mask`` (r,) or None for ones. Differentiable in all four. ``ValueError`` where s has not h's shape.
+    Source: Distributed Alignment Search (Geiger et al. 2023, arXiv 2303.02536).
+    """
+    return _interchange(h, s, R, mask)
+
+
+def interchange_rows_(h: Tensor, rows: Tensor, s: Tensor, R: Tensor, mask: Tensor | None = None) -> Tensor:
+    """:func:`interchange` on the listed rows of h.reshape(-1, d), in place; returns h.
+
+    ``rows`` (n,) integers, none twice, -1 = skip; s (n, d), a source for each. A GPU is waited for.
+    """
+    return _interchange(h, s, R, mask, rows, IN_PLACE)
 
 
 def retract_(matrices: Sequence[Tensor]) -> None:

@@ -69,6 +69,19 @@ def lobireft(h: Tensor, R: Tensor, b: Tensor) -> Tensor:
     return edit(h, R, None, None, b)
 
 
+def interchange(h: Tensor, s: Tensor, R: Tensor, mask: Tensor | None = None) -> Tensor:
+    """h + R^T (mask * (R s - R h)), R R^T = I: in R's subspace h (..., d) takes the coordinates of s (..., d).
+
+    ``mask`` (r,), None for ones. Source: Distributed Alignment Search (Geiger et al. 2023, arXiv 2303.02536), definition 3.3.
+    """
+    dtype = torch.promote_types(torch.promote_types(h.dtype, s.dtype), R.dtype)
+    x, R = h.to(dtype), R.to(dtype)
+    z = s.to(dtype) @ R.T - x @ R.T
+    if mask is not None:
+        z = mask.to(dtype) * z
+    return (x + z @ R).to(h.dtype)
+
+
 def chosen_rows(rows: Tensor, total: int) -> Tensor:
     """The rows an edit touches: negative entries dropped, each row once. Shape (m,), int64, ascending.
 

@@ -67,6 +67,47 @@ def edit(
     return (way.rows if where is NEW else way.rows_)(h, rows, w, act, unique)
 
 
+def interchange(
+    h: Tensor,
+    s: Tensor,
+    R: Tensor | None,
+    mask: Tensor | None = None,
+    rows: Tensor | None = None,
+    where: str = NEW,
+) -> Tensor:
+    """h + R^T (mask * (R s - R h)), or s for an R that is None; of every row, or of the listed ones, for which s has a row each.
+
+    As s - y with x = s - h and y = x - R^T (mask * R x), which is an edit of x, in fp32 at least: the kernels and the gradients
+    are an edit's. A row whose source is itself stays the same to the bit.
+    """
+    if rows is not None:
+        return _interchange_rows(h, s, R, mask, rows, where)
+    if s.shape != h.shape:
+        raise ValueError(f"s is {tuple(s.shape)}; it must have the shape of h, {tuple(h.shape)}")
+    if R is None:
+        return s.to(h.dtype)
+    dtype = torch.promote_types(torch.promote_types(h.dtype, s.dtype), torch.float32)
+    s = s.to(dtype)
+    U = R if mask is None else mask[:, None] * R
+    return (s - edit(s - h.to(dtype), (U, None, R, None, None), None)).to(h.dtype)
+
+
+def _interchange_rows(h: Tensor, s: Tensor, R: Tensor | None, mask: Tensor | None, rows: Tensor, where: str) -> Tensor:
+    flat, rows = h.reshape(-1, h.shape[-1]), rows.reshape(-1)
+    if s.shape != (len(rows), h.shape[-1]):
+        raise ValueError(f"s is {tuple(s.shape)}; it must have a row for each that is listed, {len(rows), h.shape[-1]}")
+    listed = rows >= 0
+    if not bool(listed.all()):
+        rows, s = rows[listed], s[listed]
+    new = interchange(flat[rows], s, R, mask)
+    if settled(where, h) is NEW:
+        return flat.index_copy(0, rows, new).view(h.shape)
+    if not h.is_contiguous():
+        return h.copy_(flat.index_copy(0, rows, new).view(h.shape))
+    flat.index_copy_(0, rows, new)
+    return h
+
+
 def _transformed(h: Tensor, w: Weights, act: Activation, rows: Tensor | None, where: str) -> Tensor:
     """The edit of every row, of which the listed ones are taken: rows may be one of many under vmap, so none is looked at."""
     checks.check(h, w, rows)

@@ -273,3 +273,16 @@ def rows_of_columns(index: Tensor, shape: tuple[int, int]) -> Tensor:
     skip[..., 1:] |= index[..., 1:] == index[..., :-1]
     start = torch.arange(0, batch * length, length, device=index.device)[:, None]
     return (index + start).masked_fill(skip, -1)
+
+
+def rows_in_order(index: Tensor, tokens: Tokens) -> Tensor:
+    """As :func:`explicit_rows`, of columns (B, n) or (B,), but in the order given, and none may come twice in a sample."""
+    index = index[:, None] if index.ndim == 1 else index
+    check_explicit(index, tokens.shape)
+    index = index.long().repeat_interleave(tokens.shape[0] // index.shape[0], 0)
+    ordered = index.sort(1).values
+    if index.is_cpu and bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        raise ValueError("positions has a column twice in a sample; each may be given once")
+    skip = (index < 0) | (index >= tokens.shape[1])
+    start = torch.arange(0, tokens.shape[0] * tokens.shape[1], tokens.shape[1], device=index.device)[:, None]
+    return _window((index + start).masked_fill(skip, -1), tokens)
