@@ -1,17 +1,19 @@
-"""Distributed alignment search beside pyvene's: hierarchical equality by its tutorial's protocol, and a training step at d = 4096.
+"""Distributed alignment search beside pyvene's: hierarchical equality by its tutorial's protocol, and a training step at d =
+4096.
 
     python benchmarks/bench_das.py                 # both; pyvene's column where it is installed: pip install --no-deps pyvene
     python benchmarks/bench_das.py --epochs 1 --pairs 64000 --seeds 42
 
 Both search the same network with the same pairs: a rotation of 16 x 16, 8 dimensions a variable, at the first layer, batches of
-6,400, Adam at 1e-3, ten epochs of 1,280,000 pairs; IIA on 12,800 others. A network's seed matters more than anything else here, so
-there are several. Runs alternate; a step's time is the median of its steps.
+6,400, Adam at 1e-3, ten epochs of 1,280,000 pairs; IIA on 12,800 others. A network's seed matters more than anything else
+here, so there are several. Runs alternate; a step's time is the median of its steps.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -107,7 +109,7 @@ def equality_row(seed: int, pairs: int, epochs: int) -> dict[str, object]:
 
     das.train(train, epochs=epochs, batch_size=BATCH, lr=1e-3, decay=False, seed=seed, log=stamped)
     row["ours s"], row["ours IIA"] = time.perf_counter() - began, das.iia(test)
-    row["ours ms a step"] = 1e3 * median(b - a for a, b in zip(steps, steps[1:], strict=False))
+    row["ours ms a step"] = 1e3 * median(b - a for a, b in pairwise(steps))
 
     torch.manual_seed(seed)
     made = pyvene_search(network)
@@ -122,7 +124,7 @@ def equality_row(seed: int, pairs: int, epochs: int) -> dict[str, object]:
             optimizer.step()
             steps.append(time.perf_counter())
     row["pyvene s"], row["pyvene IIA"] = time.perf_counter() - began, iia(logits, test)
-    row["pyvene ms a step"] = 1e3 * median(b - a for a, b in zip(steps, steps[1:], strict=False))
+    row["pyvene ms a step"] = 1e3 * median(b - a for a, b in pairwise(steps))
     return row
 
 

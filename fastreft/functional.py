@@ -138,8 +138,8 @@ def lobireft_rows_(h: Tensor, rows: Tensor, R: Tensor, b: Tensor) -> Tensor:
 def interchange(h: Tensor, s: Tensor, R: Tensor, mask: Tensor | None = None) -> Tensor:
     """An interchange intervention: h + R^T (mask * (R s - R h)), a new tensor of h's shape and dtype.
 
-    h and s (..., d) alike, ``mask`` (r,) or None for ones. Differentiable in all four. ``ValueError`` where s has not h's shape.
-    Source: Distributed Alignment Search (Geiger et al. 2023, arXiv 2303.02536).
+    h and s (..., d) alike, ``mask`` (r,) or None for ones. Differentiable in all four. ``ValueError`` where s has not h's
+    shape. Source: Distributed Alignment Search (Geiger et al. 2023, arXiv 2303.02536).
     """
     return _interchange(h, s, R, mask)
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from .causal_model import CausalModel, Setting
 
 NOUNS = (
-    "key cabinet dog cat boy girl author teacher car book picture door window student doctor farmer pilot senator letter table "
-    "tree house friend mother father sister brother lawyer painter singer player writer driver guard judge king queen bird horse "
-    "cow song poem movie photo report chair lamp road river bridge garden kitchen office school shop store hotel museum "
-    "hand eye word day thing stone ship leaf flower horse prince princess soldier son daughter stranger animal servant place room"
+    "key cabinet dog cat boy girl author teacher car book picture door window student doctor farmer pilot senator "
+    "letter table tree house friend mother father sister brother lawyer painter singer player writer driver guard "
+    "judge king queen bird horse cow song poem movie photo report chair lamp road river bridge garden kitchen "
+    "office school shop store hotel museum hand eye word day thing stone ship leaf flower horse prince princess "
+    "soldier son daughter stranger animal servant place room"
 ).split()
 PLACES = "near behind by with".split()
 VERBS = ("is", "are")

@@ -18,9 +18,9 @@ Setting = dict[str, Any]
 
 
 class Pairs(NamedTuple):
-    """Counterfactual examples: ``base`` and, by variable, ``sources``, all settings or all inputs of a model, and the ``labels``
-    (n,) that the causal model gives where the base's variables have the sources' values. ``at`` (n, k) and ``source_at``, by
-    variable, are positions of their own for each example, where they are not the same for all."""
+    """Counterfactual examples: ``base`` and, by variable, ``sources``, all settings or all inputs of a model, and the
+    ``labels`` (n,) that the causal model gives where the base's variables have the sources' values. ``at`` (n, k) and
+    ``source_at``, by variable, are positions of their own for each example, where they are not the same for all."""
 
     base: Any
     sources: dict[str, Any]

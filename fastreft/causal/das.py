@@ -1,8 +1,8 @@
-"""Distributed alignment search: a subspace at a place of a frozen model, trained so that exchanging its coordinates has the effect
-that exchanging a variable's value has in a causal model.
+"""Distributed alignment search: a subspace at a place of a frozen model, trained so that exchanging its coordinates has the
+effect that exchanging a variable's value has in a causal model.
 
-The loss is cross entropy against the counterfactual label, the metric IIA (interchange intervention accuracy): how often the model,
-so changed, answers as the causal model does. Source: Geiger et al. 2023 (arXiv 2303.02536).
+The loss is cross entropy against the counterfactual label, the metric IIA (interchange intervention accuracy): how often the
+model, so changed, answers as the causal model does. Source: Geiger et al. 2023 (arXiv 2303.02536).
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ PENALTY = {"das": 0.0, "boundless": 1.0, "mask": 1e-4}  # the weight of a mask's
 class Das:
     """``subspace`` at ``place`` of ``model``, exchanged at positions ``at``; the sources' are ``source_at``, or the same.
 
-    ``choices``: the tokens that are answers, in the labels' order, where the model writes; what counts then is the largest logit of
-    these at the last token. Other models give (n, classes) logits. For places and positions see :mod:`fastreft.causal.sites`.
+    ``choices``: the tokens that are answers, in the labels' order, where the model writes; what counts then is the largest
+    logit of these at the last token. Other models give (n, classes) logits. For places and positions see
+    :mod:`fastreft.causal.sites`.
     """
 
     model: nn.Module
@@ -60,9 +61,10 @@ class Das:
     ) -> list[float]:
         """Train the subspace on pairs of inputs; the losses. The model stays as it is, in eval mode.
 
-        Of several sets of pairs, each with variables of its own, every batch is of one. ``steps`` batches, or ``epochs`` passes.
-        ``lr`` falls to 0 unless ``decay`` is False; ``mask_lr`` is a boundary's or a mask's. The temperature goes from its first
-        value to its second: over all steps for "boundless", over the first half for "mask". ``ValueError`` where nothing trains.
+        Of several sets of pairs, each with variables of its own, every batch is of one. ``steps`` batches, or ``epochs``
+        passes. ``lr`` falls to 0 unless ``decay`` is False; ``mask_lr`` is a boundary's or a mask's. The temperature goes
+        from its first value to its second: over all steps for "boundless", over the first half for "mask". ``ValueError``
+        where nothing trains.
         """
         sets = self._with_sources(pairs, batch_size)
         trained = [p for p in self.subspace.parameters() if p.requires_grad]
@@ -167,7 +169,8 @@ class Das:
 
     @contextmanager
     def _hooked(self) -> Iterator[Callable[[Pairs], Tensor]]:
-        """The model in eval mode with no weight that takes a gradient, and a function from pairs to the logits of their answers."""
+        """The model in eval mode with no weight that takes a gradient, and a function from pairs to the logits of their
+        answers."""
         site = find_site(self.model, self.place)
         asking = [p for p in self.model.parameters() if p.requires_grad]
         mode = self.model.training
@@ -195,7 +198,8 @@ class Das:
 
 
 def answers(outputs: Any, inputs: Any, choices: Sequence[int] | None) -> Tensor:
-    """The logits of the answers, (n, classes): of ``choices`` at the last token shown, where there are logits for each token."""
+    """The logits of the answers, (n, classes): of ``choices`` at the last token shown, where there are logits for each
+    token."""
     logits = outputs if isinstance(outputs, Tensor) else outputs.logits if hasattr(outputs, "logits") else outputs[0]
     if logits.ndim == 3:
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None

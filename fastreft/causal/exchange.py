@@ -93,7 +93,8 @@ def _collected(
 
 @dataclass(frozen=True)
 class Exchange:
-    """What is done at one site: the hidden states at ``where`` take ``sources``, by variable, in the subspace, or as a whole."""
+    """What is done at one site: the hidden states at ``where`` take ``sources``, by variable, in the subspace, or as a
+    whole."""
 
     where: Where
     sources: Mapping[str, Kept]
@@ -130,9 +131,9 @@ def interchange(
 
     ``exchanges``: place -> (base positions, source, source positions), or a list of such; the base's positions are the source's
     where there are but two, and a fourth is a subspace of its own. A source is inputs of the model, which are run once, without
-    gradients and exchanges, or what :func:`collect` kept, through which gradients flow. It has as many samples as the base, or one
-    for several. For several variables of one subspace it is {variable: source}. ``subspace``: a :class:`Subspace`, a matrix R
-    (r, d), or None: the whole hidden state. Decoded tokens are left alone.
+    gradients and exchanges, or what :func:`collect` kept, through which gradients flow. It has as many samples as the base,
+    or one for several. For several variables of one subspace it is {variable: source}. ``subspace``: a :class:`Subspace`, a
+    matrix R (r, d), or None: the whole hidden state. Decoded tokens are left alone.
 
     ``ValueError`` for what does not fit, and where no forward reached a place.
     """

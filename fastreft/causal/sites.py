@@ -68,8 +68,8 @@ Act = Callable[[Site, Plan, Tensor], Tensor]
 
 
 class Attached:
-    """Hooks at some sites of a model, until :meth:`remove`. ``act`` says what is done there, by site; where it has nothing, or a
-    forward has nothing but decoded tokens, nothing is. ``ran``: the sites that something was done at."""
+    """Hooks at some sites of a model, until :meth:`remove`. ``act`` says what is done there, by site; where it has nothing,
+    or a forward has nothing but decoded tokens, nothing is. ``ran``: the sites that something was done at."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]):
         self.act: dict[Site, Act] = {}

@@ -33,8 +33,8 @@ Dims = int | Mapping[str, int]
 
 
 class Subspace(Intervention):
-    """R (r, d) with orthonormal rows, trained by :class:`fastreft.ReftAdamW`. ``dims``: r, or how many of R's rows each variable
-    has, in order. ``kind``: see above. ``ValueError`` for sizes that do not fit and a kind that there is not."""
+    """R (r, d) with orthonormal rows, trained by :class:`fastreft.ReftAdamW`. ``dims``: r, or how many of R's rows each
+    variable has, in order. ``kind``: see above. ``ValueError`` for sizes that do not fit and a kind that there is not."""
 
     def __init__(self, embed_dim: int, dims: Dims, kind: str = "das"):
         counts = {"": dims} if isinstance(dims, int) else dict(dims)
@@ -99,9 +99,11 @@ class Subspace(Intervention):
         where: str = IN_PLACE,
         **_: Any,
     ) -> Tensor:
-        """``base`` (..., d) with the coordinates of ``source``, alike, in the rows of a variable, ``subspaces``; in all by default.
+        """``base`` (..., d) with the coordinates of ``source``, alike, in the rows of a variable, ``subspaces``; in all by
+        default.
 
-        With ``rows`` those of base.reshape(-1, d) alone, source (n, d), in place: :func:`fastreft.functional.interchange_rows_`.
+        With ``rows`` those of base.reshape(-1, d) alone, source (n, d), in place:
+        :func:`fastreft.functional.interchange_rows_`.
         """
         if source is None:
             raise ValueError("source is missing; it must be hidden states of the shape of base")

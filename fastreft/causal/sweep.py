@@ -1,4 +1,5 @@
-"""DAS over places and positions: a subspace and its IIA for each, kept as they come, so that a sweep goes on where it was stopped.
+"""DAS over places and positions: a subspace and its IIA for each, kept as they come, so that a sweep goes on where it was
+stopped.
 
 A folder holds settings.json, cells.jsonl with a line a cell, and subspaces/ with a file a cell.
 """
@@ -42,9 +43,9 @@ def sweep(
 ) -> Iterator[Cell]:
     """The cells, {"place", "position", "iia", "loss", "seconds"}, one after the other as they are done, or were.
 
-    ``make`` gives a cell's subspace from the hidden states (n, k, d) of its training sources; where it has nothing to train it is
-    scored as it is. ``training``: keywords of :meth:`Das.train`. ``settings``: what else the sweep is of, as JSON can hold it.
-    ``ValueError`` where the folder holds a sweep of other settings, and for pairs with positions of their own.
+    ``make`` gives a cell's subspace from the hidden states (n, k, d) of its training sources; where it has nothing to train
+    it is scored as it is. ``training``: keywords of :meth:`Das.train`. ``settings``: what else the sweep is of, as JSON can
+    hold it. ``ValueError`` where the folder holds a sweep of other settings, and for pairs with positions of their own.
     """
     if any(each.at is not None or each.source_at is not None for each in (train, test)):
         raise ValueError("pairs have positions of their own; a sweep gives them the positions it goes over")

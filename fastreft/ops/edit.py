@@ -75,7 +75,8 @@ def interchange(
     rows: Tensor | None = None,
     where: str = NEW,
 ) -> Tensor:
-    """h + R^T (mask * (R s - R h)), or s for an R that is None; of every row, or of the listed ones, for which s has a row each.
+    """h + R^T (mask * (R s - R h)), or s for an R that is None; of every row, or of the listed ones, for which s has a row
+    each.
 
     As s - y with x = s - h and y = x - R^T (mask * R x), which is an edit of x, in fp32 at least: the kernels and the gradients
     are an edit's. A row whose source is itself stays the same to the bit.

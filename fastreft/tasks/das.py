@@ -67,9 +67,8 @@ def run(arguments: DasArguments) -> int:
                 f"{cell['place']:>24}  {cell['position']:>10}  {cell['iia']:>6.3f}  {cell['seconds']:>7.1f}", flush=True
             )
     best = max(cells, key=lambda cell: cell["iia"])
-    print(
-        f"best: {best['place']} at {best['position']}, IIA {best['iia']:.3f}; nothing exchanged {_unchanged(model, test, choices):.3f}"
-    )
+    print(f"best: {best['place']} at {best['position']}, IIA {best['iia']:.3f}")
+    print(f"nothing exchanged: {_unchanged(model, test, choices):.3f}")
     with staged(folder, last=SUMMARY) as staging:
         held = {"settings": asdict(arguments), "best": best, "cells": cells}
         (staging / SUMMARY).write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
