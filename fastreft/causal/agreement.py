@@ -29,7 +29,6 @@ NOUNS = (
 ).split()
 PLACES = "near behind by with".split()
 VERBS = ("is", "are")
-POSITIONS = {"first": -5, "subject": -4, "preposition": -3, "the": -2, "other_noun": -1}
 
 
 def causal_model(nouns: list[str], variable: str = "number") -> CausalModel:

@@ -16,9 +16,8 @@ from ..causal import Pairs, Subspace, agreement, sweep
 from ..causal.sites import find_site
 from ..files import check_writable, staged
 from ..models import blocks
-from ..plan.spec import parse
 from .errors import UserError, user_errors
-from .flags.das import DasArguments
+from .flags.das import POSITIONS, DasArguments
 from .models import BROKEN, load_base, load_config, load_tokenizer
 from .read import read_records, text_of
 
@@ -150,14 +149,9 @@ def _model(arguments: DasArguments) -> Any:
 
 def _position(text: str, arguments: DasArguments) -> Any:
     """An integer, a word, or what the task calls it."""
-    if arguments.task is not None and text in agreement.POSITIONS:
-        return agreement.POSITIONS[text]
-    try:
-        return int(text)
-    except ValueError:
-        with user_errors(ValueError):
-            parse(text)
-        return text
+    if arguments.task is not None and text in POSITIONS:
+        return POSITIONS[text]
+    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def _maker(arguments: DasArguments) -> Callable[[Tensor], Subspace]:

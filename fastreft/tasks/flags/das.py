@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import UserError
+from ...plan.spec import parse as parse_positions
+from ..errors import UserError, user_errors
 from ..places import EMBEDDED, find_model
 from .parser import Parser, check_rows_file, refuse_empty
 
 KINDS = ("das", "boundless", "mask", "pca", "random")
+POSITIONS = {"first": -5, "subject": -4, "preposition": -3, "the": -2, "other_noun": -1}  # of the task's prompts
 COMPONENTS = ("block_output", "block_input", "mlp_output", "attention_output")
 
 
@@ -82,6 +84,10 @@ def parse(argv: Sequence[str]) -> DasArguments:
             raise UserError(f"there is no {name} '{path}'")
     if arguments.kind not in KINDS:
         raise UserError(f"kind is '{arguments.kind}'; it must be one of {', '.join(KINDS)}")
+    for text in arguments.positions or ():
+        if not (text.lstrip("-").isdecimal() or (arguments.task and text in POSITIONS)):
+            with user_errors(ValueError):
+                parse_positions(text)
     if arguments.component not in COMPONENTS:
         raise UserError(f"component is '{arguments.component}'; it must be one of {', '.join(COMPONENTS)}")
     if len(arguments.verbs) != 2 or len(set(arguments.verbs)) != 2:
