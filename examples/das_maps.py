@@ -1,6 +1,6 @@
 """Sweeps of `fastreft das` side by side in one picture, by the titles that they were given.
 
-    python examples/das_maps.py docs/das-number.png das-number das-random das-wrong das-untrained
+python examples/das_maps.py docs/das-number.png das-number das-random das-wrong das-untrained
 """
 
 import json
