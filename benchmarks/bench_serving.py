@@ -1,6 +1,7 @@
 """A batch of many adapters: what it costs over the bare model, by the number of distinct adapters in it.
 
     python benchmarks/bench_serving.py [--save] [--model FOLDER] [--only embedded]
+    python benchmarks/bench_serving.py --plot docs/serving.png          # of what this machine has saved
 
 Prompts of 32 tokens and 16 tokens written after each, greedy: 512 of them in a batch on the embedded model, 64 on a GPT-2 of
 random weights and on any other. ``prefill``: a forward, which is the time to a first token; ``token``: the median time between
@@ -12,12 +13,14 @@ blocks: a loop over the adapters, and low ranks gathered row by row, as others s
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from bench_generate import models, writer
-from harness import keep_heap, measure, parser, save, table
+from harness import device_name, keep_heap, measure, parser, save, table
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -145,11 +148,54 @@ class Named:
         return self.model.generate(**given, adapter_names=self.adapters)
 
 
+def saved() -> list[dict[str, Any]]:
+    """The rows that this machine has saved."""
+    path = Path(__file__).parent / "results" / device_name() / "bench_serving.json"
+    return json.loads(path.read_text())["results"] if path.exists() else []
+
+
+def plot(rows: list[dict[str, Any]], file: str) -> None:
+    """Tokens a second and the time to the first one against the adapters in a batch, a panel each and a row a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(len(models), 2, figsize=(9, 3.2 * len(models)), squeeze=False, layout="constrained")
+    for (left, right), model in zip(axes, models, strict=True):
+        mine = [row for row in rows if row["model"] == model]
+        bare = next(row for row in mine if row["adapters"] == "bare")
+        for kind, name in (("ReFT", "LoReFT"), ("LoRA", "PEFT's LoRA"), ("loop", "a loop"), ("gathered", "gathered")):
+            own = [row for row in mine if row["adapters"].split()[0] == kind and "Zipf" not in row["adapters"]]
+            counts = [int(row["adapters"].split()[1]) for row in own]
+            for axis, key in ((left, "tokens/s"), (right, "prefill ms")):
+                if all(key in row for row in own):
+                    axis.plot(counts, [row[key] for row in own], "o-", label=name)
+        for axis, key in ((left, "tokens/s"), (right, "prefill ms")):
+            axis.axhline(bare[key], color="gray", linestyle="--", label="the bare model")
+            axis.set(
+                xscale="log",
+                xlabel="distinct adapters in the batch",
+                ylabel=key,
+                title=f"{model}, {bare['batch']} prompts",
+            )
+            axis.set_xticks(counts, [str(count) for count in counts])
+            axis.minorticks_off()
+            axis.set_ylim(bottom=0)
+            axis.legend(fontsize="small", loc="lower left", ncols=2)
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", help="a folder of one more causal language model")
     arguments.add_argument("--only", help="the models whose names begin so")
+    arguments.add_argument("--plot", help="a file for a picture of what was saved; nothing is measured")
     chosen = arguments.parse_args()
+    if chosen.plot:
+        plot(saved(), chosen.plot)
+        return
     keep_heap()
     there = models()
     if chosen.model:
@@ -161,8 +207,9 @@ def main() -> None:
         rows = case(name, bare, chosen.rounds)
         table(name, rows)
         results += rows
-    if chosen.save:
-        save(__file__, results)
+    if chosen.save:  # beside those of the models that were not run this time
+        ran = {row["model"] for row in results}
+        save(__file__, [*(row for row in saved() if row["model"] not in ran), *results])
 
 
 if __name__ == "__main__":
