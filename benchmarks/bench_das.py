@@ -6,7 +6,8 @@
 
 Both search the same network with the same pairs: a rotation of 16 x 16, 8 dimensions a variable, at the first layer, batches of
 6,400, Adam at 1e-3, ten epochs of 1,280,000 pairs; IIA on 12,800 others. A network's seed matters more than anything else
-here, so there are several. Runs alternate; a step's time is the median of its steps.
+here, so there are several. The two searches of a network follow one another, and a step's time is the median of its steps; of
+the step alone at d = 4096 the variants take turns.
 """
 
 from __future__ import annotations
