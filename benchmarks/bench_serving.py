@@ -183,7 +183,7 @@ def plot(rows: list[dict[str, Any]], file: str) -> None:
             axis.set_xticks(counts, [str(count) for count in counts])
             axis.minorticks_off()
             axis.set_ylim(bottom=0)
-            axis.legend(fontsize="small", loc="lower left", ncols=2)
+            axis.legend(fontsize="small", loc="lower left", ncols=2 if key == "prefill ms" else 1)
     figure.savefig(file, dpi=110)
 
 
