@@ -62,6 +62,21 @@ def test_each_sample_has_its_own(model):
         run(model)
 
 
+def test_where_the_state_is_edited_in_a_copy():
+    """Prefix and suffix have an intervention each there, and samples strengths of their own: none undoes another's edit."""
+    torch.manual_seed(0)
+    config = ReftConfig(r=3, positions="f2+l3", tied=False, component="block_input", init_weights="random")
+    model = get_reft_model(make("llama"), config, "ada").eval()
+    before = run(model)
+    with model.reft(1.0):
+        assert torch.equal(run(model), before)
+    with model.reft([1.0, 2.0, -1.0]):
+        mixed = run(model)
+    for i, scale in enumerate((1.0, 2.0, -1.0)):
+        model.set_scale(scale)
+        assert torch.equal(mixed[i], run(model)[i])
+
+
 def test_several_edit_the_same_state():
     """By hand at the first block; the order is nothing to it."""
     torch.manual_seed(0)
