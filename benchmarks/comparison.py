@@ -1,6 +1,6 @@
 """LoReFT, NodiReFT, LoRA, IA3, a head, the last layer and full fine-tuning on the same records, steps and seeds.
 
-    python benchmarks/comparison.py --data DATA --models minilm=FOLDER smollm2=FOLDER [--families encoder] [--workers 2]
+    python benchmarks/comparison.py --data DATA --models minilm=FOLDER smollm2=FOLDER [--families encoder] [--sets sst2]
     python benchmarks/comparison.py --data DATA --models ... --measure      # seconds a step and memory, on an idle machine
     python benchmarks/comparison.py --report                                # the tables of docs/results.md
 
@@ -141,10 +141,14 @@ def best_rate(families: dict[str, Any], results: Results, family: str, task: str
     return min(tried)[1] if tried else None
 
 
-def missing(families: dict[str, Any], results: Results, chosen: list[str]) -> Iterator[Run]:
+def missing(
+    families: dict[str, Any], results: Results, chosen: list[str], sets: list[str] | None = None
+) -> Iterator[Run]:
     """What is yet to be run and can be now, in the order of the configuration."""
     for family in chosen:
         for task in families[family]["sets"]:
+            if sets is not None and task not in sets:
+                continue
             for method, what in families[family]["methods"].items():
                 rate = best_rate(families, results, family, task, method)
                 rates = what["rates"] if searched(families, family, task) == task else []
@@ -156,7 +160,13 @@ def missing(families: dict[str, Any], results: Results, chosen: list[str]) -> It
                         yield run
 
 
-def run_all(families: dict[str, Any], chosen: list[str], places: dict[str, dict[str, str]], workers: int) -> None:
+def run_all(
+    families: dict[str, Any],
+    chosen: list[str],
+    sets: list[str] | None,
+    places: dict[str, dict[str, str]],
+    workers: int,
+) -> None:
     """All that is missing, ``workers`` at a time."""
     results = load()
     running: dict[Future[dict[str, Any]], Run] = {}
@@ -164,7 +174,7 @@ def run_all(families: dict[str, Any], chosen: list[str], places: dict[str, dict[
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         while True:
             busy = {run.key for run in running.values()}
-            for run in missing(families, results, chosen):
+            for run in missing(families, results, chosen, sets):
                 if len(running) >= workers:
                     break
                 if run.key not in busy:
@@ -243,6 +253,7 @@ def main() -> None:
         "--models", nargs="*", default=[], help="NAME=FOLDER of the models that the configuration names"
     )
     arguments.add_argument("--families", nargs="+")
+    arguments.add_argument("--sets", nargs="+", help="only these")
     arguments.add_argument("--workers", type=int, default=2)
     arguments.add_argument("--measure", type=int, nargs="?", const=3, metavar="ROUNDS")
     arguments.add_argument("--report", action="store_true")
@@ -264,7 +275,7 @@ def main() -> None:
         measure(families, wanted, places, chosen.measure)
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
-    run_all(families, wanted, places, chosen.workers)
+    run_all(families, wanted, chosen.sets, places, chosen.workers)
 
 
 if __name__ == "__main__":

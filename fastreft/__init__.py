@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         NodireftIntervention,
         NoreftIntervention,
     )
+    from .kinds import BiasIntervention, RedIntervention, TorchIntervention, register_intervention
     from .optim import ReftAdamW, attach_retraction, param_groups, retract_model_
     from .optim.zero import ZeroRetraction
     from .tuner.config import ReftConfig
@@ -27,31 +28,39 @@ if TYPE_CHECKING:
     from .tuner.rate import suggest_lr
 
 __all__ = [
+    "BiasIntervention",
     "ConsreftIntervention",
     "DireftIntervention",
     "LobireftIntervention",
     "LoreftIntervention",
     "NodireftIntervention",
     "NoreftIntervention",
+    "RedIntervention",
     "ReftAdamW",
     "ReftConfig",
+    "TorchIntervention",
     "ZeroRetraction",
     "attach_retraction",
     "functional",
     "get_reft_model",
     "param_groups",
     "reference",
+    "register_intervention",
     "retract_model_",
     "suggest_lr",
 ]
 
 _ROOMS = {  # name -> the module that has it; interventions for all others
+    "BiasIntervention": "kinds",
+    "RedIntervention": "kinds",
     "ReftAdamW": "optim",
     "ReftConfig": "tuner.config",
+    "TorchIntervention": "kinds",
     "ZeroRetraction": "optim.zero",
     "attach_retraction": "optim",
     "get_reft_model": "tuner.model",
     "param_groups": "optim",
+    "register_intervention": "kinds",
     "retract_model_": "optim",
     "suggest_lr": "tuner.rate",
 }

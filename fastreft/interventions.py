@@ -90,7 +90,7 @@ class Intervention(nn.Module):
         self.act_fn = act_fn
         # An activation with parameters of its own, or one unknown to the kernels, becomes a submodule.
         self.act = None if activations.is_fused(act_fn) else activation_module(str(act_fn))
-        self._build(dtype, add_bias)
+        self.build(dtype, add_bias)
         self.reset_parameters()
         if init_weights == "identity":
             self.become_identity()
@@ -115,12 +115,18 @@ class Intervention(nn.Module):
         super().__setstate__(state)
         _alive.add(self)  # deepcopy and unpickling do not call __init__
 
-    def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
-        raise TypeError("Intervention is abstract; use one of its six subclasses")
+    def build(self, dtype: torch.dtype, add_bias: bool) -> None:
+        """Make the parameters: called once, before :meth:`reset_parameters`."""
+        raise TypeError("Intervention is abstract; use one of its subclasses")
 
     def weights(self) -> Weights:
         """(U, V, P, b, c) of the primitive; None for a term that the method does not have."""
-        raise TypeError("Intervention is abstract; use one of its six subclasses")
+        raise TypeError("Intervention is abstract; use one of its subclasses")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the kernels that edit with many adapters at once know it."""
+        return self.act is None
 
     def _matrix(self, dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(torch.empty(self.r, self.embed_dim, dtype=dtype))
@@ -232,7 +238,7 @@ class LoreftIntervention(Intervention):
 
     method = "loreft"
 
-    def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
+    def build(self, dtype: torch.dtype, add_bias: bool) -> None:
         self.R = self._matrix(torch.promote_types(dtype, torch.float32))
         self.W, self.b = self._matrix(dtype), self._vector(dtype)
 
@@ -257,7 +263,7 @@ class NoreftIntervention(Intervention):
     method = "noreft"
     orthonormal = False
 
-    def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
+    def build(self, dtype: torch.dtype, add_bias: bool) -> None:
         self.P, self.W, self.b = self._matrix(dtype), self._matrix(dtype), self._vector(dtype)
         if add_bias:
             self.c = self._vector(dtype)
@@ -282,7 +288,7 @@ class ConsreftIntervention(Intervention):
 
     method = "consreft"
 
-    def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
+    def build(self, dtype: torch.dtype, add_bias: bool) -> None:
         wide = torch.promote_types(dtype, torch.float32)
         self.R, self.b = self._matrix(wide), self._vector(wide)
         self.dropout = 0.0
@@ -303,9 +309,9 @@ class LobireftIntervention(ConsreftIntervention):
 
     method = "lobireft"
 
-    def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
+    def build(self, dtype: torch.dtype, add_bias: bool) -> None:
         dropout = self.dropout
-        super()._build(dtype, add_bias)
+        super().build(dtype, add_bias)
         self.dropout = dropout  # unlike ConsReFT, pyreft drops here
 
     def weights(self):
@@ -313,7 +319,7 @@ class LobireftIntervention(ConsreftIntervention):
         return p["R"], None, None, p["b"], None
 
 
-# By the names that a configuration uses.
+# Those of the paper and of pyreft, by the names that a configuration uses; all others are in kinds/.
 _CLASSES = (
     LoreftIntervention,
     NoreftIntervention,

@@ -18,7 +18,7 @@ from typing import Any
 from .models.components import COMPONENTS
 from .ops.groups import Groups
 from .ops.groups import parse as parse_groups
-from .ops.names import FUSED_ACTIVATIONS, METHODS, STARTS, may_be_identity, unknown_activation
+from .ops.names import FUSED_ACTIVATIONS, LATER, METHODS, STARTS, edits, may_be_identity, unknown_activation
 from .plan.spec import parse
 from .sources import assigned, tree_of
 
@@ -34,7 +34,8 @@ class ReftSettings:
     """The fields that a :class:`fastreft.ReftConfig` adds to PEFT's; each says what it is in its ``help``."""
 
     intervention_type: str = field(
-        default="loreft", metadata={"help": f"The edit: {', '.join(METHODS)}.", "choices": list(METHODS)}
+        default="loreft",
+        metadata={"help": f"The edit: {', '.join((*METHODS, *LATER))}, or one of your own (docs/methods.md)."},
     )
     r: int = field(default=4, metadata={"help": "The rank of the edit, at least 1 and at most the hidden size."})
     subspaces: dict[str, list[int]] | list[list[int]] | None = field(
@@ -101,9 +102,10 @@ class ReftSettings:
     def check(self) -> None:
         """``ValueError`` naming the argument, what came and what is wanted. Numbers of numpy's, ranges and the like become the
         plain ones that a file can hold."""
-        if not isinstance(self.intervention_type, str) or self.intervention_type not in METHODS:
+        if not isinstance(self.intervention_type, str) or self.intervention_type not in edits():
             raise ValueError(
-                f"intervention_type is {_short(self.intervention_type)}; it must be one of {', '.join(METHODS)}"
+                f"intervention_type is {_short(self.intervention_type)}; it must be one of {', '.join(edits())}, or one of "
+                "your own, once the module has been imported that registers it"
             )
         self.r = _integer(self.r)
         if type(self.r) is not int or not 1 <= self.r < 2**31:
@@ -115,6 +117,8 @@ class ReftSettings:
         self.dropout = float(self.dropout)
         if self.act_fn is not None and (not isinstance(self.act_fn, str) or self.act_fn not in activation_names()):
             raise unknown_activation(self.act_fn if isinstance(self.act_fn, str) else _short(self.act_fn))
+        if self.act_fn is not None and self.intervention_type in LATER:
+            raise ValueError(f"act_fn is {self.act_fn!r}, and {self.intervention_type} has no activation; leave it out")
         if not isinstance(self.component, str) or self.component not in EDITABLE:
             raise ValueError(f"component is {_short(self.component)}; it must be one of {', '.join(EDITABLE)}")
         self._check_start()
@@ -138,7 +142,8 @@ class ReftSettings:
         elif isinstance(given, (list, tuple)):
             given = [_integers(rows) for rows in given]
         self.subspaces = given
-        self.groups()
+        if self.groups() and self.intervention_type in LATER:
+            raise ValueError(f"subspaces are groups of R's rows, and {self.intervention_type} has none; leave them out")
 
     def groups(self) -> Groups:
         """``subspaces`` as they are counted."""

@@ -50,7 +50,7 @@ class Subspace(Intervention):
             end += count
         super().__init__(embed_dim=embed_dim, low_rank_dimension=end)
 
-    def _build(self, dtype: torch.dtype, add_bias: bool) -> None:
+    def build(self, dtype: torch.dtype, add_bias: bool) -> None:
         self.R = self._matrix(dtype)
         if self.kind == "boundless":
             self.boundary = nn.Parameter(torch.empty(len(self.variables)))

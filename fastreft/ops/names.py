@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 METHODS = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
+LATER = ("bias", "red")  # methods since the paper, in fastreft/kinds; each starts by changing nothing
+OWN: dict[str, bool] = {}  # those of a user's, by fastreft.register_intervention, and whether they start so
 STARTS = ("identity", "random")
 
 # By Transformers' names (``ACT2FN``), those of one function together; their order is the numbering of `Act` in csrc/edit.h.
@@ -31,12 +33,19 @@ FUSED_ACTIVATIONS = tuple(name for names in ACTIVATIONS for name in names)
 _NOT_ZERO_AT_ZERO = ("sigmoid", "laplace", "sqrtsoftplus", "xielu")
 
 
+def edits() -> tuple[str, ...]:
+    """Every edit that a configuration may name."""
+    return (*METHODS, *LATER, *OWN)
+
+
 def may_be_identity(method: str, act_fn: str | None) -> bool:
     """Whether weights exist with which an edit changes nothing, whatever the hidden state.
 
     LoReFT and NoReFT: act(V h + b) = P h for V = P and b = 0, of a linear act alone. DiReFT and NodiReFT: V = 0, b = 0 and
-    act(0) = 0, asked here of the activations that kernels have. LobiReFT: b = 0. ConsReFT: never.
+    act(0) = 0, asked here of the activations that kernels have. LobiReFT: b = 0. ConsReFT: never. Others: as they say.
     """
+    if method in LATER or method in OWN:
+        return OWN.get(method, True)
     linear = act_fn in (None, "linear")
     return {
         "loreft": linear,

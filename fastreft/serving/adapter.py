@@ -101,11 +101,15 @@ def _weights(path: str, config: Any, tensors: dict[str, Tensor], width: int) -> 
         raise ValueError(
             f"the adapter in '{path}' has an activation with numbers of its own, which the kernels do not know"
         )
-    d = tensors["R" if "R" in tensors else "P"].shape[1]
+    d = adapter_file.width_of(config, tensors)
     if d != width:
         raise ValueError(f"the adapter in '{path}' is for a hidden size of {d}; the model's is {width}")
     with torch.device("meta"):
         edit = adapter_file.made(config, width)
+    if not edit.pooled:
+        raise ValueError(
+            f"the adapter in '{path}' is a {config.intervention_type}, a formula in torch that no kernel knows"
+        )
     edit.load_state_dict(tensors, assign=True)
     return tuple(w if w is None else w.detach() for w in edit.weights()), activations.find(config.act_fn)
 

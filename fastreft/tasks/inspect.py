@@ -48,9 +48,18 @@ def adapter_rows(path: str) -> tuple[list[str], list[tuple[str, ...]]]:
             for name, value in own.items():
                 if "." not in name:  # an activation's parameters lie deeper
                     held.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
-            r, d = own["R" if "R" in own else "P"].shape
+            made = adapter_file.made(config, adapter_file.width_of(config, own))
             where = module + (f" ({which})" if which else "")
-            rows.append(_row(where, config.intervention_type, r, d, own.values(), format.orthonormality_error(held)))
+            rows.append(
+                _row(
+                    where,
+                    config.intervention_type,
+                    made.r,
+                    made.embed_dim,
+                    own.values(),
+                    format.orthonormality_error(held),
+                )
+            )
     return settings, rows
 
 

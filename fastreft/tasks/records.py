@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, in_words, nearest
+from .errors import UserError, nearest
 from .flags.data import DataArguments
+from .modules import run_module
 from .read import read_records, text_of
 from .sets import Record, TaskSet, find, training_records
 from .sets.entities import OUTSIDE
@@ -47,10 +47,7 @@ def folder_of(arguments: DataArguments) -> Path | None:
 def tasks_of(arguments: DataArguments) -> list[TaskSet]:
     """The tasks that --task names, those of --task_module registered first."""
     if arguments.task_module is not None:
-        try:
-            runpy.run_path(str(Path(arguments.task_module).expanduser()))
-        except Exception as error:
-            raise UserError(f"the task module '{arguments.task_module}' fails: {in_words(error)}") from error
+        run_module(arguments.task_module)
     return find(str(arguments.task))
 
 

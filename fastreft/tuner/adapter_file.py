@@ -11,7 +11,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..interventions import INTERVENTIONS, Intervention
+from ..interventions import Intervention
+from ..kinds import KINDS
 from ..models.components import COMPONENTS
 from ..plan.spec import parse
 from . import weights
@@ -66,9 +67,26 @@ def by_number(name: str) -> list[tuple[int, str]]:
 
 def made(config: Any, width: int) -> Intervention:
     """An intervention of a configuration."""
-    return INTERVENTIONS[config.intervention_type](
+    return KINDS[config.intervention_type](
         embed_dim=width, low_rank_dimension=config.r, act_fn=config.act_fn, add_bias=config.add_bias
     )
+
+
+def width_of(config: Any, tensors: dict[str, Tensor]) -> int:
+    """The d of an intervention, whose tensors all have it behind, if not alone; 0 where they are none of the kind's."""
+    shapes = _shapes(tensors)
+    widths = sorted({shape[-1] for shape in shapes.values() if shape}, reverse=True)
+    fitting = (d for d in widths if d >= config.r and _shapes(_empty(config, d)) == shapes)
+    return next(fitting, 0)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def _empty(config: Any, width: int) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return made(config, width).state_dict()
 
 
 def _check(path: str, config: Any, module: str, edits: dict[str, dict[str, Tensor]]) -> None:
@@ -84,15 +102,12 @@ def _check(path: str, config: Any, module: str, edits: dict[str, dict[str, Tenso
     if config.target_modules is None and is_block is (config.component in COMPONENTS):
         raise ValueError(f"the adapter in '{path}' edits {module}, which is no {config.component}, its component")
     for own in edits.values():
-        matrix = own.get("R", own.get("P"))
-        d = matrix.shape[1] if matrix is not None and matrix.dim() == 2 else 0
-        with torch.device("meta"):
-            state = made(config, max(d, config.r)).state_dict()
-        shapes = {name: tuple(value.shape) for name, value in own.items()}
-        wanted_shapes = {name: tuple(value.shape) for name, value in state.items()}
-        if shapes != wanted_shapes:
-            odd = min(name for name in {*shapes, *wanted_shapes} if shapes.get(name) != wanted_shapes.get(name))
-            raise ValueError(
-                f"the adapter in '{path}' is no {config.intervention_type} of rank {config.r} at {module}: its {odd} is "
-                f"{shapes.get(odd, 'missing')}, and must be {wanted_shapes.get(odd, 'left out')}"
-            )
+        if width_of(config, own):
+            continue
+        shapes = _shapes(own)
+        wanted_shapes = _shapes(_empty(config, max([config.r, *(shape[-1] for shape in shapes.values() if shape)])))
+        odd = min(name for name in {*shapes, *wanted_shapes} if shapes.get(name) != wanted_shapes.get(name))
+        raise ValueError(
+            f"the adapter in '{path}' is no {config.intervention_type} of rank {config.r} at {module}: its {odd} is "
+            f"{shapes.get(odd, 'missing')}, and must be {wanted_shapes.get(odd, 'left out')}"
+        )

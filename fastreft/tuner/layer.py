@@ -9,7 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..interventions import INTERVENTIONS, Intervention
+from ..interventions import Intervention
+from ..kinds import KINDS
 from ..models import blocks, layouts
 from ..models.layouts import Layout
 from ..ops.edit import NEW
@@ -71,7 +72,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.pools.clear()
         positions = parse(config.positions, pyreft_compat=config.pyreft_compat)
         made = [
-            INTERVENTIONS[config.intervention_type](
+            KINDS[config.intervention_type](
                 embed_dim=self.width,
                 low_rank_dimension=config.r,
                 dropout=config.dropout,

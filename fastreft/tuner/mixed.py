@@ -2,7 +2,7 @@
 
 As PEFT's LoRA has it: a name a sample, "__base__" for none, in evaluation, of a forward or of ``generate``, whose beams take
 the adapter of the sample that they come from. All adapters of a place edit in one call (:mod:`fastreft.ops.pooled`); where
-gradients are asked for, or an activation is none of the kernels', one after the other. Each has its kind, rank and positions.
+gradients are asked for, or an edit is none of the kernels', one after the other. Each has its kind, rank and positions.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Mixed:
         if place is None:
             return hidden
         work = self._work(layer, plan, hidden, place)
-        if torch.is_grad_enabled() or any(edit.act is not None for edit in place.named.edits):
+        if torch.is_grad_enabled() or not all(edit.pooled for edit in place.named.edits):
             for i, edit in enumerate(place.edits):
                 if edit in place.named.edits:
                     hidden = edit.edit(hidden, work.rows.masked_fill(work.edits != i, -1), where)

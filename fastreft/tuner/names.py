@@ -11,8 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..interventions import activation_module
-from ..ops.activations import is_fused
+from ..kinds import KINDS
 from ..plan.spec import parse
 from .config import ReftConfig
 from .layer import ReftLayer
@@ -33,7 +32,10 @@ def check_beside(model: nn.Module, adapter_name: str, new: set[str] | None = Non
     round: ``new`` are the parts of its own tensors' names, :func:`parts_to_come`; None where it is another method's."""
     held: dict[str, Any] = dict(getattr(model, "peft_config", None) or {})
     beside = _parts(model, all_kinds=new is not None)
-    clashes = [(adapter_name, "an adapter", beside), *((name, "the adapter to come", new or set()) for name in held)]
+    clashes = [
+        (adapter_name, "an adapter", beside | (new or set())),
+        *((name, "the adapter to come", new or set()) for name in held),
+    ]
     for name, whose, parts in clashes:
         if name in parts:
             raise ValueError(
@@ -57,10 +59,11 @@ def parts_to_come(config: ReftConfig, targets: set[str]) -> set[str]:
     parts = {part for name in (*targets, *(config.modules_to_save or ())) for part in name.split(".")}
     if config.tied == "position":
         parts |= set(map(str, range(parse(config.positions).places)))
-    if not is_fused(config.act_fn):
-        with torch.random.fork_rng(devices=[]):  # what it draws is nobody's
-            held = activation_module(str(config.act_fn)).state_dict()
-        parts |= {part for key in held for part in key.split(".")}
+    with torch.device("meta"):
+        held = KINDS[config.intervention_type](
+            embed_dim=config.r, low_rank_dimension=config.r, act_fn=config.act_fn, add_bias=config.add_bias
+        )
+    parts |= {part for key in held.state_dict() for part in key.split(".")}
     return parts
 
 

@@ -40,11 +40,14 @@ class PlacePool:
             self.of_name[name] = layer.interventions(name)
             self.edits += self.of_name[name]
         self.key = "\n".join(f"{name} {self.first[name]} {spec!r}" for name, spec in self.specs.items())
-        # What an activation outside the kernels stands as is read by nobody: its adapter is edited with in torch.
-        acts = [activations.find(edit.act_fn if edit.act is None else None) for edit in self.edits]
+        # Those that the kernels do not know are edited with in torch, and nothing stands for them.
+        nothing = (hidden.new_zeros(1, layer.width, dtype=self.dtype), None, None, None, None), activations.find(None)
         with torch.no_grad():
-            weights = [edit.scaled_weights(edit.scale) for edit in self.edits]
-        self.pool: Pool = pool_of(list(zip(weights, acts, strict=True)), self.dtype)
+            weights = [
+                (edit.scaled_weights(edit.scale), activations.find(edit.act_fn)) if edit.pooled else nothing
+                for edit in self.edits
+            ]
+        self.pool: Pool = pool_of(weights, self.dtype)
         self.state = {edit: (edit.scale, [(p, p._version) for p in _parameters([edit])]) for edit in self.edits}
         self.named = Named([], [], [], [], [])
 

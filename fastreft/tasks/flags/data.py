@@ -22,7 +22,7 @@ class DataArguments:
         },
     )
     task_module: str | None = field(
-        default=None, metadata={"help": "a Python file of yours that registers tasks; it is run"}
+        default=None, metadata={"help": "a Python file of yours that registers tasks, or edits; it is run"}
     )
     data_dir: str | None = field(
         default=None, metadata={"help": "the folder with the task's files; they come from the hub where not given"}

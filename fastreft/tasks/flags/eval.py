@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..modules import run_module
 from ..places import MODEL_CONFIG, find_adapter, find_model
 from ..sets.registry import SPLITS
 from .data import DataArguments
@@ -88,7 +89,7 @@ class EvalArguments:
             if given:
                 raise UserError(f"{given[0]} is a field of records of your own; give them with --eval_file")
             return
-        for name, unset in (("task", None), ("task_module", None), ("data_dir", None), ("split", "test")):
+        for name, unset in (("task", None), ("data_dir", None), ("split", "test")):
             if getattr(self, name) != unset:
                 raise UserError(f"{name} is of a task, and eval_file gives records of your own: leave one of them out")
 
@@ -118,4 +119,6 @@ def parse(argv: Sequence[str]) -> EvalArguments:
         raise UserError(f"batch_size is {arguments.batch_size}; it must be at least 1")
     check_rows_file("predictions", arguments.predictions)
     arguments.data("").check(training=False)
+    if arguments.task_module is not None:
+        run_module(arguments.task_module)  # as it may register the adapter's edit
     return arguments

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..errors import UserError
+from ..modules import run_module
 from ..places import find_adapter, find_model
 from .parser import Parser, check_rows_file, refuse_empty
 
@@ -45,6 +46,9 @@ class GenerateArguments:
         default=None,
         metadata={"help": "the adapter's subspaces that edit, by name or number, joined by '+'; all if not given"},
     )
+    task_module: str | None = field(
+        default=None, metadata={"help": "a Python file of yours that registers the adapter's edit; it is run"}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "most tokens to write after a prompt"})
     batch_size: int = field(default=8, metadata={"help": "prompts at a time"})
     do_sample: bool = field(default=False, metadata={"help": "sample instead of taking the likeliest token"})
@@ -73,6 +77,8 @@ def parse(argv: Sequence[str]) -> GenerateArguments:
     if not math.isfinite(arguments.strength):
         raise UserError(f"strength is {arguments.strength}; it must be a finite number")
     check_rows_file("output", arguments.output)
+    if arguments.task_module is not None:
+        run_module(arguments.task_module)
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed is {arguments.seed}; it must be from 0 to {2**32 - 1}")
     return arguments

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...settings import ReftSettings
 from ..errors import UserError, user_errors
+from ..modules import run_module
 from ..places import find_model
 from . import sharding
 from .data import DataArguments
@@ -155,6 +156,8 @@ def checked(argv: Sequence[str], command: str, what: str, *more: type) -> tuple[
     *own, model, data, method, adapter, training = parser.parse(flags)
     data.check()
     method.check()
+    if data.task_module is not None:
+        run_module(data.task_module)  # as it may register the edit
     with user_errors(ValueError, TypeError):
         ReftSettings(**with_positions(settings_of(adapter), labelled=False)).check()
     find_model(model.model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...interventions import Intervention
+from ...kinds import TorchIntervention
 from ...tuner.layer import ReftLayer
 from ...tuner.loading import layers_of
 
@@ -102,11 +103,12 @@ def edits_of(model: Any, ids: list[int], writes: bool) -> Edits:
 
 def overlaps(model: nn.Module) -> Tensor:
     """(n, n): |Q_i Q_j'|^2 / r of the orthonormal bases Q of what the interventions edit: 1 for the same subspace, 0 for
-    orthogonal ones, r/d for two of chance."""
+    orthogonal ones, r/d for two of chance. Empty where they are formulas, which edit whatever they do."""
     bases = []
     for _, edit in interventions_of(model):
-        matrix: Any = getattr(edit, "R", getattr(edit, "P", None))
-        bases.append(torch.linalg.qr(matrix.detach().double().cpu().T).Q)
+        if isinstance(edit, TorchIntervention):
+            return torch.empty(0, 0)
+        bases.append(torch.linalg.qr(edit.weights()[0].detach().double().cpu().T).Q)
     return torch.tensor([[float((a.T @ b).square().sum()) / min(a.shape[1], b.shape[1]) for b in bases] for a in bases])
 
 

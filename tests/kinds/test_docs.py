@@ -1,0 +1,44 @@
+"""The code of docs/methods.md runs: each edit of a user's trains, and is what its file brings back."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+import fastreft
+from fastreft.tasks.models import load_base, load_tokenizer
+
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+
+
+def test_edits_of_ones_own_are_twenty_lines_and_work(tmp_path):
+    tokenizer = load_tokenizer("embedded")
+    batch = tokenizer(["The king was old. So he slept.", "The dog ran. It was sad."], return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :4] = -100
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 2
+    known = {}
+    for i, block in enumerate(blocks):
+        assert len([line for line in block.splitlines() if line.strip()]) <= 20
+        known["base"] = load_base("embedded")
+        exec(block, known)
+        model = known["model"]
+        optimizer = fastreft.ReftAdamW(fastreft.param_groups(model, lr=3e-2))
+        losses = []
+        for _ in range(12):
+            loss = model(**batch, labels=labels).loss
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert losses[-1] < losses[0]
+        model.eval().save_pretrained(tmp_path / str(i))
+        loaded = PeftModel.from_pretrained(load_base("embedded"), tmp_path / str(i)).eval()
+        assert torch.equal(
+            loaded.generate(**batch, max_new_tokens=4, do_sample=False),
+            model.generate(**batch, max_new_tokens=4, do_sample=False),
+        )
