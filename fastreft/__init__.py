@@ -64,7 +64,7 @@ _ROOMS = {  # name -> the module that has it; interventions for all others
     "retract_model_": "optim",
     "suggest_lr": "tuner.rate",
 }
-_MODULES = ("causal", "functional", "interventions", "optim", "pyreft", "reference")
+_MODULES = ("causal", "concepts", "functional", "interventions", "optim", "pyreft", "reference")
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1] / "fastreft"
 
 # From the top down. A room imports itself and what stands below it. __init__ is the package's face, which hands names on.
 ORDER = """
-    __main__ cli tasks serving __init__ pyreft tuner causal settings optim functional kinds interventions plan models ops
-    reference sources files joining
+    __main__ cli tasks serving __init__ pyreft concepts tuner causal settings optim functional kinds interventions plan models
+    ops reference sources files joining
 """.split()
 # What else a library's name may stand in: the rooms from this one up.
 KNOWN_FROM = {

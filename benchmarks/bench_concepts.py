@@ -1,0 +1,108 @@
+"""Concept detection as AxBench has it: whose direction tells texts with a concept from texts without? AUROC, by method.
+
+    python benchmarks/bench_concepts.py --data AXBENCH --model FOLDER [--layer L] [--concepts 10] [--methods diff_mean ...] [--save]
+
+AXBENCH holds metadata.jsonl, train_data.parquet and latent_eval_data.parquet of concept10 (stanfordnlp/axbench). A concept
+has 72 texts with it to learn from, and its genre's without it; 36 with and 36 without it to score, and some hard negatives,
+which are of another, near concept. A text is a chat of the model's, and what every chat begins with is left out. The score
+of a text is its largest latent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from harness import save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastreft.concepts import auroc, diff_mean, linear_probe, reft_r1
+
+METHODS = ("diff_mean", "linear_probe", "reft_r1")
+SCORED = ("positive", "negative", "hard negative")
+
+
+def ids_of(tokenizer: Any, row: dict[str, Any]) -> tuple[list[int], int]:
+    """A text as the model's chat, and where its answer begins."""
+    asked = [{"role": "user", "content": row["input"]}]
+    whole = [*asked, {"role": "assistant", "content": row["output"]}]
+    ids = tokenizer.apply_chat_template(whole, return_dict=False)
+    return ids, len(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
+
+
+def in_common(texts: list[list[int]]) -> int:
+    """How many tokens all of them begin with."""
+    shortest = min(map(len, texts))
+    return next((i for i in range(shortest) if len({text[i] for text in texts}) > 1), shortest)
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--data", type=Path, required=True)
+    asked.add_argument("--model", required=True)
+    asked.add_argument("--layer", type=int, help="whose output; the middle one if not given")
+    asked.add_argument("--concepts", type=int, default=10)
+    asked.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    asked.add_argument("--save", action="store_true")
+    chosen = asked.parse_args()
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32).eval()
+    layer = model.config.num_hidden_layers // 2 if chosen.layer is None else chosen.layer
+    about = [json.loads(line) for line in (chosen.data / "metadata.jsonl").read_text().splitlines()][: chosen.concepts]
+    tables = {
+        name: list(load_dataset("parquet", data_files=str(chosen.data / f"{name}.parquet"), split="train"))
+        for name in ("train_data", "latent_eval_data")
+    }
+    first = in_common([ids_of(tokenizer, row)[0] for row in tables["train_data"][:50]])
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in chosen.methods}
+    for concept in about:
+        number, name = concept["concept_id"], concept["concept"]
+        genre = concept["concept_genres_map"][name][0]
+        train = tables["train_data"]
+        with_it = [ids_of(tokenizer, row) for row in train if row["concept_id"] == number]
+        without = [ids_of(tokenizer, row) for row in train if row["concept_id"] < 0 and row["concept_genre"] == genre]
+        scored = {
+            category: [
+                ids_of(tokenizer, row)[0]
+                for row in tables["latent_eval_data"]
+                if row["concept_id"] == number and row["category"] == category
+            ]
+            for category in SCORED
+        }
+        for method in chosen.methods:
+            began = time.perf_counter()
+            if method == "reft_r1":
+                examples = with_it + without
+                texts = [ids for ids, _ in examples]
+                labels = [[-100] * start + ids[start:] for ids, start in examples]
+                direction = reft_r1(model, layer, texts, labels, first=first)
+            else:
+                find = diff_mean if method == "diff_mean" else linear_probe
+                direction = find(model, layer, [ids for ids, _ in with_it], [ids for ids, _ in without], first=first)
+            taken = time.perf_counter() - began
+            scores = {category: direction.scores(model, texts) for category, texts in scored.items() if texts}
+            row = {
+                "concept": name,
+                "auroc": auroc(scores["positive"], scores["negative"]),
+                "auroc_hard": auroc(scores["positive"], scores["hard negative"]) if "hard negative" in scores else None,
+                "seconds": taken,
+            }
+            found[method].append(row)
+            hard = "" if row["auroc_hard"] is None else f", against hard ones {row['auroc_hard']:.3f}"
+            print(f"{method:13} {row['auroc']:.3f}{hard}  {taken:6.1f} s  {name}", flush=True)
+    for method, rows in found.items():
+        hard = [row["auroc_hard"] for row in rows if row["auroc_hard"] is not None]
+        print(f"{method:13} mean {fmean(row['auroc'] for row in rows):.3f}, hard {fmean(hard):.3f}" if hard else method)
+    if chosen.save:
+        save("bench_concepts", {"model": Path(chosen.model).name, "layer": layer, "first": first, "methods": found})
+
+
+if __name__ == "__main__":
+    main()

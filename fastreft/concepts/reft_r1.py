@@ -1,0 +1,123 @@
+"""ReFT-r1: one direction that detects a concept and writes it, trained on what a model is to write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..causal.sites import Attached, Site
+from ..interventions import Intervention
+from ..models.blocks import hidden_size
+from ..optim import ReftAdamW
+from ..plan.forward import Plan
+from .direction import Direction
+from .states import Text, padded, site_of
+
+CLIP = 1.0  # of the gradient's norm, as AxBench has it
+
+
+class ReftR1(Intervention):
+    """h + mean(top-k over the text's tokens of ReLU(w h)) w, |w| = 1; the latents that are not among them are kept for the
+    penalty. R (1, d) is w, which the retraction keeps at length 1."""
+
+    def __init__(self, embed_dim: int, topk: int):
+        super().__init__(embed_dim, 1)
+        self.topk = topk
+        self.rest: Tensor | None = None
+
+    def build(self, dtype: torch.dtype, add_bias: bool) -> None:
+        self.R = self._matrix(dtype)
+
+    def change(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The states (B, T, d) with the direction added at ``tokens``, bool (B, T)."""
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        latents = torch.relu(wide @ self.R[0]) * tokens
+        top, where = latents.topk(min(self.topk, latents.shape[1]), dim=1)
+        rest = latents.scatter(1, where, 0.0)
+        self.rest = (rest.sum(1) / tokens.sum(1).clamp(min=1)).mean()
+        added = top.mean(1)[:, None, None] * self.R[0] * tokens[..., None]
+        return (wide + added).to(hidden.dtype)
+
+
+def reft_r1(
+    model: nn.Module,
+    layer: int,
+    texts: Sequence[Text],
+    labels: Sequence[Text],
+    *,
+    first: int = 1,
+    topk: int = 8,
+    sparsity: float = 5e-3,
+    lr: float = 1e-2,
+    epochs: int = 3,
+    batch_size: int = 6,
+    seed: int = 0,
+    log: Callable[[int, float], None] | None = None,
+) -> Direction:
+    """Train ReFT-r1 on ``texts`` with ``labels`` (-100: not to be learnt), a list of token ids each; the model stays as it is.
+
+    The loss is the language model's with h + mean(topk_k(ReLU(w h))) w in place of each state h of a text but its ``first``,
+    plus (step / steps) ``sparsity`` times the mean of the latents outside the top k; ``lr`` falls to 0 in a line. Defaults are
+    AxBench's. The start is the direction along which every coordinate is the same, as there.
+
+    Source: AxBench (Wu et al. 2025, arXiv 2501.17148), section 4. ``ValueError`` where texts and labels do not go together.
+    """
+    site = site_of(model, layer)
+    if len(texts) != len(labels) or any(len(t) != len(own) for t, own in zip(texts, labels, strict=False)) or not texts:
+        raise ValueError("texts and labels must be as many, one at least, each text with a label a token")
+    device = next(model.parameters()).device
+    edit = ReftR1(hidden_size(model, site.name), topk)
+    with torch.no_grad():
+        edit.R.fill_(edit.embed_dim**-0.5)
+    edit.to(device)
+    optimizer = ReftAdamW([edit.R], lr=lr, weight_decay=0.0)
+    batches = math.ceil(len(texts) / batch_size)
+    total = epochs * batches
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    generator = torch.Generator().manual_seed(seed)
+    asking = [p for p in model.parameters() if p.requires_grad]
+    mode = model.training
+    attached = Attached(model, [site])
+    for p in asking:
+        p.requires_grad_(False)
+    model.eval()
+    try:
+        for step in range(total):
+            if step % batches == 0:
+                order = torch.randperm(len(texts), generator=generator).tolist()
+            own = order[step % batches * batch_size : (step % batches + 1) * batch_size]
+            batch = padded([texts[i] for i in own], device)
+            tokens = batch["attention_mask"].bool()
+            tokens[:, :first] = False
+            wanted = torch.full_like(batch["input_ids"], -100)
+            for row, i in enumerate(own):
+                wanted[row, : len(labels[i])] = torch.as_tensor(labels[i], device=device)
+
+            def change(_site: Site, _plan: Plan, hidden: Tensor, tokens: Tensor = tokens) -> Tensor:
+                return edit.change(hidden, tokens)
+
+            attached.act = {site: change}
+            with torch.enable_grad():
+                loss: Any = model(**batch, labels=wanted, use_cache=False).loss
+                assert edit.rest is not None  # the site has been run
+                loss = loss + step / total * sparsity * edit.rest
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_([edit.R], CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if log is not None:
+                log(step, float(loss.detach()))
+    finally:
+        attached.remove()
+        model.train(mode)
+        for p in asking:
+            p.requires_grad_(True)
+    made = Direction(edit.R[0], layer, first=first, method="reft_r1")
+    learnt = [text for text, own in zip(texts, labels, strict=True) if any(int(i) != -100 for i in own)]
+    made.largest = max(float(made.scores(model, learnt).max()), 1e-6)
+    return made

@@ -1,0 +1,223 @@
+"""Directions of a concept: found by three methods, told apart in texts, added to states, written into files."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+
+from fastreft import ReftConfig, get_reft_model
+from fastreft.concepts import (
+    Direction,
+    auroc,
+    diff_mean,
+    linear_probe,
+    load_gguf,
+    reft_r1,
+    save_gguf,
+    states,
+    vectors_of,
+)
+
+LAYER = 1
+CONCEPT = 7  # a token that texts with the concept are full of
+
+
+def texts(n: int, with_it: bool, seed: int = 0) -> list[list[int]]:
+    """Random texts of odd lengths, with the concept's token in them, or without."""
+    generator = torch.Generator().manual_seed(seed + with_it)
+    found = []
+    for i in range(n):
+        text = torch.randint(10, tiny.VOCAB, (5 + i % 4,), generator=generator)
+        if with_it:
+            text[2::2] = CONCEPT
+        found.append(text.tolist())
+    return found
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.make("llama")
+
+
+def test_states_are_the_layers_outputs_whatever_the_padding(model):
+    some = texts(5, True)
+    model.train()
+    found = list(states(model, LAYER, some, batch_size=2))
+    assert model.training
+    model.eval()
+    for own, text in zip(found, some, strict=True):
+        with torch.no_grad():
+            wanted = model(torch.tensor([text]), output_hidden_states=True).hidden_states[LAYER + 1][0, 1:]
+        torch.testing.assert_close(own, wanted)
+
+
+def test_the_difference_of_means(model):
+    a, b = texts(6, True), texts(6, False)
+    made = diff_mean(model, LAYER, a, b)
+    rows = [torch.cat(list(states(model, LAYER, side))) for side in (a, b)]
+    apart = rows[0].mean(0) - rows[1].mean(0)
+    torch.testing.assert_close(made.vector, apart / apart.norm())
+    assert made.largest == pytest.approx(float((rows[0] @ made.vector).max()), rel=1e-5)
+
+
+def test_a_probe_is_at_the_bottom_of_its_loss(model):
+    a, b = texts(8, True), texts(8, False)
+    made = linear_probe(model, LAYER, a, b)
+    rows = [torch.cat(list(states(model, LAYER, side))) for side in (a, b)]
+    scale = torch.cat(rows).norm(dim=1).mean()
+    wanted = torch.cat([torch.ones(len(rows[0])), torch.zeros(len(rows[1]))])
+
+    def loss(length):
+        logits = length * (torch.cat(rows) @ made.vector + made.bias) / scale
+        return float(F.binary_cross_entropy_with_logits(logits, wanted) + 1e-3 * length**2)
+
+    best = min((loss(n / 10), n / 10) for n in range(1, 400))
+    assert best[0] < 0.6 * math.log(2)
+    assert 0.5 < best[1] < 39
+
+
+@pytest.mark.parametrize("find", [diff_mean, linear_probe])
+def test_they_tell_texts_with_it_from_texts_without(model, find):
+    made = find(model, 0, texts(40, True), texts(40, False))
+    new = [made.scores(model, texts(40, with_it, seed=400)) for with_it in (True, False)]
+    assert auroc(*new) > 0.9
+    assert auroc(new[1], new[0]) == pytest.approx(1 - auroc(*new))
+
+
+def test_auroc_counts_pairs():
+    assert auroc([2.0, 1.0], [1.0, 0.0]) == (1 + 1 + 0.5 + 1) / 4
+    with pytest.raises(ValueError, match="0 scores with the concept and 1 without"):
+        auroc([], [1.0])
+
+
+def test_reft_r1_is_the_papers_formula(model):
+    """One step from the start: its gradient is that of the formula written out on a hook."""
+    some = texts(3, True)
+    labels = [[-100] * 3 + text[3:] for text in some]
+    w = torch.full((tiny.WIDTH,), tiny.WIDTH**-0.5, requires_grad=True)
+    length = max(map(len, some))
+    ids = torch.tensor([text + [0] * (length - len(text)) for text in some])
+    shown = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in some])
+    wanted = torch.tensor([own + [-100] * (length - len(own)) for own in labels])
+    tokens = shown.bool()
+    tokens[:, 0] = False
+
+    def change(_module, _args, output):
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        latents = torch.relu(hidden @ w) * tokens
+        hidden = hidden + tokens[..., None] * latents.topk(2, dim=1).values.mean(1)[:, None, None] * w
+        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+    handle = tiny.blocks(model)[LAYER].register_forward_hook(change)
+    loss = model(ids, attention_mask=shown, labels=wanted).loss
+    handle.remove()
+    (gradient,) = torch.autograd.grad(loss, w)
+    said = []
+    made = reft_r1(
+        model, LAYER, some, labels, topk=2, epochs=1, batch_size=3, lr=1e-4, log=lambda i, x: said.append((i, x))
+    )
+    assert said == [(0, pytest.approx(float(loss)))]
+    tangent = gradient - (gradient @ w) * w
+    moved = (made.vector - w).detach()  # Adam's first step: against the gradient's sign, along the sphere
+    assert F.cosine_similarity(moved, -tangent.sign(), dim=0) > 0.95
+    assert made.vector.norm() == pytest.approx(1, abs=1e-6)
+
+
+def test_reft_r1_learns_and_is_the_same_each_time(model):
+    some = texts(12, True)
+    labels = [[-100] * 2 + text[2:] for text in some]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    losses = []
+    made = [
+        reft_r1(model, LAYER, some, labels, epochs=15, batch_size=4, lr=0.05, log=lambda _, x: losses.append(x))
+        for _ in range(2)
+    ]
+    assert torch.equal(made[0].vector, made[1].vector)
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.15
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
+
+
+def test_a_direction_becomes_an_adapter_and_a_file(model, tmp_path):
+    made = diff_mean(model, LAYER, texts(4, True), texts(4, False))
+    made.save(tmp_path / "concept.safetensors")
+    read = Direction.load(tmp_path / "concept.safetensors")
+    assert torch.equal(read.vector, made.vector)
+    assert (read.layer, read.bias, read.first, read.largest, read.method) == (LAYER, 0.0, 1, made.largest, "diff_mean")
+    base = tiny.make("llama")
+    batch = tiny.batch("right")
+
+    def change(_module, _args, output):
+        return output + 0.5 * made.largest * made.vector
+
+    with torch.no_grad():
+        bare = base(**batch).logits
+        handle = tiny.blocks(base)[LAYER].register_forward_hook(change)
+        wanted = base(**batch).logits
+        handle.remove()
+        steered = made.adapter(base, 0.5).eval()
+        shown = batch["attention_mask"].bool()
+        torch.testing.assert_close(steered(**batch).logits[shown], wanted[shown])
+        with steered.reft(scale=0.0):
+            assert torch.equal(steered(**batch).logits, bare)
+    steered.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(tiny.make("llama"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, steered(**batch).logits)
+
+
+def test_control_vectors_there_and_back(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="there is no gguf here")
+    model = get_reft_model(
+        tiny.make("llama"),
+        ReftConfig(
+            task_type="CAUSAL_LM", intervention_type="lobireft", layers_to_transform=[1, 2], positions="all",
+            init_weights="random",
+        ),
+    ).eval()  # fmt: skip
+    vectors = vectors_of(model)
+    save_gguf(tmp_path / "v.gguf", vectors, "llama")
+    reader = gguf.GGUFReader(tmp_path / "v.gguf")
+    assert {tensor.name for tensor in reader.tensors} == {"direction.1", "direction.2"}
+    assert bytes(reader.get_field("controlvector.model_hint").parts[-1]) == b"llama"
+    assert bytes(reader.get_field("general.architecture").parts[-1]) == b"controlvector"
+    assert int(reader.get_field("controlvector.layer_count").parts[-1][0]) == 2
+    loaded = load_gguf(tmp_path / "v.gguf", tiny.make("llama")).eval()
+    batch = tiny.batch()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+    with pytest.raises(ValueError, match=r"of the layers \[0\]; a control vector has one layer at least, from 1 on"):
+        save_gguf(tmp_path / "v.gguf", {0: torch.ones(4)}, "llama")
+    assert vectors_of(loaded).keys() == {1, 2}
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF and nothing else")
+    base = tiny.make("llama")
+    for path, said in (
+        (tmp_path / "bad.gguf", "is no GGUF file"),
+        (tmp_path / "wide.gguf", "the model's hidden size is 32"),
+    ):
+        if path.name == "wide.gguf":
+            save_gguf(path, {1: torch.ones(8)}, "llama")
+        with pytest.raises(ValueError, match=said):
+            load_gguf(path, base)
+    assert not any("reft" in name for name, _ in base.named_modules())
+
+
+@pytest.mark.parametrize(
+    ("do", "said"),
+    [
+        (lambda m: diff_mean(m, 9, [[1, 2]], [[1, 2]]), "layer is 9"),
+        (lambda m: diff_mean(m, 0, [[1]], [[1, 2]]), "with_it holds no text of more than 1 tokens"),
+        (lambda m: list(states(m, 0, [[1, 2], []])), r"texts\[0\] is \(0,\); a text is its token ids"),
+        (lambda m: reft_r1(m, 0, [[1, 2]], [[1]]), "each text with a label a token"),
+        (lambda m: Direction(torch.zeros(4), 0), "of length 0.0; it must be"),
+        (lambda m: vectors_of(get_reft_model(tiny.make("llama"), ReftConfig())), "is no single vector"),
+        (lambda m: Direction.load(__file__), "is no file of a direction"),
+    ],
+)
+def test_refusals(model, do, said):
+    with pytest.raises(ValueError, match=said):
+        do(model)
