@@ -1,6 +1,6 @@
 """Concept detection as AxBench has it: whose direction tells texts with a concept from texts without? AUROC, by method.
 
-    python benchmarks/bench_concepts.py --data AXBENCH --model FOLDER [--layer L] [--concepts 10] [--methods diff_mean ...] [--save]
+    python benchmarks/bench_concepts.py --data AXBENCH --model FOLDER [--layer L] [--concepts 10] [--methods M ...] [--save]
 
 AXBENCH holds metadata.jsonl, train_data.parquet and latent_eval_data.parquet of concept10 (stanfordnlp/axbench). A concept
 has 72 texts with it to learn from, and its genre's without it; 36 with and 36 without it to score, and some hard negatives,

@@ -38,16 +38,16 @@ __global__ void __launch_bounds__(kPooledThreads, 2) pooled_kernel(const PooledA
   for (int k0 = 0; k0 < projections; k0 += K) {
     C sum[K] = {};
     for (int j = thread * V; j < d; j += kPooledThreads * V) {
-      C x[V];
-      load_pack<T, V>(state, j, x);
+      // All that a turn reads is on its way before any of it is looked at.
+      const Pack<T, V> x = *reinterpret_cast<const Pack<T, V>*>(state + j);
+      C w[K][V] = {};
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        if (k0 + k >= projections) continue;
-        C w[V];
-        load_weight<V>(p.pool.A, (first + k0 + k) * p.d + j, w);
+      for (int k = 0; k < K; ++k)
+        if (k0 + k < projections) load_weight<V>(p.pool.A, (first + k0 + k) * p.d + j, w[k]);
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum[k] += x[v] * w[v];
-      }
+      for (int k = 0; k < K; ++k)
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[k] += static_cast<C>(to_float(x.x[v])) * w[k][v];
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -74,14 +74,20 @@ __global__ void __launch_bounds__(kPooledThreads, 2) pooled_kernel(const PooledA
   __syncthreads();
 
   for (int j = thread * V; j < d; j += kPooledThreads * V) {
-    C sum[V] = {};
-    for (int k = 0; k < r; ++k) {
-      C w[V];
-      load_weight<V>(p.pool.U, (first + k) * p.d + j, w);
-#pragma unroll
-      for (int v = 0; v < V; ++v) sum[v] += z[k] * w[v];
-    }
     const Pack<T, V> x = *reinterpret_cast<const Pack<T, V>*>(state + j);
+    C sum[V] = {};
+    for (int k0 = 0; k0 < r; k0 += K) {
+      C w[K][V] = {};
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (k0 + k < r) load_weight<V>(p.pool.U, (first + k0 + k) * p.d + j, w[k]);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (k0 + k >= r) continue;
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += z[k0 + k] * w[k][v];
+      }
+    }
     Pack<T, V> y;
 #pragma unroll
     for (int v = 0; v < V; ++v) y.x[v] = rounded<T>(static_cast<C>(to_float(x.x[v])) + sum[v]);

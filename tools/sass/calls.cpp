@@ -1,5 +1,6 @@
-// Which kernels an edit, its backward or an optimizer step launches on a device, and with which arguments: the host
-// code of csrc/cuda itself is run, with a launch that writes down what it was given. A line a launch:
+// Which kernels an edit, its backward, one with a pool or an optimizer step launches on a device, and with which
+// arguments: the host code of csrc/cuda itself is run, with a launch that writes down what it was given. A line a
+// launch:
 //     <the recorder's signature, which names the kernel> | grid x y z threads cluster shared |
 //     rows bytes tiles groups pieces | <the arguments' bytes, hex>
 // where a tile is `rows` rows and moves `bytes` bytes between a CTA and global memory, and `groups` clusters or CTAs
@@ -62,11 +63,11 @@ int recorded(const Grid& grid, void*, const First& first, const Args&... args) {
 }
 
 // A made-up address, 4 GB from the one before it.
+uint64_t last_place = 0x7f0000000000;
 template <typename T = void>
 T* somewhere() {
-  static uint64_t next = 0x7f0000000000;
-  next += uint64_t{1} << 32;
-  return reinterpret_cast<T*>(next);
+  last_place += uint64_t{1} << 32;
+  return reinterpret_cast<T*>(last_place);
 }
 
 }  // namespace
@@ -100,7 +101,11 @@ int main(int count, char** words) {
   const int64_t n = next(), total = next(), d = next(), r = next();  // a step: n items of r x d
   const bool listed = next(), kept = next(), dh = next();
   const int64_t* index = listed ? somewhere<int64_t>() : nullptr;
-  printf("index %llu\n", reinterpret_cast<unsigned long long>(index));
+  const bool pooled = what == "pooled";
+  const int64_t* adapter = pooled ? somewhere<int64_t>() : nullptr;
+  const int32_t* table = pooled ? somewhere<int32_t>() : nullptr;
+  const auto place = [](const void* at) { return reinterpret_cast<unsigned long long>(at); };
+  printf("index %llu %llu %llu\n", place(index), place(adapter), place(table));
   const Weight U{somewhere()}, V{somewhere()}, b{somewhere()};
   const Rows state{somewhere(), 1, d, 0}, other{somewhere(), 1, d, 0}, saved{somewhere(), 1, d, 0};
   const auto fill = [&](auto& args) {
@@ -136,6 +141,24 @@ int main(int count, char** words) {
     args.db = somewhere();
     args.scratch = somewhere();
     return edit_backward_cuda(args);
+  }
+  if (pooled) {
+    PooledArgs args;
+    args.n = n;
+    args.total = total;
+    args.d = d;
+    args.type = DType::bf16;
+    args.h = state;
+    args.index = index;
+    args.adapter = adapter;
+    args.pool.A = V;
+    args.pool.U = U;
+    args.pool.b = b;
+    args.pool.table = table;
+    args.pool.adapters = 1024;  // of one rank
+    args.pool.vectors = args.pool.adapters * r;
+    args.most_r = r;
+    return edit_pooled_cuda(args);
   }
   // As ReftAdamW steps: all rotations in one call, all other parameters in another.
   std::vector<StepItem> rotations, others;

@@ -34,9 +34,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Call:
-    """An edit of n of `total` rows of d, or its backward, or a step of n interventions of r x d; LoReFT, fp32 masters."""
+    """An edit of n of `total` rows of d, or its backward, or with a pool, or a step of n interventions of r x d; LoReFT, fp32
+    masters."""
 
-    what: str  # forward, backward or step
+    what: str  # forward, backward, pooled or step
     n: int
     d: int
     r: int
@@ -67,6 +68,9 @@ class Launch:
     tiles: Tiles
     bytes: bytes = field(repr=False)  # of the arguments, as the kernel finds them
     index: int = 0  # where the list of rows lies; 0: there is none
+    adapter: int = 0  # the same of the rows' adapters
+    table: int = 0  # and of their table, each line of which is of rank
+    r: int = 0
 
 
 def build(folder: Path) -> Path:
@@ -111,7 +115,8 @@ def launches(program: Path, call: Call, device: Device) -> list[Launch]:
                 shared,
                 Tiles(*(int(word) for word in match[3].split())),
                 bytes.fromhex(match[4]),
-                int(first.split()[1]),
+                *(int(word) for word in first.split()[1:]),
+                call.r,
             )
         )
     return found

@@ -39,8 +39,15 @@ class Costs:
     whole: Trace  # a walk of the first warp's, a few tiles long
 
 
+def within(place: Value, start: int) -> Value:
+    """Which addresses are in the 4 GB that begin there."""
+    return (place >= start) & (place < start + (1 << 32))
+
+
 def memory_of(launch: Launch) -> Callable[[Instruction, Value, int], Value]:
-    """What a launch finds in memory as far as its way depends on it: distinct rows in the list, and ones."""
+    """What a launch finds in memory as far as its way depends on it: distinct rows in the list, an adapter a row, their
+    table (of linear edits), and ones."""
+    line = np.array([0, launch.r, 0, 1])  # first vector, rank, activation, form
     one = from_double(np.ones(32))
 
     def read(x: Instruction, place: Value, further: int) -> Value:
@@ -50,11 +57,17 @@ def memory_of(launch: Launch) -> Callable[[Instruction, Value, int], Value]:
             other = one[further % 2]
         else:
             other = from_float(np.ones(32))
+        if launch.table:
+            at = (place - launch.table) // 4 + further
+            other = np.where(
+                within(place, launch.table), np.where(at % 4 == 0, at // 4 * launch.r, line[at % 4]), other
+            )
+            number = (place - launch.adapter) // 8 if further % 2 == 0 else 0
+            other = np.where(within(place, launch.adapter), number, other)
         if not launch.index:
             return other
-        listed = (place >= launch.index) & (place < launch.index + (1 << 32))
         row = (place - launch.index) // 8 * 7
-        return np.where(listed, row if further % 2 == 0 else 0, other)
+        return np.where(within(place, launch.index), row if further % 2 == 0 else 0, other)
 
     return read
 
