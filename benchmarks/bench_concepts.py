@@ -4,8 +4,8 @@
 
 AXBENCH holds metadata.jsonl, train_data.parquet and latent_eval_data.parquet of concept10 (stanfordnlp/axbench). A concept
 has 72 texts with it to learn from, and its genre's without it; 36 with and 36 without it to score, and some hard negatives,
-which are of another, near concept. A text is a chat of the model's, and what every chat begins with is left out. The score
-of a text is its largest latent.
+which are of another, near concept. A text is a chat of the model's, without what every chat begins and ends with. The score of a
+text is its largest latent.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ METHODS = ("diff_mean", "linear_probe", "reft_r1")
 SCORED = ("positive", "negative", "hard negative")
 
 
-def ids_of(tokenizer: Any, row: dict[str, Any]) -> tuple[list[int], int]:
-    """A text as the model's chat, and where its answer begins."""
+def ids_of(tokenizer: Any, row: dict[str, Any], last: int = 0) -> tuple[list[int], int]:
+    """A text as the model's chat, without so many of its ``last`` tokens, and where its answer begins."""
     asked = [{"role": "user", "content": row["input"]}]
     whole = [*asked, {"role": "assistant", "content": row["output"]}]
     ids = tokenizer.apply_chat_template(whole, return_dict=False)
-    return ids, len(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
+    return ids[: len(ids) - last], len(
+        tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    )
 
 
 def in_common(texts: list[list[int]]) -> int:
@@ -60,17 +62,19 @@ def main() -> None:
         name: list(load_dataset("parquet", data_files=str(chosen.data / f"{name}.parquet"), split="train"))
         for name in ("train_data", "latent_eval_data")
     }
-    first = in_common([ids_of(tokenizer, row)[0] for row in tables["train_data"][:50]])
+    some = [ids_of(tokenizer, row)[0] for row in tables["train_data"][:50]]
+    first, last = in_common(some), in_common([ids[::-1] for ids in some])
+    chat_of = {id(row): ids_of(tokenizer, row, last) for rows in tables.values() for row in rows}
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in chosen.methods}
     for concept in about:
         number, name = concept["concept_id"], concept["concept"]
         genre = concept["concept_genres_map"][name][0]
         train = tables["train_data"]
-        with_it = [ids_of(tokenizer, row) for row in train if row["concept_id"] == number]
-        without = [ids_of(tokenizer, row) for row in train if row["concept_id"] < 0 and row["concept_genre"] == genre]
+        with_it = [chat_of[id(row)] for row in train if row["concept_id"] == number]
+        without = [chat_of[id(row)] for row in train if row["concept_id"] < 0 and row["concept_genre"] == genre]
         scored = {
             category: [
-                ids_of(tokenizer, row)[0]
+                chat_of[id(row)][0]
                 for row in tables["latent_eval_data"]
                 if row["concept_id"] == number and row["category"] == category
             ]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         NodireftIntervention,
         NoreftIntervention,
     )
-    from .kinds import BiasIntervention, RedIntervention, TorchIntervention, register_intervention
+    from .kinds import BiasIntervention, CsreftIntervention, RedIntervention, TorchIntervention, register_intervention
     from .optim import ReftAdamW, attach_retraction, param_groups, retract_model_
     from .optim.zero import ZeroRetraction
     from .tuner.config import ReftConfig
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BiasIntervention",
     "ConsreftIntervention",
+    "CsreftIntervention",
     "DireftIntervention",
     "LobireftIntervention",
     "LoreftIntervention",
@@ -52,6 +53,7 @@ __all__ = [
 
 _ROOMS = {  # name -> the module that has it; interventions for all others
     "BiasIntervention": "kinds",
+    "CsreftIntervention": "kinds",
     "RedIntervention": "kinds",
     "ReftAdamW": "optim",
     "ReftConfig": "tuner.config",

@@ -56,6 +56,7 @@ class Intervention(nn.Module):
     orthonormal = True  # is there an R to keep orthonormal?
     method = ""  # the edit's name in a configuration
     scale = 1.0  # h + scale (edit(h) - h) in place of edit(h); of a run, and saved nowhere
+    chosen = True  # do samples say which groups of rows edit them?
     by_rows = False  # has some sample been edited with some of R's rows alone?
     partition: groups.Groups = ()  # the groups of rows that a call's ``subspaces`` count, where there are some
 

@@ -142,7 +142,7 @@ class ReftSettings:
         elif isinstance(given, (list, tuple)):
             given = [_integers(rows) for rows in given]
         self.subspaces = given
-        if self.groups() and self.intervention_type in LATER:
+        if self.groups() and self.intervention_type in ("bias", "red"):
             raise ValueError(f"subspaces are groups of R's rows, and {self.intervention_type} has none; leave them out")
 
     def groups(self) -> Groups:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..causal.sites import Attached, Site
 from ..interventions import Intervention
 from ..models.blocks import hidden_size
 from ..optim import ReftAdamW
-from ..plan.forward import Plan
 from .direction import Direction
 from .states import Text, padded, site_of
+from .training import batches, edited, falling, made_by, steps_in
 
 CLIP = 1.0  # of the gradient's norm, as AxBench has it
 
@@ -70,53 +69,33 @@ def reft_r1(
     if len(texts) != len(labels) or any(len(t) != len(own) for t, own in zip(texts, labels, strict=False)) or not texts:
         raise ValueError("texts and labels must be as many, one at least, each text with a label a token")
     device = next(model.parameters()).device
-    edit = ReftR1(hidden_size(model, site.name), topk)
+    edit = made_by(seed, ReftR1, hidden_size(model, site.name), topk)
     with torch.no_grad():
         edit.R.fill_(edit.embed_dim**-0.5)
     edit.to(device)
     optimizer = ReftAdamW([edit.R], lr=lr, weight_decay=0.0)
-    batches = math.ceil(len(texts) / batch_size)
-    total = epochs * batches
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
-    generator = torch.Generator().manual_seed(seed)
-    asking = [p for p in model.parameters() if p.requires_grad]
-    mode = model.training
-    attached = Attached(model, [site])
-    for p in asking:
-        p.requires_grad_(False)
-    model.eval()
-    try:
-        for step in range(total):
-            if step % batches == 0:
-                order = torch.randperm(len(texts), generator=generator).tolist()
-            own = order[step % batches * batch_size : (step % batches + 1) * batch_size]
+    total = steps_in(len(texts), batch_size, epochs)
+    schedule = falling(optimizer, total)
+    order = batches(len(texts), batch_size, epochs, torch.Generator().manual_seed(seed))
+    with edited(model, site) as place, torch.enable_grad():
+        for step, own in enumerate(order):
             batch = padded([texts[i] for i in own], device)
             tokens = batch["attention_mask"].bool()
             tokens[:, :first] = False
             wanted = torch.full_like(batch["input_ids"], -100)
             for row, i in enumerate(own):
                 wanted[row, : len(labels[i])] = torch.as_tensor(labels[i], device=device)
-
-            def change(_site: Site, _plan: Plan, hidden: Tensor, tokens: Tensor = tokens) -> Tensor:
-                return edit.change(hidden, tokens)
-
-            attached.act = {site: change}
-            with torch.enable_grad():
-                loss: Any = model(**batch, labels=wanted, use_cache=False).loss
-                assert edit.rest is not None  # the site has been run
-                loss = loss + step / total * sparsity * edit.rest
-                loss.backward()
+            place.change = partial(edit.change, tokens=tokens)
+            loss: Any = model(**batch, labels=wanted, use_cache=False).loss
+            assert edit.rest is not None  # the site has been run
+            loss = loss + step / total * sparsity * edit.rest
+            loss.backward()
             torch.nn.utils.clip_grad_norm_([edit.R], CLIP)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             if log is not None:
                 log(step, float(loss.detach()))
-    finally:
-        attached.remove()
-        model.train(mode)
-        for p in asking:
-            p.requires_grad_(True)
     made = Direction(edit.R[0], layer, first=first, method="reft_r1")
     learnt = [text for text, own in zip(texts, labels, strict=True) if any(int(i) != -100 for i in own)]
     made.largest = max(float(made.scores(model, learnt).max()), 1e-6)

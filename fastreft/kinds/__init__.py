@@ -20,12 +20,21 @@ from typing import TypeVar
 from ..interventions import INTERVENTIONS, Intervention
 from ..ops import names
 from .bias import BiasIntervention
+from .csreft import CsreftIntervention
 from .formula import TorchIntervention
 from .red import RedIntervention
 
-__all__ = ["KINDS", "BiasIntervention", "RedIntervention", "TorchIntervention", "register_intervention"]
+__all__ = [
+    "KINDS",
+    "BiasIntervention",
+    "CsreftIntervention",
+    "RedIntervention",
+    "TorchIntervention",
+    "register_intervention",
+]
 
-KINDS: dict[str, type[Intervention]] = {**INTERVENTIONS, "bias": BiasIntervention, "red": RedIntervention}
+_LATER = (BiasIntervention, RedIntervention, CsreftIntervention)
+KINDS: dict[str, type[Intervention]] = {**INTERVENTIONS, **{made.method: made for made in _LATER}}
 
 Made = TypeVar("Made", bound=type[Intervention])
 

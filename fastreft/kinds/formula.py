@@ -26,6 +26,7 @@ class TorchIntervention(Intervention):
 
     orthonormal = False
     pooled = False
+    chosen = False
 
     def __init__(self, embed_dim: int, low_rank_dimension: int = 1, **settings: Any):
         super().__init__(embed_dim, low_rank_dimension, **settings)

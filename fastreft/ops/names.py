@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 METHODS = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
-LATER = ("bias", "red")  # methods since the paper, in fastreft/kinds; each starts by changing nothing
+LATER = ("bias", "red", "csreft")  # methods since the paper, in fastreft/kinds; each starts by changing nothing
 OWN: dict[str, bool] = {}  # those of a user's, by fastreft.register_intervention, and whether they start so
 STARTS = ("identity", "random")
 

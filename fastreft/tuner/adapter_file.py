@@ -68,7 +68,11 @@ def by_number(name: str) -> list[tuple[int, str]]:
 def made(config: Any, width: int) -> Intervention:
     """An intervention of a configuration."""
     return KINDS[config.intervention_type](
-        embed_dim=width, low_rank_dimension=config.r, act_fn=config.act_fn, add_bias=config.add_bias
+        embed_dim=width,
+        low_rank_dimension=config.r,
+        act_fn=config.act_fn,
+        add_bias=config.add_bias,
+        groups=config.groups(),
     )
 
 

@@ -79,16 +79,18 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 act_fn=config.act_fn,
                 add_bias=config.add_bias,
                 init_weights=config.start(),
+                groups=config.groups(),
             )
             for _ in positions.shares(config.tied)
         ]
+        groups = config.groups() if made[0].chosen else ()
         for intervention in made:
-            intervention.partition = config.groups()
+            intervention.partition = groups
         held = [nn.ModuleList(made)] if config.tied == "position" else made
         for group, item in zip(_GROUPS, held, strict=False):
             getattr(self, group)[adapter_name] = item
         at_input = config.component == "block_input"
-        self.specs[adapter_name] = Spec(positions, config.tied, at_input, config.groups())
+        self.specs[adapter_name] = Spec(positions, config.tied, at_input, groups)
         if at_input not in self._hooks:
             edit = _edit_input if at_input else _edit_output
             look = self.fresh and not blocks.makes_its_output(self._block[0])

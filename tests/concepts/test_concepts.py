@@ -18,10 +18,12 @@ from fastreft.concepts import (
     linear_probe,
     load_gguf,
     reft_r1,
+    reps,
     save_gguf,
     states,
     vectors_of,
 )
+from fastreft.concepts.reps import SteeredVector, preference_loss
 
 LAYER = 1
 CONCEPT = 7  # a token that texts with the concept are full of
@@ -142,6 +144,49 @@ def test_reft_r1_learns_and_is_the_same_each_time(model):
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
 
 
+def test_reps_loss_is_the_papers():
+    """Of one pair by hand: an answer that the model would not give counts by how much less likely it is."""
+    chosen, rejected, lengths = torch.tensor([-12.0]), torch.tensor([-6.0]), [torch.tensor([4]), torch.tensor([3])]
+    for reference, beta in (([-20.0, -5.0], 15.0), ([-5.0, -20.0], 1.0)):
+        margin = beta * -12.0 / 4 - -6.0 / 3
+        got = preference_loss(chosen, rejected, lengths, [torch.tensor([r]) for r in reference])
+        assert float(got) == pytest.approx(-math.log(1 / (1 + math.exp(-margin))))
+
+
+def test_reps_edits_by_the_papers_formulas(model):
+    edit = SteeredVector(tiny.WIDTH, 1, dtype=torch.float64)
+    edit.c.data.fill_(0.3)
+    h = torch.randn(2, 4, tiny.WIDTH, dtype=torch.float64)
+    tokens = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0]]).bool()
+    added, nulled = edit.change(h, tokens, 2.0), edit.change(h, tokens, 0.0)
+    torch.testing.assert_close(added[tokens], (h + 2.3 * edit.v)[tokens])
+    along = torch.relu(h @ edit.v + 0.3)[..., None] * edit.v / edit.v.norm() ** 2
+    torch.testing.assert_close(nulled[tokens], (h - along)[tokens])
+    for changed in (added, nulled):
+        assert torch.equal(changed[~tokens], h[~tokens])
+
+
+def test_reps_prefers_the_concept_when_added_and_not_when_nulled(model):
+    prompts = [[11 + i, 20, 30] for i in range(6)]
+    with_it = [[CONCEPT] * 4 for _ in prompts]
+    without = [[40 + i, 41, 42, 43 + i] for i in range(6)]
+    losses = []
+    made = [
+        reps(model, LAYER, prompts, with_it, without, epochs=12, batch_size=3, factors=(2, 4), lr=0.05,
+             log=lambda _, x: losses.append(x))
+        for _ in range(2)
+    ]  # fmt: skip
+    assert torch.equal(made[0].vector, made[1].vector)
+    assert made[0].method == "reps"
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    steered = made[0].adapter(tiny.make("llama"), 4.0).eval()
+    ids = torch.tensor(prompts)
+    with torch.no_grad():
+        after = steered(ids).logits[:, -1].log_softmax(-1)[:, CONCEPT]
+        before = model(ids).logits[:, -1].log_softmax(-1)[:, CONCEPT]
+    assert (after - before).mean() > 1
+
+
 def test_a_direction_becomes_an_adapter_and_a_file(model, tmp_path):
     made = diff_mean(model, LAYER, texts(4, True), texts(4, False))
     made.save(tmp_path / "concept.safetensors")
@@ -213,6 +258,8 @@ def test_control_vectors_there_and_back(tmp_path):
         (lambda m: diff_mean(m, 0, [[1]], [[1, 2]]), "with_it holds no text of more than 1 tokens"),
         (lambda m: list(states(m, 0, [[1, 2], []])), r"texts\[0\] is \(0,\); a text is its token ids"),
         (lambda m: reft_r1(m, 0, [[1, 2]], [[1]]), "each text with a label a token"),
+        (lambda m: reps(m, 0, [[1]], [[2]], []), "must be as many, one at least"),
+        (lambda m: reps(m, 0, [[1]], [[2]], [[3]], factors=(0,)), r"factors is \[0\]"),
         (lambda m: Direction(torch.zeros(4), 0), "of length 0.0; it must be"),
         (lambda m: vectors_of(get_reft_model(tiny.make("llama"), ReftConfig())), "is no single vector"),
         (lambda m: Direction.load(__file__), "is no file of a direction"),

@@ -18,10 +18,18 @@ from fastreft.serving import adapter
 D = 12
 WIDTH = tiny.WIDTH
 
+
+def gates(p, h):
+    """Of csreft with groups [0, 1] and [2], a gate a row."""
+    hidden = torch.relu(h / h.norm(dim=-1, keepdim=True) @ p["F"].T + p["f"])
+    return torch.sigmoid(hidden @ p["G"].T + p["e"])[..., [0, 0, 1]]
+
+
 # By hand, from their papers: what each makes of rows h, of parameters by name.
 FORMULAS = {
     "bias": lambda p, h: h + p["v"],
     "red": lambda p, h: p["s"] * h + p["v"],
+    "csreft": lambda p, h: h + (gates(p, h) * (h @ (p["W"] - p["R"]).T + p["b"])) @ p["R"],
     "halfway": lambda p, h: h + torch.tanh(h @ p["A"].T) @ p["A"],
     "turned": lambda p, h: h + (h @ p["W"].T) @ p["R"],
 }
@@ -103,10 +111,10 @@ def test_gradients_are_those_of_the_formula(kind):
         torch.testing.assert_close(own, right)
 
 
-@pytest.mark.parametrize("kind", ["bias", "red"])
+@pytest.mark.parametrize("kind", ["bias", "red", "csreft"])
 def test_the_start_changes_no_bit(kind):
     h = torch.randn(3, D).bfloat16()
-    assert torch.equal(KINDS[kind](embed_dim=D, low_rank_dimension=4)(h), h)
+    assert torch.equal(KINDS[kind](embed_dim=D, low_rank_dimension=4, init_weights="identity")(h), h)
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
@@ -161,7 +169,7 @@ def test_trained_saved_loaded_mixed_and_steered(kind, tmp_path):
 def test_a_pool_takes_what_the_kernels_know_and_refuses_the_rest(kind, tmp_path):
     model = moved(get_reft_model(tiny.make("llama"), ReftConfig(intervention_type=kind, r=3, init_weights="random")))
     model.save_pretrained(tmp_path)
-    if kind in ("red", "halfway"):
+    if kind in ("red", "halfway", "csreft"):
         with pytest.raises(ValueError, match=f"is a {kind}, a formula in torch that no kernel knows"):
             adapter.read(tmp_path, tiny.LAYERS, WIDTH)
     else:
@@ -189,6 +197,19 @@ def test_orthonormal_rows_of_ones_own_stay_so():
     optimizer.step()
     R = model.get_base_model().model.layers[0].reft.reft_edit["default"].R.detach()
     torch.testing.assert_close(R @ R.T, torch.eye(3))
+
+
+def test_csreft_routes_by_the_groups_of_its_configuration():
+    config = ReftConfig(intervention_type="csreft", r=5, subspaces={"a": [0, 4], "b": [1]}, positions="all")
+    model = get_reft_model(tiny.make("llama"), config)
+    edit = model.get_base_model().model.layers[0].reft.reft_edit["default"]
+    assert edit.group_of.tolist() == [0, 1, 2, 2, 0]  # 2: of none
+    assert edit.G.shape == (2, 16)
+    model(**tiny.batch()).logits.square().sum().backward()  # no choice is asked for
+    assert edit.b.grad[[0, 1, 4]].abs().min() > 0
+    assert edit.b.grad[[2, 3]].abs().max() == 0
+    with pytest.raises(ValueError, match="of the edits that have one; csreft edits whole"):
+        model(**tiny.batch(), subspaces=[[0], [0], [0]])
 
 
 def odd(**methods):
