@@ -4,7 +4,7 @@
 
 AXBENCH holds metadata.jsonl, train_data.parquet and latent_eval_data.parquet of concept10 (stanfordnlp/axbench). A concept
 has 72 texts with it to learn from, and its genre's without it; 36 with and 36 without it to score, and some hard negatives,
-which are of another, near concept. A text is a chat of the model's, without what every chat begins and ends with. The score of a
+which are of a near concept. A text is a chat of the model's, without what every chat begins and ends with. The score of a
 text is its largest latent.
 """
 
