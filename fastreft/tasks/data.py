@@ -130,11 +130,13 @@ def encode_written(
     chat: bool = False,
     apart: bool = False,
     numbers: Numbers | None = None,
+    completion_tokens: int | None = None,
 ) -> Encoded:
     """What a model learns to write; see :class:`fastreft.tasks.flags.data.DataArguments` for ``too_long``.
 
     ``apart``: for an encoder-decoder, whose prompt is the input and whose completion the labels, each up to ``max_length``.
-    ``numbers``: of the subspaces of a record, which are left out where it is None.
+    ``numbers``: of the subspaces of a record, which are left out where it is None. ``completion_tokens``: of each completion
+    the first so many, and no end.
     """
     rows: list[dict[str, Any]] = []
     cut, dropped, chosen = 0, 0, _subspaces(records, numbers)
@@ -150,10 +152,13 @@ def encode_written(
                 "input_ids": tokenizer(prompt).input_ids,
                 "labels": tokenizer(text_target=completion).input_ids,
             }
-            length = max(map(len, ids.values()))
         else:
             ids = encode(tokenizer, prompt, completion, templated=templated)
-            length = len(ids["input_ids"])
+        if completion_tokens is not None:
+            answer = sum(label != IGNORED for label in ids["labels"])
+            kept = len(ids["labels"]) - max(0, answer - completion_tokens)
+            ids = {name: values if apart and name != "labels" else values[:kept] for name, values in ids.items()}
+        length = max(map(len, ids.values()))
         if length > max_length:
             if too_long == "drop":
                 dropped += 1

@@ -109,9 +109,19 @@ def prepare(run: Settings) -> Prepared:
     def encode(records: Sequence[Record]) -> Encoded:
         limits: dict[str, Any] = {"max_length": length, "too_long": run.data.too_long}
         if data.kind != GENERATE:
+            if run.data.completion_tokens is not None:
+                raise UserError("completion_tokens is of records to write, and these are labelled: leave it out")
             return encode_labelled(records, tokenizer, data.kind, data.labels, **limits)
         apart = bool(config.is_encoder_decoder)
-        return encode_written(records, tokenizer, chat=run.data.chat, apart=apart, numbers=numbers, **limits)
+        return encode_written(
+            records,
+            tokenizer,
+            chat=run.data.chat,
+            apart=apart,
+            numbers=numbers,
+            completion_tokens=run.data.completion_tokens,
+            **limits,
+        )
 
     evaluated = encode(data.evaluated) if data.evaluated else None
     return Prepared(data, config, tokenizer, length, encode(data.train), evaluated)

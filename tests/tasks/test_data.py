@@ -12,6 +12,7 @@ from fastreft.tasks.flags.data import DataArguments
 from fastreft.tasks.models import load_tokenizer
 from fastreft.tasks.read import read_records
 from fastreft.tasks.records import gather
+from fastreft.tasks.sets import Record
 
 MODEL = "embedded"
 RECORD = {"prompt": "The king was sad.", "completion": ' "I am sad," said the king.'}
@@ -74,6 +75,17 @@ def test_long_completions_are_cut_and_counted(tmp_path, tokenizer):
     assert data[0]["labels"][-1] != tokenizer.eos_token_id
     with pytest.raises(UserError, match=r"line 1 of .* leaves no room"):
         load(path, tokenizer, max_length=prompt)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_first_tokens_of_each_completion_alone(tokenizer, apart):
+    records = [Record("Say it.", " The king was old and tired."), Record("Say it.", " No.")]
+    whole = encode_written(records, tokenizer, max_length=64, apart=apart).data
+    short = encode_written(records, tokenizer, max_length=64, apart=apart, completion_tokens=3).data
+    for long, cut in zip(whole, short, strict=True):
+        answer = [label for label in long["labels"] if label != IGNORED]
+        assert [label for label in cut["labels"] if label != IGNORED] == answer[:3]
+        assert cut["input_ids"] == (long["input_ids"] if apart else long["input_ids"][: len(cut["labels"])])
 
 
 def test_messages_go_through_the_chat_template(tmp_path, tokenizer, monkeypatch):

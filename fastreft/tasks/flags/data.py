@@ -79,6 +79,10 @@ class DataArguments:
             "choices": list(TOO_LONG),
         },
     )
+    completion_tokens: int | None = field(
+        default=None,
+        metadata={"help": "learn the first so many tokens of each completion alone, as BREP does with --positions dN"},
+    )
     max_train_records: int | None = field(default=None, metadata={"help": "train on the first so many records alone"})
     max_eval_records: int | None = field(default=None, metadata={"help": "score the first so many records alone"})
     hold_out: int = field(
@@ -100,7 +104,7 @@ class DataArguments:
             )
         if self.too_long not in TOO_LONG:
             raise UserError(f"too_long is {self.too_long!r}; it must be one of {', '.join(TOO_LONG)}")
-        for name in ("max_train_records", "max_eval_records"):
+        for name in ("completion_tokens", "max_train_records", "max_eval_records"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
