@@ -43,6 +43,12 @@ class Adapter(NamedTuple):
         """How many lines of a table it takes."""
         return self.lines.shape[1]
 
+    def scaled(self, scale: float) -> Adapter:
+        """The same at a strength: 1 = as it was trained, 0 = none of it, below 0 the other way; of its own fingerprint."""
+        if scale == 1.0:
+            return self
+        return self._replace(fingerprint=f"{self.fingerprint}@{scale!r}", U=self.U * scale)
+
     @property
     def bytes(self) -> int:
         """Of its weights."""

@@ -70,7 +70,7 @@ class AdapterPool:
         self._vectors, self._lines = Ranges(vectors), Ranges(lines)
         self._names: dict[str, str] = {}
         self._named: Counter[str] = Counter()  # how many names a content has
-        self._folders: dict[str, Path] = {}
+        self._folders: dict[str, tuple[Path, float]] = {}  # and the strength of what was read there
         self._host: OrderedDict[str, Adapter] = OrderedDict()  # by fingerprint, the one used last at the end
         self._host_holds = 0  # bytes
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # likewise
@@ -94,13 +94,13 @@ class AdapterPool:
         with self._lock:
             return self._names[self._known(name)]
 
-    def add(self, name: str, folder: str | Path) -> str:
+    def add(self, name: str, folder: str | Path, scale: float = 1.0) -> str:
         """Have ``name`` stand for the adapter in a folder, whatever it stood for before; its fingerprint.
 
-        ``ValueError`` as :func:`fastreft.serving.adapter.read`, and :class:`PoolFull` where it is larger than the pool; nothing
-        is changed then.
+        ``scale``: its strength, 1 as it was trained, below 0 the other way. ``ValueError`` as
+        :func:`fastreft.serving.adapter.read`, and :class:`PoolFull` where it is larger than the pool; nothing is changed then.
         """
-        adapter = read(folder, self.places, self.width, self.dtype)
+        adapter = read(folder, self.places, self.width, self.dtype).scaled(scale)
         rank = int(adapter.lines[..., 1].max())
         if rank > self.most_r:
             raise ValueError(f"the adapter in '{folder}' has rank {rank}; the pool's most_r is {self.most_r}")
@@ -113,7 +113,7 @@ class AdapterPool:
             before = self._names.get(name)
             self._names[name] = adapter.fingerprint
             self._named[adapter.fingerprint] += 1
-            self._folders[adapter.fingerprint] = Path(folder)
+            self._folders[adapter.fingerprint] = Path(folder), scale
             self._keep(adapter)
             if before is not None:
                 self._unname(before)
@@ -173,8 +173,8 @@ class AdapterPool:
 
     def _on_host(self, fingerprint: str) -> Adapter:
         if fingerprint not in self._host:
-            folder = self._folders[fingerprint]
-            adapter = read(folder, self.places, self.width, self.dtype)
+            folder, scale = self._folders[fingerprint]
+            adapter = read(folder, self.places, self.width, self.dtype).scaled(scale)
             if adapter.fingerprint != fingerprint:
                 raise ValueError(f"the adapter in '{folder}' is not what was added from there; add it again")
             self._keep(adapter)

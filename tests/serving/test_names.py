@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from fastreft.serving.vllm.names import Names, named
+from fastreft.serving.vllm.names import Names, named, strength
 from fastreft.serving.vllm.shelf import Shelf
 
 
@@ -37,6 +37,15 @@ def test_the_names_are_the_loras_and_behind_them_the_adapters(names, tmp_path):
 )  # fmt: skip
 def test_what_a_request_names(extra, model, found):
     assert named(extra, model) == found
+
+
+def test_how_strong():
+    assert [strength(extra, "one") for extra in ({}, {"reft_scale": -1}, {"reft_scale": 0.5})] == [1.0, -1.0, 0.5]
+    for asked in (True, "1", None, float("nan"), float("inf"), -1e9, 1001, [1]):
+        with pytest.raises(ValueError, match=r"'reft_scale' is .*; it must be a number from -1000 to 1000"):
+            strength({"reft_scale": asked}, "one")
+    with pytest.raises(ValueError, match=r"'reft_scale' is 2, and the request names no adapter"):
+        strength({"reft_scale": 2}, None)
 
 
 @pytest.mark.parametrize(

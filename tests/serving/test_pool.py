@@ -73,6 +73,21 @@ def test_rows_are_edited_as_the_adapters_edit_them(folders):
         assert torch.equal(got[others], hidden.view(-1, WIDTH)[others])
 
 
+def test_an_adapter_at_two_strengths_is_two(folders):
+    pool = pool_for()
+    assert pool.add("half", folders["plain"], 0.5) == pool.add("plain", folders["plain"]) + "@0.5"
+    pool._host.clear()  # and from its folder again
+    pool._host_holds = 0
+    where = pool.take(["half", "plain"])
+    hidden = torch.randn(2, WIDTH)
+    lines = torch.tensor([where["half"].line, where["plain"].line])
+    got = pool.edit_(0, hidden.clone(), torch.tensor([0, 1]), lines)
+    for row, scale in enumerate((0.5, 1.0)):
+        wanted = hidden[row] + scale * (edited(folders["plain"], 0, hidden[row], 0) - hidden[row])
+        torch.testing.assert_close(got[row], wanted)
+    assert torch.equal(got[1], edited(folders["plain"], 0, hidden[1], 0))
+
+
 def test_what_was_used_longest_ago_gives_way(folders):
     pool = pool_for(vectors=10, lines=3)  # "plain" takes 4 vectors, "act", whose V and P are apart, 4, "apart" 6
     for name in ("plain", "apart", "act"):

@@ -116,6 +116,8 @@ def test_an_adapter_named_as_a_kind_of_content_is_not_applied_unasked(server, sh
         ({"model": "embedded", "vllm_xargs": {"reft": "nobody"}}, 400, "there is no adapter 'nobody'"),
         ({"vllm_xargs": {"reft": "bob"}}, 400, "the model is the adapter 'ada', and 'reft' names 'bob'"),
         ({"vllm_xargs": {"reft_strength": -1}}, 400, "there is no argument 'reft_strength'"),
+        ({"vllm_xargs": {"reft_scale": "much"}}, 400, "'reft_scale' is 'much'; it must be a number"),
+        ({"model": "embedded", "vllm_xargs": {"reft_scale": 2.0}}, 400, "the request names no adapter"),
         ({"model": "cut"}, 400, "'cut' cannot be served: the adapter in 'cut' cannot be read"),
         ({"model": "deep"}, 400, "edits model.layers.40, which the model does not have"),
         ({"model": "high"}, 400, "has rank 65; FASTREFT_MOST_R is 64"),

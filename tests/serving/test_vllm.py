@@ -9,7 +9,7 @@ import torch
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm makes an environment for it")
 
-from served import KINDS, saved, written  # noqa: E402
+from served import KINDS, loaded, saved, written  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 
 from fastreft.tasks.places import EMBEDDED_PATH  # noqa: E402
@@ -60,6 +60,30 @@ def test_a_batch_of_many_in_chunks_with_prefixes_kept(shelf, engine):
         found = ask(engine, [prompts[which]] * len(ORDER), ORDER)
         assert [list(each.outputs[0].token_ids) for each in found] == [expected[name][which] for name in ORDER]
     assert all(each.num_cached_tokens > 0 for each in found)
+
+
+def test_one_adapter_at_several_strengths(shelf, engine):
+    """Each request its own, in one batch, and none of them from another's blocks of the prefix cache."""
+    folder, prompts, expected = shelf
+    model, scales = loaded(folder / "cid"), (1.0, -30.0, 0.0, 30.0)
+    wanted = []
+    for scale in scales:
+        with model.reft(scale=scale):
+            wanted.append(written(model, prompts[1], TOKENS)[0])
+    assert wanted[0] == expected["cid"][1] and wanted[2] == expected["base"][1]
+    assert len({*map(tuple, wanted)}) >= 3
+    settings = [
+        vllm.SamplingParams(
+            max_tokens=TOKENS, temperature=0, ignore_eos=True, extra_args={"reft": "cid", "reft_scale": scale}
+        )
+        for scale in scales
+    ]
+    for _ in range(2):
+        found = engine.generate([{"prompt_token_ids": prompts[1]}] * len(scales), settings, use_tqdm=False)
+        assert [list(each.outputs[0].token_ids) for each in found] == wanted
+    settings[0].extra_args = {"reft_scale": 2.0}
+    with pytest.raises(VLLMValidationError, match="the request names no adapter"):
+        engine.generate([{"prompt_token_ids": prompts[1]}], settings[:1], use_tqdm=False)
 
 
 def test_what_there_is_not_is_refused_and_the_rest_go_on(shelf, engine):

@@ -6,7 +6,7 @@ import inspect
 from functools import wraps
 from typing import Any
 
-from .names import named
+from .names import named, strength
 from .shelf import ARGUMENT, shelf_of
 
 
@@ -30,6 +30,7 @@ def hook() -> None:
         extra = getattr(given.arguments["params"], "extra_args", None) or {}
         try:
             name = named(extra, model)
+            scale = strength(extra, name)
             found = None if name is None else shelf_of(self).find(name)
         except ValueError as error:  # over HTTP a 400 with its sentence
             raise VLLMValidationError(str(error)) from error
@@ -40,9 +41,10 @@ def hook() -> None:
             return request
         if request.sampling_params is None:
             raise VLLMValidationError("an adapter edits what a model writes; this request asks for no text")
-        request.sampling_params.extra_args = {**extra, ARGUMENT: list(found)}
-        # Blocks of the prefix cache hold edited keys and values: another adapter's are not this one's.
-        request.cache_salt = f"{request.cache_salt or ''}reft:{found[0]}"
+        fingerprint, folder = found
+        request.sampling_params.extra_args = {**extra, ARGUMENT: [fingerprint, folder, scale]}
+        # Blocks of the prefix cache hold edited keys and values: another adapter's, or strength's, are not this one's.
+        request.cache_salt = f"{request.cache_salt or ''}reft:{fingerprint}@{scale!r}"
         return request
 
     process_inputs._reft = True  # type: ignore[attr-defined]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from .shelf import ARGUMENT, Shelf, short
+from .shelf import ARGUMENT, STRENGTH, Shelf, short
+
+KNOWN = (ARGUMENT, STRENGTH)
+MOST = 1000  # a strength: no adapter means anything long before
 
 
 def named(extra: Mapping[str, Any], model: str | None = None) -> Any:
@@ -13,10 +16,10 @@ def named(extra: Mapping[str, Any], model: str | None = None) -> Any:
 
     ``ValueError`` where the two are not the same, and for an argument that is nearly ours: what is not known would not be done.
     """
-    unknown = next((key for key in extra if key != ARGUMENT and key.casefold().startswith(ARGUMENT)), None)
+    unknown = next((key for key in extra if key not in KNOWN and key.casefold().startswith(ARGUMENT)), None)
     if unknown is not None:
         raise ValueError(
-            f"there is no argument {short(unknown)} of an adapter's; it is '{ARGUMENT}', an adapter's name"
+            f"there is no argument {short(unknown)} of an adapter's; it is '{ARGUMENT}', an adapter's name, or '{STRENGTH}'"
         )
     if ARGUMENT not in extra:
         return model
@@ -28,6 +31,19 @@ def named(extra: Mapping[str, Any], model: str | None = None) -> Any:
     if name is None:
         raise ValueError(f"'{ARGUMENT}' is null; leave it out for the base model")
     return name
+
+
+def strength(extra: Mapping[str, Any], name: Any) -> float:
+    """How strong a request wants its adapter ``name``, 1 where it does not say; ``ValueError`` for what is no such number, and
+    where there is no adapter."""
+    if STRENGTH not in extra:
+        return 1.0
+    asked = extra[STRENGTH]
+    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not abs(asked) <= MOST:
+        raise ValueError(f"'{STRENGTH}' is {short(asked)}; it must be a number from -{MOST} to {MOST}")
+    if name is None:
+        raise ValueError(f"'{STRENGTH}' is {short(asked)}, and the request names no adapter")
+    return float(asked)
 
 
 class Names(dict[str, Any]):

@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from .names import Names, named
+from .names import Names, named, strength
 from .shelf import shelf_of
 
 _log = init_logger("vllm.fastreft")
@@ -81,7 +81,9 @@ def _checking(theirs: Any) -> Any:
         if refused is not None or not isinstance(names, Names):
             return refused
         try:
-            name = named(getattr(request, "vllm_xargs", None) or {}, names.adapter(request.model))
+            extra = getattr(request, "vllm_xargs", None) or {}
+            name = named(extra, names.adapter(request.model))
+            strength(extra, name)
             if name is not None and getattr(request, "use_beam_search", False):
                 # Its every step is a request whose prompt is what was written so far, which would be edited as one.
                 raise ValueError("use_beam_search is not served with an adapter")

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections import OrderedDict
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,21 @@ from . import environment
 from .shelf import ARGUMENT
 
 _log = logging.getLogger("vllm.fastreft")
+KNOWN = 10_000  # adapters that a worker's pool knows by name: of those asked for longest ago the folder is read again
 _current: Step | None = None  # the step that runs now; a worker runs one at a time
+
+
+class Asked(NamedTuple):
+    """The adapter of a request."""
+
+    fingerprint: str
+    folder: str
+    scale: float
+
+    @property
+    def key(self) -> str:
+        """Its name in the pool: that of an adapter at a strength."""
+        return f"{self.fingerprint}@{self.scale!r}"
 
 
 class Step:
@@ -56,25 +71,26 @@ class Served:
         layers = decoder_layers(runner.get_model(), config.get_total_num_hidden_layers())
         self.config, self.device = config, runner.device
         self.pool = self._pool(environment.vectors(), environment.lines())
+        self._last: OrderedDict[str, None] = OrderedDict()  # what was asked for, the one asked for last at the end
         for place, layer in layers:
             layer.register_forward_hook(_hook_of(place))
 
     def step(self, runner: Any) -> Step | None:
         """What the step that the runner has prepared edits; None for nothing."""
         batch, starts = runner.input_batch, runner.query_start_loc.np
-        asked: list[tuple[int, Any, tuple[str, str]]] = []
+        asked: list[tuple[int, Any, Asked]] = []
         for i, name in enumerate(batch.req_ids):
             request = runner.requests[name]
             extra = getattr(request.sampling_params, "extra_args", None) or {}
             if ARGUMENT in extra:
-                asked.append((i, request, extra[ARGUMENT]))
+                asked.append((i, request, Asked(*extra[ARGUMENT])))
         if not asked:
             return None
-        where = self._where({fingerprint: folder for _, _, (fingerprint, folder) in asked})
+        where = self._where({each.key: each for _, _, each in asked})
         rows: list[int] = []
         lines: list[int] = []
-        for i, request, (fingerprint, _) in asked:
-            there = where[fingerprint]
+        for i, request, each in asked:
+            there = where[each.key]
             adapter, begin = there.adapter, int(batch.num_computed_tokens_cpu[i])
             count = int(starts[i + 1] - starts[i])
             found = of_rows.of_step(adapter.positions, adapter.tied, request.num_prompt_tokens, begin, begin + count)
@@ -97,18 +113,29 @@ class Served:
             device=self.device,
         )
 
-    def _where(self, folders: dict[str, str]) -> dict[str, Resident]:
+    def _where(self, asked: dict[str, Asked]) -> dict[str, Resident]:
         """Where the adapters of a step lie; in a larger pool if they do not fit together, as an error would end the engine."""
+        self._forget(asked)
         while True:
             try:
-                for fingerprint, folder in folders.items():
-                    if fingerprint not in self.pool:
-                        self.pool.add(fingerprint, folder)
-                return self.pool.take(folders)
+                for key, each in asked.items():
+                    if key not in self.pool:
+                        self.pool.add(key, each.folder, each.scale)
+                return self.pool.take(asked)
             except PoolFull:
                 vectors, lines = 2 * self.pool.A.shape[1], 2 * self.pool.table.shape[1]
                 _log.warning("fastreft: a step has more adapters than the pool; FASTREFT_VECTORS is %d now", vectors)
                 self.pool = self._pool(vectors, lines)
+
+    def _forget(self, asked: dict[str, Asked]) -> None:
+        """Have the pool know those that were asked for last, and not all there ever were."""
+        for key in asked:
+            self._last[key] = None
+            self._last.move_to_end(key)
+        while len(self._last) > max(KNOWN, len(asked)):
+            gone, _ = self._last.popitem(last=False)
+            if gone in self.pool:
+                self.pool.remove(gone)
 
 
 def decoder_layers(model: nn.Module, count: int) -> list[tuple[int, nn.Module]]:
