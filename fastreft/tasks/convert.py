@@ -1,4 +1,4 @@
-"""``fastreft convert``: a pyreft checkpoint to an adapter of ours, or an adapter of ours to a pyreft checkpoint."""
+"""``fastreft convert``: a pyreft checkpoint or a control vector to an adapter of ours, or an adapter of ours to either."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastreft import pyreft
 
+from ..concepts import load_gguf, save_gguf, vectors_of
 from .errors import UserError, user_errors
-from .flags.convert import ConvertArguments
+from .flags.convert import GGUF, ConvertArguments
 from .models import BROKEN, adapter_keys, own_code, reft_config, save_adapter
 from .places import ADAPTER_CONFIG, find_model
 
@@ -67,12 +68,41 @@ def from_pyreft(arguments: ConvertArguments) -> str:
     )
 
 
-def to_pyreft(arguments: ConvertArguments) -> str:
-    """Write a pyreft checkpoint; a line about it."""
-    config = reft_config(arguments.source)
-    name = arguments.model or config.base_model_name_or_path
+def from_gguf(arguments: ConvertArguments) -> str:
+    """Write an adapter of ours of a file of control vectors; a line about it."""
+    if arguments.model is None:
+        raise UserError("give the base model with --model: a control vector does not name it")
+    positions = arguments.positions or "all"
+    with user_errors(ValueError, ImportError):
+        model = load_gguf(Path(arguments.source).expanduser(), skeleton(arguments.model), positions=positions)
+    config: Any = model.peft_config["default"]
+    config.base_model_name_or_path = find_model(arguments.model)[0]
+    save_adapter(model, None, arguments.model, arguments.output_dir)
+    return f"a vector at each of {len(config.layers_to_transform)} layers, positions {positions}"
+
+
+def to_gguf(arguments: ConvertArguments) -> str:
+    """Write control vectors; a line about them."""
+    config, base = reft_config(arguments.source), skeleton(_base_of(arguments))
+    with user_errors(*BROKEN, ImportError, prefix=f"the adapter in '{arguments.source}' is no control vector: "):
+        model = PeftModel.from_pretrained(base, str(Path(arguments.source).expanduser()), torch_device="cpu")
+        vectors = vectors_of(model)
+        save_gguf(Path(arguments.output_dir).expanduser(), vectors, base.config.model_type)
+    return (
+        f"a vector at each of {len(vectors)} layers; a control vector has no place for positions ({config.positions})"
+    )
+
+
+def _base_of(arguments: ConvertArguments) -> str:
+    name = arguments.model or reft_config(arguments.source).base_model_name_or_path
     if name is None:
         raise UserError("give the base model with --model: the adapter does not name it")
+    return str(name)
+
+
+def to_pyreft(arguments: ConvertArguments) -> str:
+    """Write a pyreft checkpoint; a line about it."""
+    config, name = reft_config(arguments.source), _base_of(arguments)
     strange = sorted(key for key in adapter_keys(arguments.source) if ".reft.reft_" not in key)
     if strange:
         raise UserError(
@@ -92,8 +122,14 @@ def to_pyreft(arguments: ConvertArguments) -> str:
 
 
 def run(arguments: ConvertArguments) -> int:
-    """Convert in the direction that the source's folder tells."""
+    """Convert in the direction that the source and the name of the target tell."""
     back = (Path(arguments.source).expanduser() / ADAPTER_CONFIG).is_file()
-    line = to_pyreft(arguments) if back else from_pyreft(arguments)
+    if arguments.source.endswith(GGUF):
+        convert = from_gguf
+    elif arguments.output_dir.endswith(GGUF):
+        convert = to_gguf
+    else:
+        convert = to_pyreft if back else from_pyreft
+    line = convert(arguments)
     print(f"{line}\nwrote {arguments.output_dir}")
     return 0
