@@ -129,11 +129,18 @@ def searched(families: dict[str, Any], family: str, task: str) -> str:
     return families[family].get("rates_of", {}).get(task, task)
 
 
+def rates_of(families: dict[str, Any], family: str, task: str, method: str) -> list[Any]:
+    """The rates that are tried: the method's, or those that a set has for it."""
+    what = families[family]
+    return what["rates_on"].get(task, {}).get(method) or what["methods"][method]["rates"]
+
+
 def best_rate(families: dict[str, Any], results: Results, family: str, task: str, method: str) -> Any:
     """The rate with the lowest held-out loss; None while not all have been tried."""
     tried = []
-    for rate in families[family]["methods"][method]["rates"]:
-        log = done(results, the_run(families, family, searched(families, family, task), method, rate, SEEDS[0]))
+    source = searched(families, family, task)
+    for rate in rates_of(families, family, source, method):
+        log = done(results, the_run(families, family, source, method, rate, SEEDS[0]))
         if log is None:
             return None
         if "failed" not in log:
@@ -149,9 +156,9 @@ def missing(
         for task in families[family]["sets"]:
             if sets is not None and task not in sets:
                 continue
-            for method, what in families[family]["methods"].items():
+            for method in families[family]["methods"]:
                 rate = best_rate(families, results, family, task, method)
-                rates = what["rates"] if searched(families, family, task) == task else []
+                rates = rates_of(families, family, task, method) if searched(families, family, task) == task else []
                 wanted = [(each, SEEDS[0]) for each in rates]
                 wanted += [(rate, seed) for seed in SEEDS] if rate is not None else []
                 for each, seed in wanted:
