@@ -1,14 +1,23 @@
-"""What lies in examples/ runs: the notebooks' code, cell after cell."""
+"""What people are given to run does: the notebooks and scripts of examples/, the code of docs/recipes.md."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+
+from fastreft.tasks.behaviour import examples
+from fastreft.tasks.data import encode
+from fastreft.tasks.models import load_base, load_tokenizer
 
 HERE = Path(__file__).parents[1] / "examples"
+RECIPES = HERE.parent / "docs" / "recipes.md"
 NOTEBOOKS = sorted(path.stem for path in HERE.glob("*.ipynb"))
 
 
@@ -48,3 +57,56 @@ def test_a_notebook_has_its_outputs_and_nothing_of_a_machine(name):
     assert all(cell["execution_count"] is None for cell in cells(name) if cell["cell_type"] == "code")
     said = "".join(text for each in shown for text in each.get("text", ()))
     assert said and not any(root in said for root in ("/home/", "/tmp/", "/usr/", "site-packages"))
+
+
+@pytest.mark.default_start
+def test_lora_then_reft(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("embedded")
+    train, test = examples(0, 4)
+    data = [encode(tokenizer, each.prompt, each.completion) for each in train[:64]]
+    prompts = [each.prompt for each in test]
+
+    def arguments(**settings):
+        quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "log_level": "error"}
+        return TrainingArguments("runs", max_steps=6, per_device_train_batch_size=8, seed=0, **quiet, **settings)
+
+    held = {
+        "base_model": lambda: load_base("embedded"),
+        "arguments": arguments,
+        "data": data,
+        "collator": DataCollatorForSeq2Seq(tokenizer),
+        "batch": tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt"),
+    }
+    beside, merged = re.findall(r"```python\n(.*?)```", RECIPES.read_text(encoding="utf-8"), flags=re.DOTALL)
+    first, second = beside.split("\nedit = ")
+    exec(first, held)
+    after_lora = {name: p.clone() for name, p in held["model"].named_parameters() if "lora_" in name}
+    exec("edit = " + second, held)
+    model, loaded = held["model"], held["loaded"]
+    own = dict(model.named_parameters())
+    assert after_lora and all(torch.equal(own[name], p) for name, p in after_lora.items())
+    assert all(bool(p.any()) for name, p in own.items() if name.endswith(".b"))  # the edits were trained
+    assert list(loaded.peft_config) == ["default", "edit"]
+    assert torch.equal(held["text"], written(model, held["batch"]))
+    exec(merged, held)
+    assert torch.equal(written(held["again"], held["batch"]), written(held["merged"], held["batch"]))
+    with torch.no_grad(), held["merged"].disable_adapter():
+        lora_alone = held["merged"](**held["batch"]).logits
+    with torch.no_grad():
+        assert not torch.allclose(held["merged"](**held["batch"]).logits, lora_alone, atol=1e-2)
+
+
+def written(model, batch):
+    return model.generate(**batch, max_new_tokens=12, do_sample=False)
+
+
+@pytest.mark.default_start
+@pytest.mark.parametrize("name", ["vision"])
+def test_a_script_runs(name):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.main()
+    assert found["LoReFT"] > found["head alone"] + 0.2
