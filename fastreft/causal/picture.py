@@ -9,17 +9,24 @@ from typing import Any
 
 from ..files import staged
 
+Maps = Mapping[str, Sequence[Mapping[str, Any]]]
 
-def heat_maps(maps: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike, chance: float = 0.5) -> None:
-    """The cells of one or several sweeps, by title, side by side as PNG; the first place at the bottom, as layers are stacked.
 
-    Colours run from ``chance``, what an exchange without effect scores, to 1. ``ImportError`` without matplotlib.
-    """
+def heat_maps(maps: Maps, path: str | os.PathLike, chance: float = 0.5) -> None:
+    """What :func:`draw` draws, as PNG. ``ImportError`` without matplotlib."""
     from matplotlib.figure import Figure
 
     path = Path(path)
     most = max(len({cell["place"] for cell in cells}) for cells in maps.values())
     figure = Figure(figsize=(1.4 + 2.6 * len(maps), 1.6 + 0.26 * most), layout="constrained")
+    draw(maps, figure, chance)
+    with staged(path.parent, last=path.name) as staging:
+        figure.savefig(staging / path.name, dpi=110, metadata={"Software": None})
+
+
+def draw(maps: Maps, figure: Any, chance: float = 0.5) -> None:
+    """The cells of one or several sweeps, by title, side by side on a figure of matplotlib's; the first place at the bottom, as
+    layers are stacked. Colours run from ``chance``, what an exchange without effect scores, to 1."""
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
     for each, (title, cells) in zip(axes, maps.items(), strict=True):
         places = list(dict.fromkeys(cell["place"] for cell in cells))
@@ -36,5 +43,3 @@ def heat_maps(maps: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.Pa
         each.set_title(title, fontsize=9)
     axes[0].set_ylabel("layer")
     figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.02).set_label("IIA")
-    with staged(path.parent, last=path.name) as staging:
-        figure.savefig(staging / path.name, dpi=110, metadata={"Software": None})
