@@ -123,7 +123,8 @@ class Run:
     def move(self, specs: set[Positions], start: int, columns: int) -> None:
         """Have the next decode step edit by its numbers; where it edits all that the last did, or nothing, its plan stays."""
         found = self.at(specs, start, columns)
-        if any(isinstance(which, Tensor) for which in (*found.values(), *self.numbered.values())) or found != self.numbered:
+        some = any(isinstance(which, Tensor) for which in (*found.values(), *self.numbered.values()))
+        if some or found != self.numbered:
             self.step = None
         self.numbered = found
 
@@ -202,8 +203,8 @@ class Generate:
 class Prepared:
     """The method of a model that makes the arguments of generate's forwards, and tells the call of ``generate`` of them.
 
-    It is given the tokens so far, and so knows where a decode step begins, whatever drafts were taken back. ``numbered`` are the
-    positions that ask.
+    It is given the tokens so far, and so knows where a decode step begins, whatever drafts were taken back. ``numbered`` are
+    the positions that ask.
     """
 
     name = "prepare_inputs_for_generation"
@@ -287,8 +288,10 @@ def _run_of(
         positions.check_lengths(lengths, (source.shape[0], length or source.shape[1]))
     if subspaces is not None and source is not None:
         subspaces.check(source.shape[0])
-    if cached and _drafts(given):  # a draft goes on: the prompt was the first call's, and what came since has been written
-        length = (drafts.get(cache) if hasattr(cache, "get_seq_length") else None) or cached
+    if cached and _drafts(given):
+        # A draft goes on: the prompt was the first call's, and what came since has been written.
+        known = drafts.get(cache) if hasattr(cache, "get_seq_length") else None
+        length = cached if known is None else known
     shown = None if mask is None or length is None else mask[:, :length] != 0
     run = Run(shown, length, cached, explicit, lengths, subspaces)
     if whole is not None:
