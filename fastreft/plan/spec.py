@@ -9,8 +9,8 @@ from functools import lru_cache
 Tied = bool | str  # True, False or "position": who shares an intervention, see Positions.shares
 MOST = 1_000_000  # of N, M, K, a and b: more than a context holds
 ACCEPTED = (
-    f"'fN', 'lM', 'fN+lM' (N, M from 1 to {MOST}, such as 'f5+l5'), 'prompt', 'decode', 'dK' (K from 1 to {MOST}), "
-    f"'a:b', 'a:', ':b' (a, b from 0 to {MOST}, a below b) or 'all'"
+    "'fN', 'lM', 'fN+lM' (such as 'f5+l5'), 'prompt', 'decode', 'dK', 'a:b', 'a:', ':b' or 'all' "
+    f"(N, M, K from 1, a from 0 and below b, to {MOST})"
 )
 _COUNT = "[1-9][0-9]{0,6}"
 
