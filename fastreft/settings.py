@@ -49,7 +49,8 @@ class ReftSettings:
         default="f5+l5",
         metadata={
             "help": "The tokens to edit: 'fN' the first N of the prompt, 'lM' the last M, 'fN+lM' both, "
-            "'prompt' all of it, 'all' every token, decoded ones too, 'decode' only those."
+            "'prompt' all of it, 'all' every token, decoded ones too, 'decode' only those, 'dK' the first K of them, "
+            "'a:b' (or 'a:', ':b') the tokens a to b - 1 of all, counted from 0, as a slice of Python's."
         },
     )
     tied: bool | str = field(
@@ -161,8 +162,8 @@ class ReftSettings:
             )
         if self.tied == "position" and not spec.places:
             raise ValueError(
-                f"tied is 'position' and positions {self.positions!r}, which is no fixed number of positions that could "
-                "have an intervention each; it must be 'fN', 'lM' or 'fN+lM', or tied True"
+                f"tied is 'position' and positions {self.positions!r}, which is no fixed number of places in the prompt that "
+                "could have an intervention each; it must be 'fN', 'lM' or 'fN+lM', or tied True"
             )
 
     def _check_start(self) -> None:

@@ -17,13 +17,14 @@ from torch.compiler import is_compiling
 
 from ..ops.edit import NEW, WHERE_ALLOWED
 from ..ops.subspaces import Choices
-from . import entrances, inputs, positions, silence, subspaces
+from . import entrances, inputs, numbers, positions, silence, subspaces
 from .asked import Asked, Outer
 from .entrances import LM, OTHER, Entrance
 from .generation import NO_BATCHES, NO_LENGTHS, Generate, Run
 from .here import Here
 from .hooks import PerThread, traced, unseen
 from .inputs import Given
+from .numbers import Numbered
 from .past import FORGOTTEN, Past
 from .positions import Tokens
 from .said import NAMES, taken
@@ -53,8 +54,10 @@ class Plan:
         tokens: Callable[[int, int, torch.device], Tokens] | None = None,
         explicit: Tensor | None = None,
         idle: bool = False,
+        numbered: Numbered | None = None,
     ):
         self.owner, self.tokens, self.explicit, self.idle = owner, tokens, explicit, idle
+        self.numbered = numbered or {}  # of decoded tokens: which of them are edited by their number
         self.seen: Tokens | None = None  # once a block has asked
         # The adapters that each block had in this forward, by block; None for the one plan of many decode steps.
         self.active: dict[nn.Module, tuple[str, ...]] | None = None if tokens is None else {}
@@ -76,11 +79,22 @@ class Plan:
 
     def _compute(self, spec: Positions, tied: Tied, hidden: Tensor) -> list[Tensor | None]:
         if self.tokens is None:
-            return [None] if spec.everywhere or spec.written else []
+            return self._decoded(spec, hidden)
         self.seen = tokens = self.tokens(hidden.shape[0], hidden.shape[1], hidden.device)
         if self.explicit is not None:
             return self._explicit(self.explicit.to(hidden.device), tokens, len(spec.shares(tied)), tied)
         found = positions.rows(spec, tokens, tied, hidden.device)
+        return [index if index is None else index.reshape(-1) for index in found]
+
+    def _decoded(self, spec: Positions, hidden: Tensor) -> list[Tensor | None]:
+        if not spec.numbered:
+            return [None] if spec.everywhere or spec.written else []
+        if spec not in self.numbered:
+            if is_compiling():
+                silence.refuse_compiled(silence.UNCOUNTED.format(spec))
+                return []
+            raise ValueError(silence.UNCOUNTED.format(spec))
+        found = numbers.rows(spec, self.numbered[spec], (hidden.shape[0], hidden.shape[1]), hidden.device)
         return [index if index is None else index.reshape(-1) for index in found]
 
     def _explicit(self, given: Tensor, tokens: Tokens, groups: int, tied: Tied) -> list[Tensor | None]:
@@ -97,8 +111,9 @@ class Shared:
     def __init__(self, model: nn.Module, block_names: list[str]):
         self.local = PerThread(Here, Past(silence.alone))
         self.specs: set[Positions] = set()
+        self.numbered: set[Positions] = set()  # of them, those that ask for a token's number
         self.layers: list[Any] = []  # the ReftLayers that share this
-        self.decodes = False  # does any adapter edit decode steps?
+        self.decodes = False  # does any adapter edit all decode steps?
         self.counts = self.ends = False  # does one ask where the prompt is, does one edit its end?
         self.grouped = False  # has one subspaces, of which training is to say which?
         self.silence = Silence()
@@ -119,7 +134,7 @@ class Shared:
             self.entered.add(entrance.name)
             module = model.get_submodule(entrance.name)
             if entrance.kind is LM:
-                self.handles.append(Generate(module, self.local))
+                self.handles.append(Generate(module, self.local, self.numbered))
             self.handles.append(module.register_forward_pre_hook(partial(before, entrance), with_kwargs=True))
             self.handles.append(module.register_forward_hook(after, always_call=True))
 
@@ -134,7 +149,10 @@ class Shared:
         """Note the positions of an adapter, and that it has subspaces."""
         self.grouped |= grouped
         self.specs.add(spec)
-        self.decodes |= spec.everywhere or spec.written
+        if spec.numbered:
+            self.numbered.add(spec)
+        else:
+            self.decodes |= spec.everywhere or spec.written
         self.counts |= not spec.everywhere
         self.ends |= silence.ends(spec)
 
@@ -179,8 +197,12 @@ class Shared:
             here.settle(_call())
         run, outer_plan = here.run, here.plan
         if run is not None and run.over and kwargs.get("past_key_values") is run.cache:
+            if self.numbered and run.prepared is None:  # a generate of the model's own, without drafts
+                shape = inputs.batch_shape(inputs.by_name(module, args, kwargs))
+                run.move(self.numbered, run.done, shape[1] if shape else 1)
+                run.done += shape[1] if shape else 1
             if run.step is None or run.step.owner is not module:
-                run.step = self._decoding(module, run, entrance.in_stacks)
+                run.step = self._decoding(module, run, entrance.in_stacks, run.numbered)
                 run.step.mixed, run.step.subspaces = here.mixed, run.subspaces
             run.step.outer, here.plan = outer_plan, run.step
             return None
@@ -282,11 +304,13 @@ class Shared:
             if explicit is None and not in_stacks:
                 explicit = run.explicit
             if cache is not None and start >= (run.length or 0):
-                return self._decoding(module, run, in_stacks)
+                found = run.at(self.numbered, start, shape[1])  # type: ignore[index]
+                return self._decoding(module, run, in_stacks, found)
             if start == 0:  # the mask of the whole prompt: a chunk of it may be padding alone
                 self._check_mask(run.mask)
             return Plan(module, lambda b, s, device: run.tokens(b, s, start, device), explicit)
-        if explicit is None and inputs.cached_tokens(cache):
+        cached = 0 if explicit is not None else inputs.cached_tokens(cache)
+        if cached:
             if lengths is not None:
                 raise ValueError(silence.LENGTHS_AFTER_CACHE)
             if shape is not None and shape[1] > 1:
@@ -294,7 +318,10 @@ class Shared:
                     raise ValueError(silence.HEADLESS)
                 if run is None and not traced():
                     self.silence.chunk(self.specs)
-            return self._decoding(module, None, in_stacks)
+            found = {}
+            if self.numbered and shape is not None:
+                found = numbers.after_cache(self.numbered, asked.mask(shape), cached, shape)
+            return self._decoding(module, None, in_stacks, found)
         mask, marks = asked.mask(shape), asked.marks(shape)
         self._check_mask(mask)
         if shape is not None and not in_stacks:
@@ -335,10 +362,11 @@ class Shared:
     def _all_disabled(self) -> bool:
         return all(layer._disable_adapters for layer in self.layers)
 
-    def _decoding(self, module: nn.Module, run: Run | None, in_stacks: bool) -> Plan:
+    def _decoding(self, module: nn.Module, run: Run | None, in_stacks: bool, found: Numbered) -> Plan:
         """The plan of a forward whose tokens all come after the prompt. Explicit positions of generate are all it edits."""
         only_explicit = run is not None and run.explicit is not None and not in_stacks
-        return Plan(module, idle=only_explicit or not self.decodes)
+        edits = self.decodes or any(found.get(spec) is not False for spec in self.numbered)
+        return Plan(module, idle=only_explicit or not edits, numbered=found)
 
 
 def _length(given: Given) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from ..ops.subspaces import Choices
 from . import inputs, positions
+from .numbers import Numbered, Numbers
 from .positions import Tokens
 from .said import taken
+from .spec import Positions
 
 NO_BATCHES = (
     "continuous batching runs the tokens of several requests in one forward, and no token says whether it is a prompt's: "
@@ -64,6 +67,9 @@ class Run:
         self.cache: Any = None  # the one that the sequence is run with, once a forward has shown it
         self.over = False  # has the prompt been run? Then all that comes with this cache is decoded
         self.step: Any = None  # the plan of those forwards, made once
+        self.before: Numbers | None = None  # how many tokens the prompts have, where that matters
+        self.numbered: Numbered = {}  # which tokens that step edits by their number
+        self.shift = 0  # columns that are no token ids of its input: embeddings, or what a cache holds
         self.prepared: dict[str, Any] | None = None  # what its next forward is given, see Prepared
         self.model: Any = None  # whose generate it is
 
@@ -100,6 +106,28 @@ class Run:
         self.over = cache is not None and self.done >= self.length
         return start
 
+    def at(self, specs: set[Positions], start: int, columns: int) -> Numbered:
+        """Which of some decoded columns are edited by their number; the prompts are counted once."""
+        if not specs:
+            return {}
+        if self.before is None:
+            shown: Any = self.length or 0
+            shown = shown if self.mask is None else self.mask.sum(1)
+            written: Any = 0
+            if self.lengths is not None:
+                own = self.lengths if self.mask is None else self.lengths.to(self.mask.device)
+                written = (shown - own).clamp(min=0)
+            self.before = Numbers(shown, written)
+        return self.before.at(specs, start - (self.length or 0), columns)
+
+    def move(self, specs: set[Positions], start: int, columns: int) -> None:
+        """Have the next decode step edit by its numbers; where it edits all that the last did, or nothing, its plan stays."""
+        found = self.at(specs, start, columns)
+        some = any(isinstance(which, Tensor) for which in (*found.values(), *self.numbered.values()))
+        if some or found != self.numbered:
+            self.step = None
+        self.numbered = found
+
     def tokens(self, batch: int, columns: int, start: int, device: torch.device) -> Tokens:
         """The tokens of a forward over ``columns`` from ``start``; beams share the mask of their sample."""
         length = self.length or 0
@@ -124,14 +152,14 @@ class Generate:
     An object and not a function, so that a copy of the model, pickled or not, has one of its own.
     """
 
-    def __init__(self, model: nn.Module, local: Any):
+    def __init__(self, model: nn.Module, local: Any, numbered: set[Positions]):
         self.model, self.local = model, local
         self.inner = model.__dict__.get("generate")  # somebody else's
         model.__dict__["generate"] = self
         # Its forwards fail in a thread of its own, which logs that and gives the prompts back as if nothing were wrong.
         model.__dict__["init_continuous_batching"] = _refuse_batches
         if hasattr(type(model), Prepared.name) and Prepared.name not in model.__dict__:
-            model.__dict__[Prepared.name] = Prepared(model, local)
+            model.__dict__[Prepared.name] = Prepared(model, local, numbered)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, DecoderPrompt.name):
             model.__dict__[DecoderPrompt.name] = DecoderPrompt(model, local)
 
@@ -146,7 +174,7 @@ class Generate:
             explicit = here.run.explicit if explicit is None else explicit
             lengths = here.run.lengths if lengths is None else lengths
             subspaces = here.run.subspaces if subspaces is None else subspaces
-        run = _run_of(self.model, given, explicit, lengths, subspaces)
+        run = _run_of(self.model, given, explicit, lengths, subspaces, here.drafts)
         run.model = self.model
         # What a module round it was given, labels for one, says nothing of what is written.
         (outer_run, here.run), (outer, here.outer), plan = (here.run, run), (here.outer, None), here.plan
@@ -155,6 +183,8 @@ class Generate:
                 return self.inner(*args, **kwargs)
             return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
+            if _drafts(given) and hasattr(run.cache, "get_seq_length"):
+                here.drafts[run.cache] = run.length
             here.run = outer_run
             here.back(plan, outer)
 
@@ -171,18 +201,27 @@ class Generate:
 
 
 class Prepared:
-    """The method of a model that makes the arguments of generate's forwards, and tells the call of ``generate`` of them."""
+    """The method of a model that makes the arguments of generate's forwards, and tells the call of ``generate`` of them.
+
+    It is given the tokens so far, and so knows where a decode step begins, whatever drafts were taken back. ``numbered`` are
+    the positions that ask.
+    """
 
     name = "prepare_inputs_for_generation"
 
-    def __init__(self, model: nn.Module, local: Any):
-        self.model, self.local = model, local
+    def __init__(self, model: nn.Module, local: Any, numbered: set[Positions]):
+        self.model, self.local, self.numbered = model, local, numbered
         self.__signature__ = inspect.signature(getattr(model, self.name))  # generate looks for what it takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         made = getattr(type(self.model), self.name)(self.model, *args, **kwargs)
-        if self.local.here.run is not None:
-            self.local.here.run.prepared = made
+        run = self.local.here.run
+        if run is not None:
+            run.prepared = made
+            if run.over and self.numbered:
+                source = next(value for name in _SOURCES if (value := made.get(name)) is not None)
+                ids = args[0] if args else kwargs["input_ids"]
+                run.move(self.numbered, ids.shape[1] + run.shift - source.shape[1], source.shape[1])
         return made
 
 
@@ -209,10 +248,21 @@ def _refuse_batches(*args: Any, **kwargs: Any) -> Any:
     raise ValueError(NO_BATCHES)
 
 
+def _drafts(given: dict[str, Any]) -> bool:
+    """Does ``generate`` write drafts for another call of it?"""
+    return bool(getattr(given.get("generation_config"), "is_assistant", False))
+
+
 def _run_of(
-    model: Any, given: dict[str, Any], explicit: Tensor | None, lengths: Tensor | None, subspaces: Choices | None
+    model: Any,
+    given: dict[str, Any],
+    explicit: Tensor | None,
+    lengths: Tensor | None,
+    subspaces: Choices | None,
+    drafts: Mapping[Any, int | None],
 ) -> Run:
-    """What the arguments of ``generate`` say of the prompt. ``ValueError`` for what cannot be followed."""
+    """What the arguments of ``generate`` say of the prompt. ``drafts``: how long it was, where drafts go on with a cache.
+    ``ValueError`` for what cannot be followed."""
     config = given.get("generation_config")
     cacheless = _setting("use_cache", given, config, model) is False
     if cacheless and _setting("guidance_scale", given, config, model) not in (None, 1):
@@ -220,11 +270,12 @@ def _run_of(
     ids = given.get("inputs") if given.get("input_ids") is None else given["input_ids"]
     embedded = given.get("inputs_embeds")
     source = ids if embedded is None else embedded
-    cached = inputs.cached_tokens(inputs.cache_of(given))
+    cache = inputs.cache_of(given)
+    cached = inputs.cached_tokens(cache)
     if lengths is not None and model.config.is_encoder_decoder:
         raise ValueError(NO_LENGTHS)
     if model.config.is_encoder_decoder:  # the sequence is the decoder's, see DecoderPrompt
-        mask = length = None
+        mask = length = whole = None
     else:
         mask = given.get("attention_mask")
         if mask is None and embedded is None and ids is not None:
@@ -237,10 +288,15 @@ def _run_of(
         positions.check_lengths(lengths, (source.shape[0], length or source.shape[1]))
     if subspaces is not None and source is not None:
         subspaces.check(source.shape[0])
-    if cached and getattr(config, "is_assistant", False):
-        length = cached  # a draft goes on: the prompt was the first call's, and what came since has been written
+    if cached and _drafts(given):
+        # A draft goes on: the prompt was the first call's, and what came since has been written.
+        known = drafts.get(cache) if hasattr(cache, "get_seq_length") else None
+        length = cached if known is None else known
     shown = None if mask is None or length is None else mask[:, :length] != 0
-    return Run(shown, length, cached, explicit, lengths, subspaces)
+    run = Run(shown, length, cached, explicit, lengths, subspaces)
+    if whole is not None:
+        run.shift = whole.shape[1] - (0 if ids is None else ids.shape[1])
+    return run
 
 
 def _setting(name: str, given: dict[str, Any], config: Any, model: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.compiler import is_compiling
@@ -26,6 +27,8 @@ class Here:
         self.steered: Any = None  # those of a context with strengths of its own
         self.made = 0  # plans so far
         self.compiled = False  # was the last forward a compiled one, of which no plan is kept?
+        # Of calls of generate that write drafts, by the cache that the next goes on with: how long the prompt was.
+        self.drafts: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()
         self.latest: dict[nn.Module, Any] = {}  # the last plans, by the model that made them
 
     def settle(self, frame: FrameType | None) -> None:

@@ -42,19 +42,20 @@ class Tokens:
     def prompt(self) -> Tensor | None:
         """Bool (B, T): shown, and before the first label other than -100 of its sequence; None = all."""
         if self._labelled is None:
-            return self._shown
+            return self.shown
         unanswered = _count(self._labelled, self.starts) == 0
-        return unanswered if self._shown is None else self._shown & unanswered.to(self._shown.device)
+        return unanswered if self.shown is None else self.shown & unanswered.to(self.shown.device)
 
     @property
     def written(self) -> Tensor | None:
         """Bool (B, T): shown, with a label other than -100; None = none."""
-        if self._labelled is None or self._shown is None:
+        if self._labelled is None or self.shown is None:
             return self._labelled
-        return self._shown & self._labelled.to(self._shown.device)
+        return self.shown & self._labelled.to(self.shown.device)
 
     @property
-    def _shown(self) -> Tensor | None:
+    def shown(self) -> Tensor | None:
+        """Bool (B, T); None = all."""
         return None if self.mask is None else self.mask != 0
 
     @property
@@ -121,17 +122,19 @@ def rows(positions: Positions, tokens: Tokens, tied: Tied = True, device: torch.
     """The rows to edit of the flattened hidden state (B, S, d), for each intervention of ``positions.shares(tied)``.
 
     Each is int64 (B, n), -1 = skip, no row twice; or None for every row; none is listed where no token can be meant.
-    n is the intervention's share of N + M, prefix first; T for kinds with no fixed number; and for packed rows the share
-    times ``tokens.sequences``, at most T (where looking is free, on a CPU, the sequences are counted). Places are counted
-    by rank, not by column, so padding may lie anywhere.
+    n is the intervention's share of N + M, prefix first; K of dK, b - a of a:b, at most T; T for kinds with no fixed number;
+    and for packed rows such a number times ``tokens.sequences``, at most T (where looking is free, on a CPU, the sequences
+    are counted). Places are counted by rank, not by column, so padding may lie anywhere.
     """
+    if positions.numbered:
+        return _numbered(positions, tokens, device)
     if positions.everywhere:
         return [None]
     if not positions.places:
         chosen = tokens.written if positions.written else tokens.prompt
         if chosen is None:
             return [] if positions.written else [None]
-        return [_window(_listed(chosen.to(device)), tokens)]
+        return [_window(listed(chosen.to(device)), tokens)]
     if tied != "position":  # more places than there are tokens would hold -1 alone, and cost memory
         positions = positions.within(tokens.shape[1])
     size = positions.places
@@ -145,15 +148,34 @@ def rows(positions: Positions, tokens: Tokens, tied: Tied = True, device: torch.
     if tokens.starts is None:
         index = _scatter(place, place < size, size)
         return [_window(index[:, a:b], tokens) for a, b in shares]
-    many = tokens.sequences
-    if many is None and place.is_cpu and not torch.compiler.is_compiling():
-        many = int(tokens.starts.sum(1).max())
     found: list[Tensor | None] = []
     for a, b in shares:
         chosen = (place >= a) & (place < b)
-        n = tokens.shape[1] if many is None else min(tokens.shape[1], many * (b - a))
-        found.append(_window(_scatter(chosen.cumsum(1) - 1, chosen, n), tokens))
+        found.append(_window(_scatter(chosen.cumsum(1) - 1, chosen, _most(tokens, b - a, device)), tokens))
     return found
+
+
+def _most(tokens: Tokens, each: int, device: torch.device) -> int:
+    """How many tokens of a row are chosen at most, where ``each`` of its sequences has so many."""
+    many = tokens.sequences if tokens.starts is not None else 1
+    if many is None and device.type == "cpu" and not torch.compiler.is_compiling():
+        many = int(tokens.starts.sum(1).max())  # type: ignore[union-attr]
+    return tokens.shape[1] if many is None else min(tokens.shape[1], many * each)
+
+
+def _numbered(positions: Positions, tokens: Tokens, device: torch.device) -> list[Tensor | None]:
+    """The rows of the tokens with the numbers that are meant, of all that are shown or of those that are written."""
+    meant = tokens.written if positions.written else tokens.shown
+    if meant is None and positions.written:
+        return []
+    meant = torch.ones(tokens.shape, dtype=torch.bool, device=device) if meant is None else meant.to(device)
+    number = _count(meant, tokens.starts) - 1
+    chosen = meant & (number >= positions.begin)
+    if positions.end is None:
+        return [_window(listed(chosen), tokens)]
+    chosen = chosen & (number < positions.end)
+    most = _most(tokens, positions.end - positions.begin, device)
+    return [_window(_scatter(chosen.cumsum(1) - 1, chosen, most), tokens)]
 
 
 def _place(positions: Positions, tokens: Tokens, device: torch.device) -> Tensor:
@@ -179,7 +201,7 @@ def _place(positions: Positions, tokens: Tokens, device: torch.device) -> Tensor
     return place.masked_fill(~prompt, positions.places)
 
 
-def _listed(chosen: Tensor) -> Tensor:
+def listed(chosen: Tensor) -> Tensor:
     """The rows of the chosen tokens, each at its own column, (B, T)."""
     row = torch.arange(chosen.numel(), device=chosen.device).view(chosen.shape)
     return row.masked_fill(~chosen, -1)

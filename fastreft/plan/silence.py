@@ -61,6 +61,10 @@ LENGTHS_AFTER_CACHE = (
     "reft_prompt_lengths is given with past_key_values that hold tokens, after which all of the input is taken for decoded "
     "tokens: leave it out, or give reft_positions"
 )
+UNCOUNTED = (
+    "positions '{}' count the tokens that are written, and this forward comes after past_key_values that no call of generate "
+    "made for it, so that nothing says how many were: have generate run it (without guidance_scale), or give reft_positions"
+)
 ALONE = (
     "{} is run outside its model's forward, so it is not edited: call the model, not its forward method or a part of it"
 )

@@ -166,8 +166,8 @@ def save(
 
     pyreft saves NoReFT and NoDiReFT but cannot build them again, so they are written as the LoReFT and the DiReFT that make
     the same edit; ``keep_type`` writes them as they are. Positions, act_fn and dropout have no place in pyreft's files: a
-    warning says so of an act_fn, as pyreft's load takes linear. ``ValueError`` for a model without a ReFT adapter, and for
-    one with modules that were trained whole (``modules_to_save``).
+    warning says so of an act_fn, as pyreft's load takes linear. ``ValueError`` for a model without a ReFT adapter, for
+    positions that pyreft cannot be asked for (dK, a:b), and for modules that were trained whole (``modules_to_save``).
     """
     entries = model.entries() if isinstance(model, ReftModel) else _entries(model, adapter_name)
     act_fns = {entry.intervention.act_fn for entry in entries} - {None, "linear"}
@@ -195,6 +195,13 @@ def _entries(model: nn.Module, adapter_name: str | None) -> list[Entry]:
         raise ValueError(
             f"modules_to_save: the adapter {active!r} has {', '.join(whole)} trained whole, for which pyreft's files have no "
             "place, and without which the model is another one"
+        )
+    numbered = next((str(layer.specs[active].positions) for _, layer in layers
+                     if active in layer.specs and layer.specs[active].positions.numbered), None)  # fmt: skip
+    if numbered is not None:
+        raise ValueError(
+            f"positions is {numbered!r}, tokens counted over what is written, which pyreft has no like of: it edits columns of "
+            "the prompt, or every decoded token"
         )
     held = [(name, layer, layer.interventions(active)) for name, layer in layers]
     entries = []

@@ -18,17 +18,13 @@ def _of_prompt(spec: Positions, tied: Tied, length: int) -> tuple[tuple[int, ...
     )
 
 
-def edits_written(spec: Positions) -> bool:
-    """Does it edit tokens that are written?"""
-    return spec.everywhere or spec.written
-
-
 def of_step(spec: Positions, tied: Tied, prompt: int, start: int, end: int) -> list[tuple[int, int]]:
     """(token, intervention) of the tokens from ``start`` up to ``end``, counted from the request's first, of which ``prompt``
     are its prompt. What came before ``start`` was edited when it was computed, and what is computed again is edited again."""
-    if edits_written(spec):
-        first = start if spec.everywhere else max(start, prompt)
-        return [(token, 0) for token in range(first, end)]
+    if spec.everywhere or spec.written:
+        counted = 0 if spec.everywhere else prompt  # the token that has the number 0
+        last = end if spec.end is None else min(end, counted + spec.end)
+        return [(token, 0) for token in range(max(start, counted + spec.begin), last)]
     if start >= prompt:
         return []
     return [

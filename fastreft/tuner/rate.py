@@ -109,7 +109,8 @@ def _writes(model: nn.Module) -> bool:
 def _edits_what_counts(model: nn.Module) -> bool:
     """Whether the tokens whose state is looked at are all edited themselves."""
     found = {spec.positions for layer in layers_of(model) for spec in layer.specs.values()}
-    return any(p.everywhere or p.written if _writes(model) else not p.places for p in found)
+    open_ended = [p for p in found if p.end is None]
+    return any(p.everywhere or p.written if _writes(model) else not p.places for p in open_ended)
 
 
 def _last_hidden(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -75,7 +75,7 @@ class Case:
 
     @contextmanager
     def edited(self, chosen, written=None):
-        """Within it the plain model edits the ``chosen`` columns of each sample, beams alike, in whole sequences.
+        """Within it the plain model edits the ``chosen`` columns of each sample, beams alike, as far as there are some.
 
         All columns from ``written`` on, too, where that is given.
         """
@@ -85,7 +85,7 @@ class Case:
                 h = output if isinstance(output, torch.Tensor) else output[0]
                 rows = []
                 for i in range(h.shape[0]):
-                    columns = list(chosen[i * len(chosen) // h.shape[0]])
+                    columns = [s for s in chosen[i * len(chosen) // h.shape[0]] if s < h.shape[1]]
                     columns += [] if written is None else range(written, h.shape[1])
                     rows += [i * h.shape[1] + s for s in columns]
                 h = reference.edit_rows(h, torch.tensor(rows, dtype=torch.long), m.R, m.W, m.R, m.b)
@@ -103,7 +103,14 @@ class Case:
                 handle.remove()
 
     def chosen(self, lengths, side, width):
-        """The columns that the positions mean, from the lengths of the prompts."""
+        """The columns that the positions mean, from the lengths of the prompts, which are ``width`` wide; written ones, too."""
+        if self.positions[0] == "d":
+            return [[*range(width, width + int(self.positions[1:]))] for _ in lengths]
+        if ":" in self.positions:
+            starts = [width - n if side == "left" else 0 for n in lengths]
+            shown = [[*range(a, a + n), *range(width, width + NEW)] for a, n in zip(starts, lengths, strict=True)]
+            begin, end = (int(part) if part else None for part in self.positions.split(":"))
+            return [columns[begin:end] for columns in shown]
         first, last = {"f2+l3": (2, 3), "l1": (0, 1), "prompt": (width, width)}[self.positions]
         found = []
         for n in lengths:

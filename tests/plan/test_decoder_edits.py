@@ -8,7 +8,7 @@ from recomputed import DECODERS, GREEDY, SHOWN, Case, check, plain_of, prompts
 from torch.nn import functional as F
 
 LENGTHS = {"none": [9, 9, 9], "left": [9, 6, 7], "start": [1, 1, 1]}
-POSITIONS = ["f2+l3", "l1", "prompt", "decode"]
+POSITIONS = ["f2+l3", "l1", "prompt", "decode", "d2", "1:4"]
 
 
 @lru_cache

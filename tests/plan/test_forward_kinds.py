@@ -36,7 +36,7 @@ def test_decode_edits_the_labelled_tokens_in_training():
     torch.testing.assert_close(found.loss, wanted.loss)
 
 
-@pytest.mark.parametrize("positions", ["f2+l3", "l1", "prompt"])
+@pytest.mark.parametrize("positions", ["f2+l3", "l1", "prompt", "d1", "1:", "2:5"])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_packed_samples_are_edited_as_they_are_apart(positions, labelled):
     made = Case("llama", positions)

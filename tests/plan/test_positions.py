@@ -14,7 +14,7 @@ from fastreft.plan.positions import Tokens, check_mask, explicit_rows, rows, tok
 from fastreft.plan.spec import Positions, parse
 
 ORACLE = SHARED / "oracles" / "get_intervention_locations.json"
-KINDS = ["f1", "f3", "l1", "l4", "f2+l3", "f5+l5", "prompt", "decode", "all"]
+KINDS = ["f1", "f3", "l1", "l4", "f2+l3", "f5+l5", "prompt", "decode", "all", "d1", "d3", "1:", "2:5", ":3"]
 
 
 # ---- the oracle: plain Python, one sequence at a time ----------------------------------------------------------------
@@ -45,8 +45,12 @@ def edited(text: str, tied, compat: bool, shown: list[int], labels: list[int] | 
     length = len(shown)
     if text == "all":
         return dict.fromkeys(range(length), 0)
-    if text == "decode":
-        return {s: 0 for s in range(length) if labels is not None and shown[s] and labels[s] != -100}
+    if ":" in text:
+        begin, end = (int(part) if part else None for part in text.split(":"))
+        return dict.fromkeys([s for s in range(length) if shown[s]][begin:end], 0)
+    if text[0] == "d":
+        written = [s for s in range(length) if labels is not None and shown[s] and labels[s] != -100]
+        return dict.fromkeys(written if text == "decode" else written[: int(text[1:])], 0)
     end = length if labels is None else next((s for s in range(length) if labels[s] != -100), length)
     prompt = [s for s in range(end) if shown[s]]
     first = int(text[1 : text.find("+")]) if "+" in text else None
@@ -83,6 +87,9 @@ def row_groups(found, batch: int, length: int) -> dict[int, int]:
 
 CASES = (st.sampled_from(KINDS), st.sampled_from([True, False, "position"]), st.booleans())
 DTYPES = st.sampled_from([torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8, torch.bool, torch.float32])
+ODD_NUMBERS = (
+    "d d0 d-1 d01 d1000001 d1+f1 D3 : :0 4:4 5:4 -2: :-1 1:2:3 1:2: 01:2 1000001: :1000001 1:2+l1 \u0661:".split()
+)
 WAYS = pytest.mark.parametrize("way", ["native", "torch"])
 
 
@@ -150,8 +157,9 @@ def test_rows_of_packed_batches(batch, text, tied, compat, with_labels, said_by)
             wanted |= {start + s: group for s, group in one.items()}
             start += len(y)
     assert row_groups(found, *shape) == wanted
-    if spec.places:
-        assert all(index.shape[1] <= min(length, most * spec.places) for index in found)
+    if spec.places or spec.end is not None:  # a sequence has no more
+        each = spec.places or spec.end - spec.begin
+        assert all(index.shape[1] <= min(length, most * each) for index in found)
 
 
 @settings(max_examples=100, deadline=None)
@@ -197,15 +205,23 @@ def test_a_hidden_sample_is_not_edited():
         ("prompt", Positions()),
         ("decode", Positions(written=True)),
         ("all", Positions(everywhere=True)),
+        ("d7", Positions(written=True, end=7)),
+        ("1:", Positions(everywhere=True, begin=1)),
+        ("0:4", Positions(everywhere=True, end=4)),
+        (":4", Positions(everywhere=True, end=4)),
+        ("12:1000000", Positions(everywhere=True, begin=12, end=1_000_000)),
+        ("0:", Positions(everywhere=True)),
     ],
 )
 def test_parse(text, wanted):
     assert vars(parse(text)) == vars(wanted)
     assert parse(text) is parse(text)  # blocks share the rows of one Positions
+    assert vars(parse(str(wanted))) == vars(wanted)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "f", "f0", "f-1", "f1+f2", "f1+l1+f1", "x3", "first", "f1 + l1", "F1", "f1+", None, 3, "f01"]
+    "text",
+    ["", "f", "f0", "f-1", "f1+f2", "f1+l1+f1", "x3", "first", "f1 + l1", "F1", "f1+", None, 3, "f01", *ODD_NUMBERS],
 )
 def test_parse_refuses(text):
     with pytest.raises(ValueError, match=r"positions is .* it must be 'fN', 'lM', 'fN\+lM'"):

@@ -104,7 +104,7 @@ def test_training_after_a_cache_is_refused():
         model(input_ids=inputs["input_ids"], attention_mask=mask, past_key_values=cache, labels=inputs["input_ids"])
 
 
-@pytest.mark.parametrize("positions", ["f2+l3", "decode"])
+@pytest.mark.parametrize("positions", ["f2+l3", "decode", "d2"])
 def test_disabled_adapters_train_nothing_and_need_nothing(positions):
     inputs, model = batch("right"), made(positions).train()
     with model.disable_adapter():

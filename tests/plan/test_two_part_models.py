@@ -60,3 +60,22 @@ def test_what_the_decoder_writes(positions):
     assert not torch.equal(made().generate(**inputs, **WRITTEN), wanted)
     for use_cache in (True, False):
         assert torch.equal(model.generate(**inputs, **WRITTEN, use_cache=use_cache), wanted)
+
+
+@pytest.mark.parametrize("positions", ["d2", "1:3"])
+def test_tokens_edited_by_their_number(positions):
+    """The decoder's own start is the token 0, and no written one: both are the first two that are written."""
+    inputs = batch("right")
+    torch.manual_seed(2)
+    config = ReftConfig(r=3, positions=positions, target_modules=r"decoder\.bert\.encoder\.layer\.\d+")
+    model = get_reft_model(made(), config)
+    for block in model.get_base_model().decoder.bert.encoder.layer:
+        block.reft.reft_edit["default"].b.data.normal_().mul_(3)
+    ids = torch.ones(3, 1, dtype=torch.long)
+    for _ in range(4):
+        with torch.no_grad():  # by the labels, as in training
+            given = {"decoder_input_ids": ids, "labels": torch.cat([ids[:, 1:], ids[:, :1]], 1)}
+            ids = torch.cat([ids, model(**inputs, **given).logits[:, -1:].argmax(-1)], 1)
+    assert not torch.equal(made().generate(**inputs, **WRITTEN), ids)
+    for use_cache in (True, False):
+        assert torch.equal(model.generate(**inputs, **WRITTEN, use_cache=use_cache), ids)

@@ -35,7 +35,9 @@ def edit_columns(model, edits, chosen):
 
 @pytest.mark.parametrize("use_mems", [False, True])
 @pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize(("positions", "first", "last"), [("f2+l3", 2, 3), ("l1", 0, 1), ("prompt", 0, 9)])
+@pytest.mark.parametrize(
+    ("positions", "first", "last"), [("f2+l3", 2, 3), ("l1", 0, 1), ("prompt", 0, 9), ("d2", 0, 0), ("2:11", 2, 11)]
+)
 @torch.no_grad()
 def test_greedy(positions, first, last, side, use_mems):
     model = get_reft_model(make(), ReftConfig(positions=positions))
@@ -46,6 +48,9 @@ def test_greedy(positions, first, last, side, use_mems):
     chosen = []
     for n in lengths:
         columns = list(range(9 - n, 9))
+        if positions in ("d2", "2:11"):
+            chosen.append([9, 10] if positions == "d2" else [*columns, *range(9, 15)][first:last])
+            continue
         f = min(first, n // 2)
         chosen.append(columns[:f] + columns[n - min(last, n - f) :])
     plain = make()

@@ -9,7 +9,7 @@ import torch
 from drop_in import R, as_trainers, interventions, write
 from tiny import WIDTH, batch, logits, make
 
-from fastreft import pyreft
+from fastreft import ReftConfig, get_reft_model, pyreft
 from fastreft.interventions import INTERVENTIONS
 from fastreft.pyreft import checkpoint, format
 from fastreft.pyreft.checkpoint import Entry
@@ -225,6 +225,16 @@ def test_an_activation_that_pyrefts_files_cannot_hold_is_a_warning(tmp_path):
     assert "NoreftIntervention" in (tmp_path / "back" / "config.json").read_text()
     with pytest.raises(ValueError, match="has no equal with an orthonormal R"):
         format.orthonormal_twin(interventions("noreft", 1, act_fn="relu")[0])
+
+
+@pytest.mark.parametrize("positions", ["d3", "1:"])
+def test_positions_that_pyreft_has_no_like_of_are_refused(tmp_path, positions):
+    model = get_reft_model(make("llama"), ReftConfig(positions=positions))
+    with pytest.raises(
+        ValueError, match=f"positions is '{positions}', tokens counted over what is written, which pyreft"
+    ):
+        pyreft.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_has_no_orthonormal_equal_says_so():

@@ -33,7 +33,7 @@ def test_positions():
     assert pyreft.parse_positions("f3+l5") == (3, 5)
     assert pyreft.parse_positions("f3") == (3, 0)
     assert pyreft.parse_positions("l5") == (0, 5)
-    for text in ("", "all", "f", "f3,l5"):
+    for text in ("", "all", "f", "f3,l5", "d3", "1:"):
         with pytest.raises(ValueError, match="positions is "):
             pyreft.parse_positions(text)
 

@@ -44,6 +44,19 @@ def test_they_are_false_in_a_step_that_edits_nothing(component, positions, edits
     assert hooks(blocks(model)[0], component)  # between forwards they say that a block by itself is not edited
 
 
+@pytest.mark.parametrize(
+    ("positions", "edited"),
+    [("d1", [True, False, False]), ("d2", [True, True, False]), (":4", [False] * 3), ("11:", [False, False, True])],
+)
+def test_they_are_false_outside_a_window(positions, edited):
+    """Of prompts of up to 9 tokens, none of fewer than 4: the three steps run the tokens 9 to 11 of the longest."""
+    model = made(positions=positions)
+    assert truths(model, "block_output", lambda: model.generate(**batch("left"), **GREEDY)) == [
+        (True, 1),
+        *[(edits, 1) for edits in edited],
+    ]
+
+
 @SIDES
 @pytest.mark.parametrize("cleared", [False, True])
 def test_others_run_at_each_step(component, cleared):

@@ -225,7 +225,7 @@ def test_the_command_line_still_takes_yes_and_no(tmp_path):
         assert settings(parse([*base, "--config", str(tmp_path / "c.yaml")])).adapter["tied"] == value
 
 
-@pytest.mark.parametrize("positions", ["prompt", "all", "decode"])
+@pytest.mark.parametrize("positions", ["prompt", "all", "decode", "d3", "2:5"])
 def test_positions_without_a_number_are_refused(positions):
     with pytest.raises(ValueError, match=f"tied is 'position' and positions '{positions}', which is no fixed number"):
         ReftConfig(positions=positions, tied="position")

@@ -129,8 +129,9 @@ def parser_of(training: type, *more: type, help_all: bool = True, of: tuple[str,
     # A rate for the model and the adapter, and the paper's warmup; Trainer's defaults are meant for whole models.
     parser.let("learning_rate", _rate_or_auto, AUTO, "the rate, or 'auto': one that suits the model and the adapter")
     parser.let("positions", str, ANY, "the tokens to edit: 'fN' the first N of the prompt, 'lM' the last M, 'fN+lM' both, "
-               "'prompt' all of it, 'all' every token, decoded ones too, 'decode' only those; or 'auto': 'all' where texts or "
-               f"words are labelled, '{ReftSettings.positions}' where text is written")  # fmt: skip
+               "'prompt' all of it, 'all' every token, decoded ones too, 'decode' only those, 'dK' the first K of them, 'a:b' "
+               "(or 'a:', ':b') the tokens a to b - 1 of all, counted from 0 (in YAML in quotes); or 'auto': 'all' where texts "
+               f"or words are labelled, '{ReftSettings.positions}' where text is written")  # fmt: skip
     parser.let("fsdp", bool_or_word, None, "shard the model over the GPUs (FSDP2); see docs/devices.md")
     parser.set_defaults(warmup_steps=0.1)
     parser.require("output_dir")  # TrainingArguments would make one up
