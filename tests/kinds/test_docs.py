@@ -9,9 +9,11 @@ import torch
 from peft import PeftModel
 
 import fastreft
+from fastreft.cli import main
 from fastreft.tasks.models import load_base, load_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+SPEECH = PAGE.parents[1] / "examples" / "speech.jsonl"
 
 
 def test_edits_of_ones_own_are_twenty_lines_and_work(tmp_path):
@@ -42,3 +44,13 @@ def test_edits_of_ones_own_are_twenty_lines_and_work(tmp_path):
             loaded.generate(**batch, max_new_tokens=4, do_sample=False),
             model.generate(**batch, max_new_tokens=4, do_sample=False),
         )
+
+
+def test_brep_as_a_command(tmp_path, capsys):
+    """docs/recipes.md: RED at the first written tokens, on completions that are cut."""
+    out = str(tmp_path / "brep")
+    train = ["train", "--model", "embedded", "--train_file", str(SPEECH), "--output_dir", out, "--max_steps", "3"]
+    brep = ["--intervention_type", "red", "--positions", "d4", "--completion_tokens", "4"]
+    assert main([*train, *brep, "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]) == 0
+    assert main(["generate", "--adapter", out, "--prompt", "The old king was hungry.", "--max_new_tokens", "6"]) == 0
+    assert capsys.readouterr().out.strip()
