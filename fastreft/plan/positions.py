@@ -8,6 +8,7 @@ With the prompt L tokens long, fN+lM takes f = min(N, floor(L / 2)) tokens from 
 from its end; fN or lM alone takes min(N, L). Source: ReFT (Wu et al. 2024, arXiv 2404.03592), section 4;
 ``pyreft_compat`` floors both, alone or together, as pyreft's ``get_intervention_locations`` does. The shapes are fixed
 by N, M, B and S, so nothing here waits for a GPU. On a CPU a native op finds the rows of plain batches in one pass.
+dK and a:b count tokens from 0 over all that are written, or shown; what comes after a cache, ``numbers.py`` counts.
 """
 
 from __future__ import annotations
