@@ -2,6 +2,8 @@
 
     python benchmarks/bench_concepts.py --data AXBENCH --model FOLDER [--layer L] [--concepts 10] [--methods M ...] [--save]
 
+What is saved is not run again.
+
 AXBENCH holds metadata.jsonl, train_data.parquet and latent_eval_data.parquet of concept10 (stanfordnlp/axbench). A concept
 has 72 texts with it to learn from, and its genre's without it; 36 with and 36 without it to score, and some hard negatives,
 which are of a near concept. A text is a chat of the model's, without what every chat begins and ends with. The score of a
@@ -19,11 +21,12 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from harness import save
+from harness import device_name, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastreft.concepts import auroc, diff_mean, linear_probe, reft_r1
 
+HERE, SCRIPT = Path(__file__).parent, "bench_concepts"
 METHODS = ("diff_mean", "linear_probe", "reft_r1")
 SCORED = ("positive", "negative", "hard negative")
 
@@ -42,6 +45,13 @@ def in_common(texts: list[list[int]]) -> int:
     """How many tokens all of them begin with."""
     shortest = min(map(len, texts))
     return next((i for i in range(shortest) if len({text[i] for text in texts}) > 1), shortest)
+
+
+def kept(what: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """What an earlier run of the same model and layer has saved."""
+    path = HERE / "results" / device_name() / f"{SCRIPT}.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    return results.get("methods", {}) if all(results.get(name) == value for name, value in what.items()) else {}
 
 
 def main() -> None:
@@ -65,7 +75,8 @@ def main() -> None:
     some = [ids_of(tokenizer, row)[0] for row in tables["train_data"][:50]]
     first, last = in_common(some), in_common([ids[::-1] for ids in some])
     chat_of = {id(row): ids_of(tokenizer, row, last) for rows in tables.values() for row in rows}
-    found: dict[str, list[dict[str, Any]]] = {method: [] for method in chosen.methods}
+    what = {"model": Path(chosen.model).name, "layer": layer, "first": first}
+    found = kept(what) if chosen.save else {}
     for concept in about:
         number, name = concept["concept_id"], concept["concept"]
         genre = concept["concept_genres_map"][name][0]
@@ -81,6 +92,9 @@ def main() -> None:
             for category in SCORED
         }
         for method in chosen.methods:
+            rows = found.setdefault(method, {})
+            if name in rows:
+                continue
             began = time.perf_counter()
             if method == "reft_r1":
                 examples = with_it + without
@@ -92,20 +106,15 @@ def main() -> None:
                 direction = find(model, layer, [ids for ids, _ in with_it], [ids for ids, _ in without], first=first)
             taken = time.perf_counter() - began
             scores = {category: direction.scores(model, texts) for category, texts in scored.items() if texts}
-            row = {
-                "concept": name,
-                "auroc": auroc(scores["positive"], scores["negative"]),
-                "auroc_hard": auroc(scores["positive"], scores["hard negative"]) if "hard negative" in scores else None,
-                "seconds": taken,
-            }
-            found[method].append(row)
-            hard = "" if row["auroc_hard"] is None else f", against hard ones {row['auroc_hard']:.3f}"
-            print(f"{method:13} {row['auroc']:.3f}{hard}  {taken:6.1f} s  {name}", flush=True)
+            row = rows[name] = {"auroc": auroc(scores["positive"], scores["negative"]), "seconds": taken}
+            if "hard negative" in scores:
+                row["auroc_hard"] = auroc(scores["positive"], scores["hard negative"])
+            print(method, name, {key: round(value, 3) for key, value in row.items()}, flush=True)
+            if chosen.save:
+                save(SCRIPT, {**what, "methods": found})
     for method, rows in found.items():
-        hard = [row["auroc_hard"] for row in rows if row["auroc_hard"] is not None]
-        print(f"{method:13} mean {fmean(row['auroc'] for row in rows):.3f}, hard {fmean(hard):.3f}" if hard else method)
-    if chosen.save:
-        save("bench_concepts", {"model": Path(chosen.model).name, "layer": layer, "first": first, "methods": found})
+        of_all = [fmean(row[key] for row in rows.values() if key in row) for key in ("auroc", "auroc_hard")]
+        print(f"{method:13} {len(rows)} concepts, {of_all[0]:.3f}, against hard ones {of_all[1]:.3f}")
 
 
 if __name__ == "__main__":
