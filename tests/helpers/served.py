@@ -26,6 +26,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "bob": dict(r=3, positions="f4+l2", tied=False, act_fn="relu"),
     "cid": dict(r=2, positions="all", intervention_type="noreft", add_bias=True),
     "dot": dict(r=2, positions="decode"),
+    "eve": dict(r=4, positions="d3"),
+    "fay": dict(r=4, positions="3:12"),
 }
 
 

@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError  # noqa: E402
 from fastreft.tasks.places import EMBEDDED_PATH  # noqa: E402
 
 TOKENS = 8
-ORDER = ["ada", "bob", "base", "cid", "ada", "dot"]
+ORDER = ["ada", "bob", "base", "cid", "ada", "dot", "eve", "fay"]
 
 
 @pytest.fixture(scope="module")
