@@ -103,7 +103,7 @@ def written(model, batch):
 
 
 @pytest.mark.default_start
-@pytest.mark.parametrize("name", ["vision"])
+@pytest.mark.parametrize("name", ["vision", "audio"])
 def test_a_script_runs(name):
     spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
