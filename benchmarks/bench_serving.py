@@ -1,6 +1,6 @@
 """A batch of many adapters: what it costs over the bare model, by the number of distinct adapters in it.
 
-    python benchmarks/bench_serving.py [--save] [--model FOLDER] [--only embedded]
+    python benchmarks/bench_serving.py [--save] [--model FOLDER] [--only embedded] [--batch N]
     python benchmarks/bench_serving.py --plot docs/serving.png          # of what this machine has saved
 
 Prompts of 32 tokens and 16 tokens written after each, greedy: 512 of them in a batch on the embedded model, 64 on a GPT-2 of
@@ -100,15 +100,15 @@ class Formula:
         return hooked
 
 
-def case(name: str, bare: nn.Module, rounds: int) -> list[dict[str, Any]]:
-    bare, batch = bare.eval(), BATCHES.get(name, 64)
-    counts = [count for count in COUNTS if count <= batch]
+def case(name: str, bare: nn.Module, rounds: int, batch: int) -> list[dict[str, Any]]:
+    bare = bare.eval()
+    counts = sorted({batch, *(count for count in COUNTS if count <= batch)})
     ids = torch.randint(5, bare.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     prefills: dict[str, Any] = {"bare": torch.no_grad()(lambda: bare(**given))}
     tokens: dict[str, list[float]] = {"bare": []}
     writes: dict[str, Any] = {"bare": writer(bare, ids, TOKENS, tokens["bare"])}
-    for kind, config, most in (("ReFT", reft, max(counts)), ("LoRA", lora, LORA_MOST)):
+    for kind, config, most in (("ReFT", reft, max(counts)), ("LoRA", lora, min(LORA_MOST, max(counts)))):
         model = adapted(bare, config, most)
         for count, zipf in [*((count, False) for count in counts if count <= most), (most, True)]:
             of = owners(batch, count, zipf)
@@ -191,6 +191,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", help="a folder of one more causal language model")
     arguments.add_argument("--only", help="the models whose names begin so")
+    arguments.add_argument("--batch", type=int, help="prompts in a batch")
     arguments.add_argument("--plot", help="a file for a picture of what was saved; nothing is measured")
     chosen = arguments.parse_args()
     if chosen.plot:
@@ -199,12 +200,12 @@ def main() -> None:
     keep_heap()
     there = models()
     if chosen.model:
-        there["given"] = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32)
+        there[Path(chosen.model).name] = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32)
     results = []
     for name, bare in there.items():
         if not name.startswith(chosen.only or ""):
             continue
-        rows = case(name, bare, chosen.rounds)
+        rows = case(name, bare, chosen.rounds, chosen.batch or BATCHES.get(name, 64))
         table(name, rows)
         results += rows
     if chosen.save:  # beside those of the models that were not run this time

@@ -42,9 +42,10 @@ def hook() -> None:
         if request.sampling_params is None:
             raise VLLMValidationError("an adapter edits what a model writes; this request asks for no text")
         fingerprint, folder = found
-        request.sampling_params.extra_args = {**extra, ARGUMENT: [fingerprint, folder, scale]}
+        key = f"{fingerprint}@{scale!r}"
+        request.sampling_params.extra_args = {**extra, ARGUMENT: [key, folder, scale]}
         # Blocks of the prefix cache hold edited keys and values: another adapter's, or strength's, are not this one's.
-        request.cache_salt = f"{request.cache_salt or ''}reft:{fingerprint}@{scale!r}"
+        request.cache_salt = f"{request.cache_salt or ''}reft:{key}"
         return request
 
     process_inputs._reft = True  # type: ignore[attr-defined]

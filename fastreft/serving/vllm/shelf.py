@@ -14,7 +14,9 @@ from typing import Any
 from ..adapter import read
 from . import environment
 
-ARGUMENT = "reft"  # of a request's extra_args: an adapter's name, and for the workers (fingerprint, folder, strength)
+ARGUMENT = (
+    "reft"  # of a request's extra_args: an adapter's name, and for the workers (its name in the pool, folder, strength)
+)
 STRENGTH = "reft_scale"  # likewise: how strong the adapter edits
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 KEPT = 24 * 3600.0  # seconds that a copy outlives its last request, where its name stands for something else

@@ -29,16 +29,11 @@ _current: Step | None = None  # the step that runs now; a worker runs one at a t
 
 
 class Asked(NamedTuple):
-    """The adapter of a request."""
+    """The adapter of a request; ``key``: its name in the pool, that of a content at a strength."""
 
-    fingerprint: str
+    key: str
     folder: str
     scale: float
-
-    @property
-    def key(self) -> str:
-        """Its name in the pool: that of an adapter at a strength."""
-        return f"{self.fingerprint}@{self.scale!r}"
 
 
 class Step:
@@ -71,19 +66,24 @@ class Served:
         layers = decoder_layers(runner.get_model(), config.get_total_num_hidden_layers())
         self.config, self.device = config, runner.device
         self.pool = self._pool(environment.vectors(), environment.lines())
-        self._last: OrderedDict[str, None] = OrderedDict()  # what was asked for, the one asked for last at the end
+        # What was asked for, the one asked for last at the end: does it edit prompts alone?
+        self._last: OrderedDict[str, bool] = OrderedDict()
         for place, layer in layers:
             layer.register_forward_hook(_hook_of(place))
 
     def step(self, runner: Any) -> Step | None:
         """What the step that the runner has prepared edits; None for nothing."""
         batch, starts = runner.input_batch, runner.query_start_loc.np
+        computed = batch.num_computed_tokens_cpu[: len(batch.req_ids)].tolist()
         asked: list[tuple[int, Any, Asked]] = []
         for i, name in enumerate(batch.req_ids):
             request = runner.requests[name]
             extra = getattr(request.sampling_params, "extra_args", None) or {}
             if ARGUMENT in extra:
-                asked.append((i, request, Asked(*extra[ARGUMENT])))
+                each = Asked(*extra[ARGUMENT])
+                written = computed[i] >= request.num_prompt_tokens
+                if not (written and self._last.get(each.key, False)):
+                    asked.append((i, request, each))
         if not asked:
             return None
         where = self._where({each.key: each for _, _, each in asked})
@@ -91,7 +91,7 @@ class Served:
         lines: list[int] = []
         for i, request, each in asked:
             there = where[each.key]
-            adapter, begin = there.adapter, int(batch.num_computed_tokens_cpu[i])
+            adapter, begin = there.adapter, computed[i]
             count = int(starts[i + 1] - starts[i])
             found = of_rows.of_step(adapter.positions, adapter.tied, request.num_prompt_tokens, begin, begin + count)
             rows += [int(starts[i]) + token - begin for token, _ in found]
@@ -121,16 +121,21 @@ class Served:
                 for key, each in asked.items():
                     if key not in self.pool:
                         self.pool.add(key, each.folder, each.scale)
-                return self.pool.take(asked)
+                where = self.pool.take(asked)
             except PoolFull:
                 vectors, lines = 2 * self.pool.A.shape[1], 2 * self.pool.table.shape[1]
                 _log.warning("fastreft: a step has more adapters than the pool; FASTREFT_VECTORS is %d now", vectors)
                 self.pool = self._pool(vectors, lines)
+            else:
+                for key, there in where.items():
+                    positions = there.adapter.positions
+                    self._last[key] = not (positions.everywhere or positions.written)
+                return where
 
     def _forget(self, asked: dict[str, Asked]) -> None:
         """Have the pool know those that were asked for last, and not all there ever were."""
         for key in asked:
-            self._last[key] = None
+            self._last.setdefault(key, False)
             self._last.move_to_end(key)
         while len(self._last) > max(KNOWN, len(asked)):
             gone, _ = self._last.popitem(last=False)
