@@ -14,9 +14,7 @@ from ..models.blocks import hidden_size
 from ..optim import ReftAdamW
 from .direction import Direction
 from .states import Text, padded, site_of
-from .training import batches, edited, falling, made_by, steps_in
-
-CLIP = 1.0  # of the gradient's norm, as AxBench has it
+from .training import batches, descend, edited, falling, made_by, steps_in
 
 
 class ReftR1(Intervention):
@@ -63,7 +61,8 @@ def reft_r1(
     plus (step / steps) ``sparsity`` times the mean of the latents outside the top k; ``lr`` falls to 0 in a line. Defaults are
     AxBench's. The start is the direction along which every coordinate is the same, as there.
 
-    Source: AxBench (Wu et al. 2025, arXiv 2501.17148), section 4. ``ValueError`` where texts and labels do not go together.
+    Source: AxBench (Wu et al. 2025, arXiv 2501.17148), as its code has it. ``ValueError`` where texts and labels do not go
+    together.
     """
     site = site_of(model, layer)
     if len(texts) != len(labels) or any(len(t) != len(own) for t, own in zip(texts, labels, strict=False)) or not texts:
@@ -88,14 +87,9 @@ def reft_r1(
             place.change = partial(edit.change, tokens=tokens)
             loss: Any = model(**batch, labels=wanted, use_cache=False).loss
             assert edit.rest is not None  # the site has been run
-            loss = loss + step / total * sparsity * edit.rest
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([edit.R], CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+            found = descend(loss + step / total * sparsity * edit.rest, optimizer, schedule)
             if log is not None:
-                log(step, float(loss.detach()))
+                log(step, found)
     made = Direction(edit.R[0], layer, first=first, method="reft_r1")
     learnt = [text for text, own in zip(texts, labels, strict=True) if any(int(i) != -100 for i in own)]
     made.largest = max(float(made.scores(model, learnt).max()), 1e-6)

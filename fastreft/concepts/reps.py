@@ -14,10 +14,9 @@ from ..interventions import Intervention
 from ..models.blocks import hidden_size
 from .direction import Direction
 from .states import Text, padded, site_of
-from .training import Edited, batches, edited, falling, made_by, steps_in
+from .training import Edited, batches, descend, edited, falling, made_by, steps_in
 
 FACTORS = tuple(range(2, 21, 2))
-CLIP = 1.0
 
 
 class SteeredVector(Intervention):
@@ -51,7 +50,7 @@ def preference_loss(chosen: Tensor, rejected: Tensor, lengths: Sequence[Tensor],
     more.
 
     ``chosen``, ``rejected``: summed log probabilities (n,); ``lengths``: their tokens; ``reference``: theirs under p0.
-    Source: RePS (Wu et al. 2025, arXiv 2505.20809), equations 5 to 8.
+    Source: RePS (Wu et al. 2025, arXiv 2505.20809), the loss as its code has it.
     """
     beta = (reference[1] - reference[0]).clamp(min=1)
     return -F.logsigmoid(beta / lengths[0] * chosen - rejected / lengths[1])
@@ -76,7 +75,7 @@ def reps(
 
     ``prompts``, and answers ``with_it``, which have the concept, and ``without``, the model's own: token ids each. At a factor
     drawn of ``factors`` the model is to prefer the first, with the concept nulled the second; every token of a text but its
-    ``first`` is edited. ``factors`` are those of the paper for Gemma 2; they are in units of what v grows to.
+    ``first`` is edited. ``factors`` are in units of what v grows to: which suit depends on the model and the layer.
 
     Source: RePS (Wu et al. 2025, arXiv 2505.20809). ``ValueError`` where the lists are not as long, or a factor is 0.
     """
@@ -120,13 +119,9 @@ def reps(
                 nulled = log_probabilities(place, pairs, 0.0)[0].chunk(2)
                 loss = preference_loss(added[0], added[1], lengths, base).mean()
                 loss = loss + preference_loss(nulled[1], nulled[0], lengths[::-1], base[::-1]).mean()
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(edit.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+                found = descend(loss, optimizer, schedule)
             if log is not None:
-                log(step, float(loss.detach()))
+                log(step, found)
     length = float(edit.v.detach().norm())
     return Direction(edit.v, layer, float(edit.c.detach()) / length, first, length, "reps")
 

@@ -15,6 +15,7 @@ from ..plan.forward import Plan
 
 Made = TypeVar("Made", bound=nn.Module)
 Change = Callable[[Tensor], Tensor]
+CLIP = 1.0  # of the gradient's norm, as AxBench has it
 
 
 class Edited:
@@ -66,6 +67,16 @@ def batches(count: int, batch_size: int, epochs: int, generator: torch.Generator
         order = torch.randperm(count, generator=generator).tolist()
         for start in range(0, count, batch_size):
             yield order[start : start + batch_size]
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> float:
+    """One step down a loss, gradients cut to a norm of :data:`CLIP`; the loss."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()
+    return float(loss.detach())
 
 
 def falling(optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr_scheduler.LRScheduler:

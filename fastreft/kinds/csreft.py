@@ -20,7 +20,7 @@ class CsreftIntervention(TorchIntervention):
     g = sigmoid(G relu(F h / |h| + f) + e), F (16, d), G (groups, 16): a gate a group. ``groups``: those of a configuration's
     ``subspaces``, two halves of R where it names none. The identity: W = R, b = 0.
 
-    Source: CS-ReFT (Zhou 2025, arXiv 2503.10617), section 3. There the subspaces are orthonormal each by itself, here all of
+    Source: CS-ReFT (Zhou 2025, arXiv 2503.10617). There the subspaces are orthonormal each by itself, here all of
     them together; and there the router reads the embedding of a prompt's first token, which as a rule is the same for every
     prompt, here the very state that is edited.
     """

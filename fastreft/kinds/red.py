@@ -11,7 +11,7 @@ from .formula import TorchIntervention
 class RedIntervention(TorchIntervention):
     """s * h + v, s and v (d,), by coordinates; ``low_rank_dimension`` means nothing to it. It starts at s = 1, v = 0.
 
-    Source: RED (Wu et al. 2024, arXiv 2402.15179), equation 2, there of the feed-forward's output at every token
+    Source: RED (Wu et al. 2024, arXiv 2402.15179), there of the feed-forward's output at every token
     (``component="mlp_output"``, ``positions="all"``).
     """
 

@@ -66,21 +66,22 @@ def test_one_adapter_at_several_strengths(shelf, engine):
     """Each request its own, in one batch, and none of them from another's blocks of the prefix cache."""
     folder, prompts, expected = shelf
     model, scales = loaded(folder / "cid"), (1.0, -30.0, 0.0, 30.0)
-    wanted = []
-    for scale in scales:
-        with model.reft(scale=scale):
-            wanted.append(written(model, prompts[1], TOKENS)[0])
-    assert wanted[0] == expected["cid"][1] and wanted[2] == expected["base"][1]
-    assert len({*map(tuple, wanted)}) >= 3
     settings = [
         vllm.SamplingParams(
             max_tokens=TOKENS, temperature=0, ignore_eos=True, extra_args={"reft": "cid", "reft_scale": scale}
         )
         for scale in scales
     ]
-    for _ in range(2):
-        found = engine.generate([{"prompt_token_ids": prompts[1]}] * len(scales), settings, use_tqdm=False)
-        assert [list(each.outputs[0].token_ids) for each in found] == wanted
+    for which in (0, 1):
+        wanted = []
+        for scale in scales:
+            with model.reft(scale=scale):
+                wanted.append(written(model, prompts[which], TOKENS)[0])
+        assert wanted[0] == expected["cid"][which] and wanted[2] == expected["base"][which]
+        assert len({*map(tuple, wanted)}) == (4, 3)[which]  # the long prompt's edit of strength 1 changes no token
+        for _ in range(2):
+            found = engine.generate([{"prompt_token_ids": prompts[which]}] * len(scales), settings, use_tqdm=False)
+            assert [list(each.outputs[0].token_ids) for each in found] == wanted
     settings[0].extra_args = {"reft_scale": 2.0}
     with pytest.raises(VLLMValidationError, match="the request names no adapter"):
         engine.generate([{"prompt_token_ids": prompts[1]}], settings[:1], use_tqdm=False)
