@@ -1,7 +1,7 @@
 """A batch of many adapters: what it costs over the bare model, by the number of distinct adapters in it.
 
-    python benchmarks/bench_serving.py [--save] [--model FOLDER] [--only embedded] [--batch N]
-    python benchmarks/bench_serving.py --plot docs/serving.png          # of what this machine has saved
+    python benchmarks/bench_serving.py [--save] [--model FOLDER] [--only embedded] [--batch N] [--kinds ReFT LoRA formulas]
+    python benchmarks/bench_serving.py --plot docs/serving.png [--devices DEVICE ...]          # of what was saved
 
 Prompts of 32 tokens and 16 tokens written after each, greedy: 512 of them in a batch on the embedded model, 64 on a GPT-2 of
 random weights and on any other. ``prefill``: a forward, which is the time to a first token; ``token``: the median time between
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +31,7 @@ from fastreft.models.blocks import find_blocks
 
 BATCHES, PROMPT, TOKENS = {"embedded Llama, 2M": 512}, 32, 16
 COUNTS = (1, 8, 64, 256, 512)
+KINDS = ["ReFT", "LoRA", "formulas"]
 LORA_MOST = 64  # PEFT takes a quarter of a second for one of the 64, and longer for each that follows
 FIRST = LAST = 5
 
@@ -100,7 +102,7 @@ class Formula:
         return hooked
 
 
-def case(name: str, bare: nn.Module, rounds: int, batch: int) -> list[dict[str, Any]]:
+def case(name: str, bare: nn.Module, rounds: int, batch: int, kinds: list[str]) -> list[dict[str, Any]]:
     bare = bare.eval()
     counts = sorted({batch, *(count for count in COUNTS if count <= batch)})
     ids = torch.randint(5, bare.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -109,6 +111,8 @@ def case(name: str, bare: nn.Module, rounds: int, batch: int) -> list[dict[str, 
     tokens: dict[str, list[float]] = {"bare": []}
     writes: dict[str, Any] = {"bare": writer(bare, ids, TOKENS, tokens["bare"])}
     for kind, config, most in (("ReFT", reft, max(counts)), ("LoRA", lora, min(LORA_MOST, max(counts)))):
+        if kind not in kinds:
+            continue
         model = adapted(bare, config, most)
         for count, zipf in [*((count, False) for count in counts if count <= most), (most, True)]:
             of = owners(batch, count, zipf)
@@ -117,7 +121,7 @@ def case(name: str, bare: nn.Module, rounds: int, batch: int) -> list[dict[str, 
             tokens[key] = []
             prefills[key] = torch.no_grad()(lambda named=named: named(**given))
             writes[key] = writer(named, ids, TOKENS, tokens[key])
-    for count in counts:
+    for count in counts if "formulas" in kinds else ():
         for gathered in (False, True):
             formula = Formula(bare, batch, count, gathered)
             prefills[f"{'gathered' if gathered else 'loop'} {count}"] = formula(prefills["bare"])
@@ -148,9 +152,9 @@ class Named:
         return self.model.generate(**given, adapter_names=self.adapters)
 
 
-def saved() -> list[dict[str, Any]]:
-    """The rows that this machine has saved."""
-    path = Path(__file__).parent / "results" / device_name() / "bench_serving.json"
+def saved(device: str) -> list[dict[str, Any]]:
+    """The rows that were saved on a device."""
+    path = Path(__file__).parent / "results" / device / "bench_serving.json"
     return json.loads(path.read_text())["results"] if path.exists() else []
 
 
@@ -166,11 +170,13 @@ def plot(rows: list[dict[str, Any]], file: str) -> None:
     for (left, right), model in zip(axes, models, strict=True):
         mine = [row for row in rows if row["model"] == model]
         bare = next(row for row in mine if row["adapters"] == "bare")
+        named = (row["adapters"].split() for row in mine if row["adapters"].count(" ") == 1)
+        ticks = sorted({int(count) for _, count in named})
         for kind, name in (("ReFT", "LoReFT"), ("LoRA", "PEFT's LoRA"), ("loop", "a loop"), ("gathered", "gathered")):
             own = [row for row in mine if row["adapters"].split()[0] == kind and "Zipf" not in row["adapters"]]
             counts = [int(row["adapters"].split()[1]) for row in own]
             for axis, key in ((left, "tokens/s"), (right, "prefill ms")):
-                if all(key in row for row in own):
+                if own and all(key in row for row in own):
                     axis.plot(counts, [row[key] for row in own], "o-", label=name)
         for axis, key in ((left, "tokens/s"), (right, "prefill ms")):
             axis.axhline(bare[key], color="gray", linestyle="--", label="the bare model")
@@ -180,7 +186,7 @@ def plot(rows: list[dict[str, Any]], file: str) -> None:
                 ylabel=key,
                 title=f"{model}, {bare['batch']} prompts",
             )
-            axis.set_xticks(counts, [str(count) for count in counts])
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.minorticks_off()
             axis.set_ylim(bottom=0)
             axis.legend(fontsize="small", loc="lower left", ncols=2 if key == "prefill ms" else 1)
@@ -192,10 +198,23 @@ def main() -> None:
     arguments.add_argument("--model", help="a folder of one more causal language model")
     arguments.add_argument("--only", help="the models whose names begin so")
     arguments.add_argument("--batch", type=int, help="prompts in a batch")
+    arguments.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is measured beside the bare model"
+    )
     arguments.add_argument("--plot", help="a file for a picture of what was saved; nothing is measured")
+    arguments.add_argument(
+        "--devices",
+        nargs="+",
+        default=[device_name()],
+        help="folders of results that --plot draws, a later one's models in place of an earlier one's",
+    )
     chosen = arguments.parse_args()
     if chosen.plot:
-        plot(saved(), chosen.plot)
+        latest: dict[str, list[dict[str, Any]]] = {}
+        for device in chosen.devices:
+            for name, rows in groupby(saved(device), key=lambda row: row["model"]):
+                latest[name] = list(rows)
+        plot([row for rows in latest.values() for row in rows], chosen.plot)
         return
     keep_heap()
     there = models()
@@ -205,12 +224,12 @@ def main() -> None:
     for name, bare in there.items():
         if not name.startswith(chosen.only or ""):
             continue
-        rows = case(name, bare, chosen.rounds, chosen.batch or BATCHES.get(name, 64))
+        rows = case(name, bare, chosen.rounds, chosen.batch or BATCHES.get(name, 64), chosen.kinds)
         table(name, rows)
         results += rows
-    if chosen.save:  # beside those of the models that were not run this time
-        ran = {row["model"] for row in results}
-        save(__file__, [*(row for row in saved() if row["model"] not in ran), *results])
+    if chosen.save:  # in the place of the same ones, beside what was not run this time
+        rows = {(row["model"], row["adapters"]): row for row in [*saved(device_name()), *results]}
+        save(__file__, list(rows.values()))
 
 
 if __name__ == "__main__":
