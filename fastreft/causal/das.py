@@ -151,7 +151,15 @@ class Das:
         sets = [pairs] if isinstance(pairs, Pairs) else list(pairs)
         if not sets or not all(len(each.labels) for each in sets):
             raise ValueError("pairs is empty; there must be an example at least")
-        return [each._replace(sources=self._kept(each, batch_size)) for each in sets]
+        return [each._replace(sources=self._kept(self._named(each), batch_size)) for each in sets]
+
+    def _named(self, pairs: Pairs) -> Pairs:
+        """The pairs with their one variable as the subspace has it, which need not name the only one that it holds."""
+        if list(self.subspace.variables) != [""] or len(pairs.sources) != 1:
+            return pairs
+        ((variable, source),) = pairs.sources.items()
+        own = pairs.source_at and {"": pairs.source_at[variable]}
+        return pairs._replace(sources={"": source}, source_at=own)
 
     def _kept(self, pairs: Pairs, batch_size: int) -> dict[str, Any]:
         if not set(pairs.sources) <= {*self.subspace.variables, ""}:

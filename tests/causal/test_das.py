@@ -203,8 +203,10 @@ def test_pairs_with_positions_of_their_own():
     pairs = Pairs(base, {"": source}, labels, at, {"": source_at})
     das = Das(Sequence(), "block", Subspace(6, 6))
     assert das.iia(pairs, batch_size=2) == 1.0
-    with pytest.raises(ValueError, match="pairs have sources for x"):
-        das.iia(pairs._replace(sources={"x": source}))
+    named = pairs._replace(sources={"x": source}, source_at={"x": source_at})
+    assert das.iia(named, batch_size=2) == 1.0, "a subspace of one variable need not name it"
+    with pytest.raises(ValueError, match="pairs have sources for x, y"):
+        das.iia(pairs._replace(sources={"x": source, "y": source}))
 
 
 def test_boundaries_and_masks_are_what_the_formulas_say():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -54,3 +56,33 @@ def test_brep_as_a_command(tmp_path, capsys):
     assert main([*train, *brep, "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]) == 0
     assert main(["generate", "--adapter", out, "--prompt", "The old king was hungry.", "--max_new_tokens", "6"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+OWN = """
+import torch, fastreft
+
+@fastreft.register_intervention("inspected")
+class Inspected(fastreft.TorchIntervention):
+    def build(self, dtype, add_bias):
+        self.shift = torch.nn.Parameter(torch.zeros(self.embed_dim))
+
+    def reset_parameters(self):
+        torch.nn.init.zeros_(self.shift)
+
+    def formula(self, h):
+        return h + self.shift
+"""
+
+
+def test_a_kind_of_ones_own_is_inspected(tmp_path):
+    module, out = tmp_path / "mine.py", str(tmp_path / "adapter")
+    module.write_text(OWN)
+    own = ["--task_module", str(module)]
+    train = ["train", "--model", "embedded", "--train_file", str(SPEECH), "--output_dir", out, "--max_steps", "1"]
+    quiet = ["--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
+    assert main([*train, *own, "--intervention_type", "inspected", "--learning_rate", "1e-2", *quiet]) == 0
+    code = "import sys; from fastreft.cli import main; sys.exit(main(sys.argv[1:]))"
+    told = subprocess.run(
+        [sys.executable, "-c", code, "inspect", "--adapter", out, *own], capture_output=True, text=True, check=True
+    )
+    assert "intervention_type inspected" in told.stdout and "model.layers.0" in told.stdout

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..errors import UserError
+from ..modules import run_module
 from .parser import Parser, refuse_empty
 
 
@@ -24,6 +25,9 @@ class InspectArguments:
     intervention_type: str | None = field(
         default=None, metadata={"help": "the kind, for a trainer's checkpoint without config.json that does not tell"}
     )
+    task_module: str | None = field(
+        default=None, metadata={"help": "a Python file of yours that registers the adapter's edit; it is run"}
+    )
 
 
 def parse(argv: Sequence[str]) -> InspectArguments:
@@ -41,4 +45,6 @@ def parse(argv: Sequence[str]) -> InspectArguments:
         raise UserError("--model is for --prompt: a folder is read without its base model")
     if arguments.prompt is not None and not all(arguments.prompt):
         raise UserError("--prompt is empty; give a text")
+    if arguments.task_module is not None:
+        run_module(arguments.task_module)
     return arguments
