@@ -285,7 +285,8 @@ def _run_of(
     if explicit is not None and source is not None:
         positions.check_explicit(explicit, (source.shape[0], length or source.shape[1]))
     if lengths is not None and source is not None:
-        positions.check_lengths(lengths, (source.shape[0], length or source.shape[1]))
+        shape = (source.shape[0], length or source.shape[1])
+        positions.check_lengths(lengths, shape, positions.fitting(mask, shape))
     if subspaces is not None and source is not None:
         subspaces.check(source.shape[0])
     if cached and _drafts(given):

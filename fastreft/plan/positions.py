@@ -235,8 +235,8 @@ def check_mask(mask: Tensor | None) -> None:
         raise ValueError(f"attention_mask hides every token of sample {hidden}; each sample must show one at least")
 
 
-def check_lengths(lengths: Tensor, shape: tuple[int, int]) -> None:
-    """``ValueError`` where ``lengths`` are not the tokens of the prompts of a (B, T) batch."""
+def check_lengths(lengths: Tensor, shape: tuple[int, int], mask: Tensor | None = None) -> None:
+    """``ValueError`` where ``lengths`` are not the tokens of the prompts of a (B, T) batch, of which ``mask`` shows some."""
     integers = isinstance(lengths, Tensor) and not (lengths.is_floating_point() or lengths.dtype == torch.bool)
     if not integers or tuple(lengths.shape) != shape[:1]:
         came = (
@@ -244,10 +244,12 @@ def check_lengths(lengths: Tensor, shape: tuple[int, int]) -> None:
         )
         raise ValueError(f"reft_prompt_lengths has {came}; it must be integers, one a sample, here ({shape[0]},)")
     if lengths.is_cpu and not traced():
-        odd = lengths[(lengths < 0) | (lengths > shape[1])]
+        most = (mask != 0).sum(1) if mask is not None and mask.is_cpu else torch.full_like(lengths, shape[1])
+        odd = ((lengths < 0) | (lengths > most)).nonzero()
         if len(odd):
+            i = int(odd[0])
             raise ValueError(
-                f"reft_prompt_lengths holds {int(odd[0])}; it must be from 0 to the tokens of a sample, here {shape[1]}"
+                f"reft_prompt_lengths holds {int(lengths[i])}; it must be from 0 to the tokens of a sample, here {int(most[i])}"
             )
 
 

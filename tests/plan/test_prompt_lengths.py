@@ -60,8 +60,18 @@ def test_labels_of_another_shape_are_named():
 def test_lengths_that_no_prompt_has(odd, how):
     model = made()
     call = model if how == "forward" else model.generate
-    with pytest.raises(ValueError, match=f"reft_prompt_lengths holds {odd}; it must be from 0 to .* here 9"):
+    with pytest.raises(ValueError, match=f"reft_prompt_lengths holds {odd}; it must be from 0 to .* here [0-9]"):
         call(**batch("left"), reft_prompt_lengths=torch.tensor([2, odd, 3]))
+
+
+def test_generate_refuses_a_prompt_longer_than_its_sample():
+    """It would end among what is written, a token later each step without a cache."""
+    inputs = batch("left")
+    tokens = inputs["attention_mask"].sum(1)
+    i = int(tokens.argmin())
+    assert tokens[i] < inputs["input_ids"].shape[1]
+    with pytest.raises(ValueError, match=f"holds {tokens[i] + 1}; it must be from 0 to .* here {tokens[i]}$"):
+        made().generate(**inputs, reft_prompt_lengths=torch.where(torch.arange(3) == i, tokens + 1, tokens))
 
 
 def test_prompts_without_a_token_are_said():
