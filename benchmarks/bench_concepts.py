@@ -1,6 +1,7 @@
 """Concept detection as AxBench has it: whose direction tells texts with a concept from texts without? AUROC, by method.
 
-    python benchmarks/bench_concepts.py --data AXBENCH --model FOLDER [--layer L] [--concepts 10] [--methods M ...] [--save]
+    python benchmarks/bench_concepts.py --data AXBENCH --model FOLDER [--layer L] [--concepts 10] [--methods M ...]
+        [--dtype bfloat16] [--save]
 
 What is saved is not run again.
 
@@ -60,12 +61,13 @@ def main() -> None:
     asked.add_argument("--model", required=True)
     asked.add_argument("--layer", type=int, help="whose output; the middle one if not given")
     asked.add_argument("--concepts", type=int, default=10)
+    asked.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
     asked.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     asked.add_argument("--save", action="store_true")
     chosen = asked.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
-    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=getattr(torch, chosen.dtype)).eval()
     layer = model.config.num_hidden_layers // 2 if chosen.layer is None else chosen.layer
     about = [json.loads(line) for line in (chosen.data / "metadata.jsonl").read_text().splitlines()][: chosen.concepts]
     tables = {
@@ -75,7 +77,7 @@ def main() -> None:
     some = [ids_of(tokenizer, row)[0] for row in tables["train_data"][:50]]
     first, last = in_common(some), in_common([ids[::-1] for ids in some])
     chat_of = {id(row): ids_of(tokenizer, row, last) for rows in tables.values() for row in rows}
-    what = {"model": Path(chosen.model).name, "layer": layer, "first": first}
+    what = {"model": Path(chosen.model).name, "layer": layer, "first": first, "dtype": chosen.dtype}
     found = kept(what) if chosen.save else {}
     for concept in about:
         number, name = concept["concept_id"], concept["concept"]

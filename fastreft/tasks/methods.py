@@ -82,22 +82,33 @@ def optimizer_of(model: Any, settings: MethodArguments, training: Any) -> Any:
     """:class:`fastreft.ReftAdamW` for ReFT, whose Rs it keeps orthonormal; None else: Trainer's own AdamW."""
     if settings.method != REFT:
         return None
-    groups = fastreft.param_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay)
-    if settings.head_lr_scale != 1:
-        edits = {id(p) for layer in layers_of(model) for p in layer.parameters()}
-        rate = settings.head_lr_scale * training.learning_rate
-        apart = [
-            {**group, "params": [p for p in group["params"] if (id(p) in edits) is edit], "lr": lr}
-            for group in groups
-            for edit, lr in ((True, group["lr"]), (False, rate))
-        ]
-        groups = [group for group in apart if group["params"]]
     return fastreft.ReftAdamW(
-        groups,
+        fastreft.param_groups(model, lr=training.learning_rate, weight_decay=training.weight_decay),
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         r_lr_scale=settings.r_lr_scale,
     )
+
+
+def give_head_its_rate(optimizer: Any, model: Any, settings: MethodArguments) -> None:
+    """A new optimizer's groups apart, the head's with ``head_lr_scale`` times the rate; with ReFT all but the edits is head."""
+    if settings.head_lr_scale == 1:
+        return
+    if settings.method == REFT:
+        edits = {id(p) for layer in layers_of(model) for p in layer.parameters()}
+        head = {id(p) for p in model.parameters()} - edits
+    else:
+        modules = head_of(model.get_base_model() if isinstance(model, PeftModel) else model)
+        head = {id(p) for module in modules for p in module.parameters()}
+    apart = []
+    for group in optimizer.param_groups:
+        own = [p for p in group["params"] if id(p) in head]
+        if own:
+            group["params"] = [p for p in group["params"] if id(p) not in head]
+            apart.append({**group, "params": own, "lr": settings.head_lr_scale * group["lr"]})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    for group in apart:
+        optimizer.add_param_group(group)
 
 
 # Where nothing is measured: rates that others use.

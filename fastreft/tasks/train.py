@@ -130,6 +130,10 @@ def prepare(run: Settings) -> Prepared:
 def make_model(run: Settings, ready: Prepared) -> Any:
     """The model, ready to train, on the device that it trains on; a rate that is to be found is in the settings."""
     kind, task_type = class_for(ready.data.kind, ready.config)
+    if run.method.head_lr_scale != 1 and run.method.method != methods.REFT and ready.data.kind == GENERATE:
+        raise UserError(
+            f"head_lr_scale is {run.method.head_lr_scale}, and a model that writes has no head of the task's own"
+        )
     with user_errors(ValueError, TypeError):
         adapter = fastreft.ReftConfig(task_type=task_type, **run.adapter)
     set_seed(run.training.seed)  # before the weights of an adapter, or of a head, are drawn
@@ -155,9 +159,13 @@ class TaskTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer of the method, or Trainer's own."""
-        if self.optimizer is None:
+        made = self.optimizer
+        if made is None:
             self.optimizer = methods.optimizer_of(self.model, self.mine.method, self.args)
-        return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made is None:
+            methods.give_head_its_rate(optimizer, self.model, self.mine.method)
+        return optimizer
 
 
 def _make_trainer(run: Settings, ready: Prepared, model: Any) -> TaskTrainer:

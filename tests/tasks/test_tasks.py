@@ -8,13 +8,14 @@ import re
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from shell import fails
 from tiny import save_bert
 
-from fastreft import ReftConfig, get_reft_model
+from fastreft import ReftConfig
 from fastreft.cli import main
 from fastreft.tasks.flags.train import MethodArguments
-from fastreft.tasks.methods import optimizer_of
+from fastreft.tasks.methods import give_head_its_rate, optimizer_of
 from fastreft.tasks.run_log import read_log
 from fastreft.tasks.sets import registry
 
@@ -223,19 +224,25 @@ def test_a_task_of_ones_own(tmp_path, capsys, monkeypatch):
     fails(main(run), capsys, "the task module", "nothing_of_this_name")
 
 
-def test_a_heads_rate(tmp_path):
+@pytest.mark.parametrize("method", ["reft", "lora", "full"])
+def test_a_heads_rate(method, tmp_path):
     torch.manual_seed(0)
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(bert(tmp_path / "bert"))
-    model = get_reft_model(base, ReftConfig(task_type="SEQ_CLS", r=2))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(bert(tmp_path / "bert"))
+    if method != "full":
+        config = {"reft": ReftConfig(task_type="SEQ_CLS", r=2), "lora": LoraConfig(task_type="SEQ_CLS", r=2)}[method]
+        model = get_peft_model(model, config)
     training = transformers.TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-2, weight_decay=0.1)
-    optimizer = optimizer_of(model, MethodArguments(head_lr_scale=10), training)
+    settings = MethodArguments(method=method, head_lr_scale=10)
+    optimizer = optimizer_of(model, settings, training) or transformers.Trainer(model, training).create_optimizer()
+    give_head_its_rate(optimizer, model, settings)
     names = {id(p): name for name, p in model.named_parameters()}
     rates = {
         names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
     }
     assert set(rates) == {name for name, p in model.named_parameters() if p.requires_grad}
     for name, found in rates.items():
-        assert found == ((1e-1 if "classifier" in name else 1e-2), 0.0 if name.endswith(".R") else 0.1)
+        spared = name.endswith(".R") if method == "reft" else "bias" in name or "LayerNorm" in name
+        assert found == ((1e-1 if "classifier" in name else 1e-2), 0.0 if spared else 0.1)
 
 
 def t5(folder):
@@ -312,7 +319,7 @@ def test_records_that_are_too_long(tmp_path, capsys):
         ({"early_stopping": -1}, ["early_stopping is -1"]),
         ({"r_lr_scale": 0}, ["r_lr_scale is 0"]),
         ({"head_lr_scale": -1}, ["head_lr_scale is -1"]),
-        ({"method": "lora", "head_lr_scale": 3}, ["the method 'lora' has one rate for all"]),
+        ({"method": "lora", "head_lr_scale": 3}, ["head_lr_scale is 3.0, and a model that writes has no head"]),
         ({"too_long": "shrink"}, ["shrink"]),
         ({"hold_out": 1}, ["hold_out is 1, and there are 1 training records"]),
         ({"hold_out": -1}, ["hold_out is -1"]),

@@ -48,7 +48,7 @@ class MethodArguments:
     r_lr_scale: float = field(default=2.0, metadata={"help": "the rate of ReFT's R as a multiple of that of all else"})
     head_lr_scale: float = field(
         default=1.0,
-        metadata={"help": "with ReFT, the rate of what is trained beside the edits, a classifier's head, so"},
+        metadata={"help": "the rate of a classifier's head, and of what else is trained beside ReFT's edits, so"},
     )
     early_stopping: int = field(
         default=0,
@@ -66,10 +66,8 @@ class MethodArguments:
         for name in ("r_lr_scale", "head_lr_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0, and finite")
-        if self.method != "reft" and self.head_lr_scale != 1:
-            raise UserError(
-                f"head_lr_scale is {self.head_lr_scale}, and the method '{self.method}' has one rate for all"
-            )
+        if self.method == "head" and self.head_lr_scale != 1:
+            raise UserError(f"head_lr_scale is {self.head_lr_scale}, and the method 'head' trains nothing else")
         if self.early_stopping < 0:
             raise UserError(f"early_stopping is {self.early_stopping}; it must be at least 0")
 
