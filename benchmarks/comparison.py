@@ -70,6 +70,9 @@ def the_run(families: dict[str, Any], family: str, task: str, method: str, rate:
     """A run of the configuration."""
     what = families[family]
     flags = {"model": "{model}", **what["flags"], **what["sets"][task], **what["methods"][method]["flags"]}
+    head_rate = flags.pop("head_rate", None)
+    if head_rate is not None and flags.get("method") != "head" and rate != "auto":
+        flags["head_lr_scale"] = round(head_rate / as_rate(rate), 3)
     return Run(family, task, method, as_rate(rate), seed, {**flags, "learning_rate": as_rate(rate), "seed": seed})
 
 

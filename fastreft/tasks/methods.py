@@ -92,7 +92,7 @@ def optimizer_of(model: Any, settings: MethodArguments, training: Any) -> Any:
 
 def give_head_its_rate(optimizer: Any, model: Any, settings: MethodArguments) -> None:
     """A new optimizer's groups apart, the head's with ``head_lr_scale`` times the rate; with ReFT all but the edits is head."""
-    if settings.head_lr_scale == 1:
+    if settings.head_lr_scale in (None, 1):
         return
     if settings.method == REFT:
         edits = {id(p) for layer in layers_of(model) for p in layer.parameters()}
@@ -112,7 +112,7 @@ def give_head_its_rate(optimizer: Any, model: Any, settings: MethodArguments) ->
 
 
 # Where nothing is measured: rates that others use.
-_USUAL = {FULL: 1e-4, HEAD: 1e-2, LAST: 1e-3}
+_USUAL = {FULL: 1e-4, HEAD: 1e-1, LAST: 1e-3}
 
 
 def suited_rate(model: Any, method: str) -> float:
@@ -121,6 +121,11 @@ def suited_rate(model: Any, method: str) -> float:
         return _USUAL.get(method, 1e-3)
     with user_errors(ValueError, RuntimeError, TypeError, prefix="no learning_rate could be found, give one: "):
         return fastreft.suggest_lr(model)
+
+
+def suited_head_scale(labels: int) -> float:
+    """A head's rate as a multiple of all else's: each of many labels is seen that much more rarely than either of two."""
+    return max(1.0, labels / 2)
 
 
 def counts(model: Any) -> tuple[int, int]:

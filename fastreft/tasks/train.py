@@ -36,7 +36,7 @@ from .records import Data, gather, to_score
 from .run_log import peak_memory, versions, write_log
 from .scoring import metrics_for_trainer, score
 from .sets import Record
-from .sets.registry import GENERATE, NAMED, TAG
+from .sets.registry import CLASSIFY, GENERATE, NAMED, TAG
 
 
 class Settings(NamedTuple):
@@ -130,7 +130,7 @@ def prepare(run: Settings) -> Prepared:
 def make_model(run: Settings, ready: Prepared) -> Any:
     """The model, ready to train, on the device that it trains on; a rate that is to be found is in the settings."""
     kind, task_type = class_for(ready.data.kind, ready.config)
-    if run.method.head_lr_scale != 1 and run.method.method != methods.REFT and ready.data.kind == GENERATE:
+    if run.method.head_lr_scale not in (None, 1) and run.method.method != methods.REFT and ready.data.kind == GENERATE:
         raise UserError(
             f"head_lr_scale is {run.method.head_lr_scale}, and a model that writes has no head of the task's own"
         )
@@ -146,7 +146,11 @@ def make_model(run: Settings, ready: Prepared) -> Any:
         model.to(run.training.device)
         found = methods.suited_rate(model, run.method.method)
         (run.training.learning_rate,) = broadcast_object_list([found])  # processes may run on different devices
-        ready.data.notes.append(f"learning_rate is {run.training.learning_rate:g}, as it is left to auto")
+        said = f"learning_rate is {run.training.learning_rate:g}"
+        if run.method.head_lr_scale is None and ready.data.kind == CLASSIFY and run.method.method != methods.HEAD:
+            scale = run.method.head_lr_scale = methods.suited_head_scale(len(ready.data.labels))
+            said += f", the head's {scale:g} times that" if scale != 1 else ""
+        ready.data.notes.append(f"{said}, as it is left to auto")
     return model
 
 

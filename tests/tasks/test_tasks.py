@@ -245,6 +245,21 @@ def test_a_heads_rate(method, tmp_path):
         assert found == ((1e-1 if "classifier" in name else 1e-2), 0.0 if spared else 0.1)
 
 
+def test_a_head_of_many_labels_learns_faster(tmp_path):
+    """Where the rate is left to auto, and not where either is given."""
+    data = tmp_path / "kinds.jsonl"
+    rows = [{"text": text, "kind": f"kind {i % 6}"} for i, (text, _) in enumerate(sentences(12))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = ["train", "--model", bert(tmp_path / "bert"), "--train_file", str(data), "--text_field", "text"]
+    run += ["--label_field", "kind", "--max_steps", "1", *QUICK]
+    for i, (flags, said) in enumerate(
+        (([], True), (["--head_lr_scale", "1"], False), (["--method", "head"], False), (["--method", "lora"], True))
+    ):
+        out = str(tmp_path / str(i))
+        assert main([*run, "--output_dir", out, *flags]) == 0
+        assert any(", the head's 3 times that," in note for note in read_log(out)["notes"]) is said
+
+
 def t5(folder):
     """A tiny T5 with the embedded model's tokenizer, saved."""
     from fastreft.tasks.models import load_tokenizer

@@ -46,9 +46,12 @@ class MethodArguments:
         metadata={"help": "JSON of the configuration of another of PEFT's methods, such as '{\"r\": 8}'"},
     )
     r_lr_scale: float = field(default=2.0, metadata={"help": "the rate of ReFT's R as a multiple of that of all else"})
-    head_lr_scale: float = field(
-        default=1.0,
-        metadata={"help": "the rate of a classifier's head, and of what else is trained beside ReFT's edits, so"},
+    head_lr_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "the rate of a classifier's head, and of what else is trained beside ReFT's edits, so; if not given, half "
+            "the number of a text's labels where learning_rate is auto, else 1"
+        },
     )
     early_stopping: int = field(
         default=0,
@@ -64,9 +67,10 @@ class MethodArguments:
         if self.method == "reft" and self.method_config is not None:
             raise UserError("method_config is for other methods; a ReFT adapter's settings are flags of their own")
         for name in ("r_lr_scale", "head_lr_scale"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0, and finite")
-        if self.method == "head" and self.head_lr_scale != 1:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{name} is {value}; it must be above 0, and finite")
+        if self.method == "head" and self.head_lr_scale not in (None, 1):
             raise UserError(f"head_lr_scale is {self.head_lr_scale}, and the method 'head' trains nothing else")
         if self.early_stopping < 0:
             raise UserError(f"early_stopping is {self.early_stopping}; it must be at least 0")
