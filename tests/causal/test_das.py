@@ -247,6 +247,38 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_sweep_takes_no_cells_of_others(tmp_path):
+    model, train, test = Crafted(), *(SUM.pairs(16, "sign", seed).encoded(encode) for seed in (0, 1))
+
+    def run(train=train, test=test, positions=None, make=lambda _: Subspace(6, {"sign": 1}), **more):
+        positions = {"only": None} if positions is None else positions
+        return list(sweep(model, train, test, ["seen"], positions, make, tmp_path / "out", steps=1, **more))
+
+    for bad, said in (
+        ({"make": lambda _: None}, "make gives None; it must give a Subspace"),
+        ({"positions": {"x": torch.zeros(16, 1)}}, r"positions\['x'\] is a tensor"),
+        ({"positions": {"only": 3}}, "positions is 3, and sample 0 of the source"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(**bad)
+        assert not (tmp_path / "out").exists()
+    first = run()
+    other = test._replace(base=test.base + 1)
+    for change, said in (
+        ({"positions": {"only": 0}}, r"holds a sweep with positions\['only'\] None, and this one has 0"),
+        ({"choices": [0, 1]}, r"holds a sweep with choices None, and this one has \[0, 1\]"),
+        ({"test": test._replace(labels=1 - test.labels)}, "holds a sweep with test_digest"),
+        ({"test": other}, "holds a sweep with test_digest"),
+        ({"train": train._replace(sources={"sign": train.base})}, "holds a sweep with train_digest"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(**change)
+    assert run(positions={"more": 0})[0]["position"] == "more"  # which may come to it
+    assert run() == first and run(positions={"only": None, "more": 0})[0] == first[0]
+    with pytest.raises(ValueError, match=r"positions\['more'\] 0, and this one has -1"):
+        run(positions={"more": -1})
+
+
 def test_hierarchical_equality_by_hand():
     """The causal model's counts, and a network of that shape under an exchange of all of a layer: what it says of the
     source."""
