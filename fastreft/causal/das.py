@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from ..optim import ReftAdamW
 from .causal_model import Pairs
 from .exchange import Exchange, Kept, call, collect, collect_each
-from .sites import Attached, Place, Where, find_site
-from .subspace import Subspace, load
+from .sites import Attached, Place, Where, evaluating, find_site
+from .subspace import Subspace, check_variables, load
 
 ANNEALED = {"boundless": (50.0, 0.1), "mask": (1.0, 1e-3)}  # temperature, from and to, by the kind of subspace
 PENALTY = {"das": 0.0, "boundless": 1.0, "mask": 1e-4}  # the weight of a mask's part of the loss
@@ -44,6 +44,12 @@ class Das:
     source_at: Where = None
     choices: Sequence[int] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.subspace, Subspace):
+            raise ValueError(f"subspace is {self.subspace!r}; it must be a Subspace")
+        if self.choices is not None and not len(self.choices):
+            raise ValueError("choices is empty; it must be the tokens that are answers, or None")
+
     def train(
         self,
         pairs: Pairs | Sequence[Pairs],
@@ -64,8 +70,9 @@ class Das:
         Of several sets of pairs, each with variables of its own, every batch is of one. ``steps`` batches, or ``epochs``
         passes. ``lr`` falls to 0 unless ``decay`` is False; ``mask_lr`` is a boundary's or a mask's. The temperature goes
         from its first value to its second: over all steps for "boundless", over the first half for "mask". ``ValueError``
-        where nothing trains.
+        where nothing trains, and for what does not fit.
         """
+        _check_counts(epochs=epochs, batch_size=batch_size, **({} if steps is None else {"steps": steps}))
         sets = self._with_sources(pairs, batch_size)
         trained = [p for p in self.subspace.parameters() if p.requires_grad]
         if not trained:
@@ -75,7 +82,7 @@ class Das:
         groups = [{"params": R, "lr": lr}, {"params": masks, "lr": mask_lr}]
         optimizer = ReftAdamW([group for group in groups if group["params"]])
         batches = [(i, j) for i, each in enumerate(sets) for j in range(0, len(each.labels), batch_size)]
-        total = steps or epochs * len(batches)
+        total = epochs * len(batches) if steps is None else steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total if decay else 1.0)
         hot, cold = temperature or ANNEALED.get(self.subspace.kind, (1.0, 1.0))
         weight = PENALTY[self.subspace.kind] if penalty is None else penalty
@@ -100,12 +107,12 @@ class Das:
                 losses.append(float(loss.detach()))
                 if log is not None:
                     log(step, losses[-1])
-        self.subspace.eval()
         return losses
 
     @torch.no_grad()
     def predictions(self, pairs: Pairs, *, batch_size: int = 256) -> Tensor:
         """What the model answers with the variables exchanged, (n,) on the CPU: a class, or the place of a choice."""
+        _check_counts(batch_size=batch_size)
         (kept,) = self._with_sources(pairs, batch_size)
         found = []
         self.subspace.eval()
@@ -116,7 +123,7 @@ class Das:
 
     def iia(self, pairs: Pairs | Sequence[Pairs], *, batch_size: int = 256) -> float:
         """The share of the pairs in which the model, its variables exchanged, answers as the causal model does."""
-        sets = [pairs] if isinstance(pairs, Pairs) else pairs
+        sets = _sets(pairs)
         right = [self.predictions(each, batch_size=batch_size) == each.labels.cpu() for each in sets]
         return float(torch.cat(right).float().mean())
 
@@ -148,9 +155,11 @@ class Das:
 
     def _with_sources(self, pairs: Pairs | Sequence[Pairs], batch_size: int) -> list[Pairs]:
         """The sets with every source run, once, at its positions."""
-        sets = [pairs] if isinstance(pairs, Pairs) else list(pairs)
-        if not sets or not all(len(each.labels) for each in sets):
-            raise ValueError("pairs is empty; there must be an example at least")
+        sets = _sets(pairs)
+        for each in sets:
+            check_variables(self._named(each).sources, self.subspace, "pairs have")
+            if self.choices is not None:
+                _check_labels(each.labels, len(self.choices))
         return [each._replace(sources=self._kept(self._named(each), batch_size)) for each in sets]
 
     def _named(self, pairs: Pairs) -> Pairs:
@@ -162,11 +171,6 @@ class Das:
         return pairs._replace(sources={"": source}, source_at=own)
 
     def _kept(self, pairs: Pairs, batch_size: int) -> dict[str, Any]:
-        if not set(pairs.sources) <= {*self.subspace.variables, ""}:
-            raise ValueError(
-                f"pairs have sources for {', '.join(pairs.sources)}; the subspace's variables are "
-                f"{', '.join(self.subspace.variables) or 'not named'}"
-            )
         found = dict(pairs.sources)
         for variable, source in pairs.sources.items():
             if not isinstance(source, Kept):
@@ -178,36 +182,38 @@ class Das:
     @contextmanager
     def _hooked(self) -> Iterator[Callable[[Pairs], Tensor]]:
         """The model in eval mode with no weight that takes a gradient, and a function from pairs to the logits of their
-        answers."""
+        answers. The subspace is in eval mode behind it."""
         site = find_site(self.model, self.place)
         asking = [p for p in self.model.parameters() if p.requires_grad]
-        mode = self.model.training
         attached = Attached(self.model, [site])
 
         def logits(batch: Pairs) -> Tensor:
             where = self.at if batch.at is None else batch.at
-            attached.act = {site: Exchange(where, batch.sources, self.subspace)}
+            attached.act = {site: Exchange(where, batch.sources, self.subspace, attached)}
             attached.ran.clear()
             outputs = call(self.model, batch.base)
             if not attached.ran:
                 raise ValueError(f"nothing was exchanged at {site.name}: the model's forward did not reach it")
-            return answers(outputs, batch.base, self.choices)
+            found = answers(outputs, batch.base, self.choices)
+            if self.choices is None:
+                _check_labels(batch.labels, found.shape[-1])
+            return found
 
         for p in asking:
             p.requires_grad_(False)
-        self.model.eval()
         try:
-            yield logits
+            with evaluating(self.model):
+                yield logits
         finally:
             attached.remove()
-            self.model.train(mode)
+            self.subspace.eval()
             for p in asking:
                 p.requires_grad_(True)
 
 
 def answers(outputs: Any, inputs: Any, choices: Sequence[int] | None) -> Tensor:
     """The logits of the answers, (n, classes): of ``choices`` at the last token shown, where there are logits for each
-    token."""
+    token. ``ValueError`` for a choice that the model does not score."""
     logits = outputs if isinstance(outputs, Tensor) else outputs.logits if hasattr(outputs, "logits") else outputs[0]
     if logits.ndim == 3:
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
@@ -215,16 +221,36 @@ def answers(outputs: Any, inputs: Any, choices: Sequence[int] | None) -> Tensor:
         if mask is not None and logits.shape[1] == mask.shape[1]:
             last = (mask != 0).long().cumsum(1).argmax(1).to(logits.device)
         logits = logits[torch.arange(len(logits), device=logits.device), last]
+    outside = [token for token in choices or () if not 0 <= token < logits.shape[-1]]
+    if outside:
+        raise ValueError(f"choices has {outside[0]}; the model scores tokens from 0 to {logits.shape[-1] - 1}")
     return logits if choices is None else logits[:, list(choices)]
+
+
+def _sets(pairs: Pairs | Sequence[Pairs]) -> list[Pairs]:
+    sets = [pairs] if isinstance(pairs, Pairs) else list(pairs)
+    if not sets or not all(len(each.labels) for each in sets):
+        raise ValueError("pairs is empty; there must be an example at least")
+    return sets
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} is {count!r}; it must be a positive integer")
+
+
+def _check_labels(labels: Tensor, answers: int) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= answers:
+        raise ValueError(f"labels are from {low} to {high}; of {answers} answers they must be from 0 to {answers - 1}")
 
 
 def run_sources(
     model: nn.Module, inputs: Any, wanted: Mapping[Any, tuple[Place, Where]], batch_size: int
 ) -> dict[Any, Kept]:
     """What :func:`fastreft.causal.collect` keeps, in eval mode and so many samples at a time, by keys of the caller's."""
-    mode = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if any(isinstance(where, Tensor) for _, where in wanted.values()):  # which says it a sample
             ((key, (place, where)),) = wanted.items()
             parts = [
@@ -233,8 +259,6 @@ def run_sources(
             ]
             return {key: Kept(torch.cat(parts))}
         return collect_each(model, (_of(inputs, some) for some in _slices(count(inputs), batch_size)), wanted)
-    finally:
-        model.train(mode)
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:

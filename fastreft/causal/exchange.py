@@ -21,7 +21,7 @@ from ..ops.edit import NEW
 from ..ops.edit import interchange as ops_interchange
 from ..plan.forward import Plan
 from .sites import Act, Attached, Place, Site, Where, find_site, rows_at
-from .subspace import Subspace
+from .subspace import Subspace, check_variables
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,7 @@ def _collected(
     def keep(site: Site, plan: Plan, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
         for key in [key for key, (at, _) in wanted.items() if at == site]:
-            where = wanted[key][1]
-            rows = rows_at(where, site, plan, hidden)
-            absent = (rows < 0).any(1)
-            if bool(absent.any()):
-                said = f"a tensor {tuple(where.shape)}" if isinstance(where, Tensor) else repr(where)
-                sample = int(absent.int().argmax())
-                raise ValueError(f"positions is {said}, and sample {sample} of the source has no such token")
+            rows = rows_at(wanted[key][1], site, plan, hidden, "source")
             found[key] = Kept(flat[rows] if grad else flat[rows].detach())
         return hidden
 
@@ -93,15 +87,16 @@ def _collected(
 
 @dataclass(frozen=True)
 class Exchange:
-    """What is done at one site: the hidden states at ``where`` take ``sources``, by variable, in the subspace, or as a
-    whole."""
+    """What is done at one site of ``attached``: the hidden states at ``where`` take ``sources``, by variable, in the
+    subspace, or as a whole."""
 
     where: Where
     sources: Mapping[str, Kept]
     subspace: Subspace | None
+    attached: Attached
 
     def __call__(self, site: Site, plan: Plan, hidden: Tensor) -> Tensor:
-        index = rows_at(self.where, site, plan, hidden)
+        index = rows_at(self.where, site, plan, hidden, "base")
         where = plan.where if site.fresh and not site.at_input else NEW
         for variable, kept in self.sources.items():
             source, rows = self._source(kept, index, hidden), index.reshape(-1)
@@ -115,10 +110,11 @@ class Exchange:
         """A source's rows, one for each of the base's."""
         samples, count, width = kept.values.shape
         batch, n = index.shape
-        if count != n or batch % samples or width != hidden.shape[-1]:
+        fits = not batch % samples if self.attached.generates else samples in (1, batch)
+        if count != n or not fits or width != hidden.shape[-1]:
             raise ValueError(
                 f"the source is {tuple(kept.values.shape)} (samples, positions, d); for {batch} samples with {n} positions "
-                f"of {hidden.shape[-1]} it must be ({batch}, {n}, {hidden.shape[-1]}), or one sample for several"
+                f"of {hidden.shape[-1]} it must be ({batch}, {n}, {hidden.shape[-1]}), or one sample for all"
             )
         return kept.values.to(hidden.device).repeat_interleave(batch // samples, 0).reshape(-1, width)
 
@@ -132,10 +128,10 @@ def interchange(
     ``exchanges``: place -> (base positions, source, source positions), or a list of such; the base's positions are the source's
     where there are but two, and a fourth is a subspace of its own. A source is inputs of the model, which are run once, without
     gradients and exchanges, or what :func:`collect` kept, through which gradients flow. It has as many samples as the base,
-    or one for several. For several variables of one subspace it is {variable: source}. ``subspace``: a :class:`Subspace`, a
+    or one for all. For several variables of one subspace it is {variable: source}. ``subspace``: a :class:`Subspace`, a
     matrix R (r, d), or None: the whole hidden state. Decoded tokens are left alone.
 
-    ``ValueError`` for what does not fit, and where no forward reached a place.
+    ``ValueError`` for what does not fit, for a sample without such a token, and where no forward reached a place.
     """
     sites = {place: find_site(model, place) for place in exchanges}
     asked = [
@@ -147,7 +143,7 @@ def interchange(
     try:
         _run_sources(model, attached, asked)
         for site in sites.values():
-            attached.act[site] = _in_turn([each.exchange() for at, each in asked if at == site])
+            attached.act[site] = _in_turn([each.exchange(attached) for at, each in asked if at == site])
         attached.ran.clear()
         yield
         for site in attached.act.keys() - attached.ran:
@@ -167,13 +163,22 @@ class _Asked:
         self.where, source = given[:2]
         self.source_where = given[2] if len(given) > 2 else self.where
         own = given[3] if len(given) > 3 else common
+        if not (own is None or isinstance(own, (Tensor, Subspace))):
+            raise ValueError(f"subspace is {own!r}; it must be a Subspace, a matrix (r, d), or None")
         self.subspace: Subspace | None = Subspace.of(own) if isinstance(own, Tensor) else own
-        variables = {} if self.subspace is None else self.subspace.variables
-        by_variable = isinstance(source, Mapping) and bool(source) and set(source) <= set(variables)
-        self.sources: dict[str, Any] = dict(source) if by_variable else {"": source}
+        self.sources: dict[str, Any] = {"": source}
+        if isinstance(source, Mapping) and _by_variable(source, self.subspace):
+            self.sources = dict(source)
+            check_variables(self.sources, self.subspace, f"exchanges[{place!r}] has")
 
-    def exchange(self) -> Exchange:
-        return Exchange(self.where, self.sources, self.subspace)
+    def exchange(self, attached: Attached) -> Exchange:
+        return Exchange(self.where, self.sources, self.subspace, attached)
+
+
+def _by_variable(source: Mapping[str, Any], subspace: Subspace | None) -> bool:
+    """Is it {variable: source}, and not a model's inputs, which are no inputs again?"""
+    named = subspace is not None and any(name in subspace.variables for name in source)
+    return named or all(isinstance(each, (Kept, Mapping)) for each in source.values())
 
 
 def _in_turn(exchanges: list[Exchange]) -> Act:

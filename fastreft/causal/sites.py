@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,8 +23,8 @@ Place = int | str | tuple[Any, str]
 
 Where = str | int | Sequence[Any] | Tensor | None
 """Positions, alike under any padding: words as in a configuration ("l1", "f2+l2", "all"); an integer k, the k-th token that the
-attention mask shows, from the end where it is below 0; a list of such; or columns of the padded input, a tensor (B, n) or (B,),
--1 = none. None is all of them."""
+attention mask shows, from the end where it is below 0; a list of such; or columns of the padded input, a tensor (B, n) or (B,).
+Of a base, not of a source, some columns of a sample may be -1 = none. None is all of them."""
 
 _WHOLE = ("block_output", "block_input")
 
@@ -64,6 +66,18 @@ def _layout(model: nn.Module, name: str) -> Layout | None:
     return next(filter(None, map(layouts.layout_of, kinds)), None)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode; behind it every module has its own mode again, where they differ, too."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 Act = Callable[[Site, Plan, Tensor], Tensor]
 
 
@@ -100,6 +114,11 @@ class Attached:
         self.ran.add(site)
         return act(site, plan, hidden)
 
+    @property
+    def generates(self) -> bool:
+        """Is a call of ``generate`` under way, whose beams are of its samples?"""
+        return self.shared.local.here.run is not None
+
     def remove(self) -> None:
         for module, handle, at_input in self._hung:
             hooks.take_down(module, handle, at_input=at_input)
@@ -107,22 +126,47 @@ class Attached:
         self._hung.clear()
 
 
-def rows_at(where: Where, site: Site, plan: Plan, hidden: Tensor) -> Tensor:
-    """The rows of hidden.reshape(-1, d) that are some positions', int64 (B, n) in the order given, -1 = not there."""
+def rows_at(where: Where, site: Site, plan: Plan, hidden: Tensor, whose: str) -> Tensor:
+    """The rows of hidden.reshape(-1, d) that are some positions', int64 (B, n) in the order given, -1 = not there.
+
+    ``ValueError`` for a sample of ``whose``, "base" or "source", without such a token: a source has all of them; a base at
+    least one of a tensor's columns, and of the tokens of a word that has no number of them, "prompt" or "2:". A GPU is waited
+    for, as its rows say so.
+    """
     if site.layout is None or (site.layout is layouts.flattened and hidden.ndim > 2):
-        return _rows(where, plan, hidden.shape[0], hidden.shape[1] if hidden.ndim > 2 else 1, hidden.device)
+        return _rows(where, plan, hidden.shape[0], hidden.shape[1] if hidden.ndim > 2 else 1, hidden.device, whose)
     places = layouts.places(site.layout, hidden, plan.length)
-    rows = _rows(where, plan, places.shape[0], places.shape[1], hidden.device)
+    rows = _rows(where, plan, places.shape[0], places.shape[1], hidden.device, whose)
     return layouts.take(places, rows.reshape(-1)).view(rows.shape[0], -1)
 
 
-def _rows(where: Where, plan: Plan, batch: int, length: int, device: torch.device) -> Tensor:
+def _rows(where: Where, plan: Plan, batch: int, length: int, device: torch.device, whose: str) -> Tensor:
     assert plan.tokens is not None  # a plan of decoded tokens is idle, and does not come here
     tokens = plan.tokens(batch, length, device)
+    whole = replace(tokens, window=None)  # a prompt may come in parts, and have its tokens in another
     if isinstance(where, Tensor):
-        return positions.rows_in_order(where.to(device), tokens)
+        rows = positions.rows_in_order(where.to(device), whole)
+        _check_there(where, rows, whose)
+        return positions.windowed(rows, tokens)
     parts = where if isinstance(where, (list, tuple)) else [where]
-    return torch.cat([_of_one(part, tokens, device) for part in parts], 1)
+    if not parts:
+        raise ValueError(f"positions is {where!r}; there must be one at least")
+    listed = [_of_one(part, whole, device) for part in parts]
+    for part, rows in zip(parts, listed, strict=True):
+        _check_there(part, rows, whose)
+    return positions.windowed(torch.cat(listed, 1), tokens)
+
+
+def _check_there(where: Any, rows: Tensor, whose: str) -> None:
+    if where is None or hooks.traced():
+        return
+    spec = parse(where) if isinstance(where, str) else None
+    some = isinstance(where, Tensor) or (spec is not None and not spec.places and spec.end is None)
+    absent = (rows < 0).all(1) if some and whose == "base" else (rows < 0).any(1)
+    if bool(absent.any()):
+        said = f"a tensor {tuple(where.shape)}" if isinstance(where, Tensor) else repr(where)
+        sample = int(absent.int().argmax())
+        raise ValueError(f"positions is {said}, and sample {sample} of the {whose} has no such token")
 
 
 def _of_one(where: Any, tokens: positions.Tokens, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import functional
 from ..files import staged
@@ -30,6 +31,7 @@ from ..ops.edit import IN_PLACE, interchange
 
 KINDS = ("das", "boundless", "mask")
 Dims = int | Mapping[str, int]
+DEPENDENT = 1e-6  # what is left of a direction of length 1 that the others span, in what fp32 can tell
 
 
 class Subspace(Intervention):
@@ -37,7 +39,7 @@ class Subspace(Intervention):
     variable has, in order. ``kind``: see above. ``ValueError`` for sizes that do not fit and a kind that there is not."""
 
     def __init__(self, embed_dim: int, dims: Dims, kind: str = "das"):
-        counts = {"": dims} if isinstance(dims, int) else dict(dims)
+        counts = {"": dims} if not isinstance(dims, Mapping) else dict(dims)
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
         if not counts or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in counts.values()):
@@ -68,12 +70,14 @@ class Subspace(Intervention):
 
     @classmethod
     def of(cls, directions: Tensor, dims: Dims | None = None, kind: str = "das") -> Subspace:
-        """Of given directions (r, d), made orthonormal and not trained; ``dims`` as above."""
+        """Of given directions (r, d), made orthonormal and not trained; ``dims`` as above. ``ValueError`` where one is 0 or
+        a sum of those before it, to :data:`DEPENDENT` of its length."""
         if directions.ndim != 2 or len(directions) > directions.shape[1]:
             raise ValueError(f"directions is {tuple(directions.shape)}; it must be (r, d) with r <= d")
         made = cls(directions.shape[1], len(directions) if dims is None else dims, kind)
         if made.r != len(directions):
             raise ValueError(f"dims is {dims!r}; there are {len(directions)} directions")
+        _check_independent(directions.detach())
         R = directions.detach().to(made.R.dtype, copy=True)
         functional.retract_([R])
         made.R = nn.Parameter(R, requires_grad=False)
@@ -81,12 +85,17 @@ class Subspace(Intervention):
 
     @classmethod
     def pca(cls, values: Tensor, dims: Dims, kind: str = "das") -> Subspace:
-        """Of the directions along which ``values`` (..., d) vary most, the first first; not trained."""
-        r = dims if isinstance(dims, int) else sum(dims.values())
-        flat = values.detach().reshape(-1, values.shape[-1]).float()
-        _, _, directions = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
-        if r > len(directions):
-            raise ValueError(f"dims is {dims!r}; {len(flat)} values have {len(directions)} principal directions")
+        """Of the directions along which ``values`` (..., d) vary most, the first first; not trained. ``ValueError`` where
+        they vary along fewer."""
+        r = sum(dims.values()) if isinstance(dims, Mapping) else dims
+        flat = values.detach().reshape(-1, values.shape[-1]).double()
+        if not bool(flat.isfinite().all()):
+            raise ValueError("values holds a value that is not finite")
+        _, lengths, directions = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+        nothing = max(flat.shape) * torch.finfo(flat.dtype).eps * flat.norm()  # what rounding leaves
+        many = int((lengths > nothing).sum())
+        if r > many:
+            raise ValueError(f"dims is {dims!r}; {len(flat)} values have {many} principal directions")
         return cls.of(directions[:r], dims, kind)
 
     def forward(  # type: ignore[override]
@@ -154,6 +163,29 @@ class Subspace(Intervention):
             save_file(
                 {name: p.detach().contiguous().cpu() for name, p in self.named_parameters()}, staging / path.name, said
             )
+
+
+def check_variables(names: Collection[str], subspace: Subspace | None, who: str) -> None:
+    """``ValueError`` where ``who`` ("pairs have") has no sources, or one for a variable that the subspace has not."""
+    if not names:
+        raise ValueError(f"{who} no sources; there must be one, or one a variable")
+    variables = {} if subspace is None else subspace.variables
+    if not set(names) <= {*variables, ""}:
+        known = ", ".join(variables) or "not named"
+        said = "there is no subspace" if subspace is None else f"the subspace's variables are {known}"
+        raise ValueError(f"{who} sources for {', '.join(map(str, names))}; {said}")
+
+
+def _check_independent(directions: Tensor) -> None:
+    """``ValueError`` for a direction that is not finite, or that adds nothing to those before it: |r_ii| of a QR of directions
+    of length 1 is what is left of each beside them."""
+    of_one = F.normalize(directions.double(), dim=1)
+    if not bool(of_one.isfinite().all()):
+        raise ValueError("directions holds a value that is not finite")
+    left = torch.linalg.qr(of_one.T, mode="r").R.diagonal().abs()
+    if bool((left < DEPENDENT).any()):
+        row = int((left < DEPENDENT).int().argmax())
+        raise ValueError(f"directions[{row}] is 0, or a sum of those before it; directions must be independent")
 
 
 def load(path: str | os.PathLike) -> tuple[Subspace, dict[str, Any]]:

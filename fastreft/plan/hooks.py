@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -85,8 +86,9 @@ def hang(
     module: nn.Module, local: PerThread, edit: Edit, *, at_input: bool, prepend: bool = False, look: bool = False
 ) -> Any:
     """Have ``edit`` given the module's hidden state, of its input or its output, by each forward that has a plan; the hook's
-    handle. With ``prepend`` an output's hook comes before others', who then see the edited state, as later modules do.
-    With ``look`` an output that is not the module's own is edited in a copy: it may be its input, or kept for its backward.
+    handle. With ``prepend`` an output's hook comes before others', who then see the edited state, as later modules do, but
+    behind those that were hung so before it. With ``look`` an output that is not the module's own is edited in a copy: it may
+    be its input, or kept for its backward.
     """
     hooks = HooksWithWork()
     if not len(getattr(module, _KEPT[at_input])):  # else the handles of others' hooks would lose what they are in
@@ -98,7 +100,16 @@ def hang(
     else:
         handle = module.register_forward_hook(partial(_edit_output, local, edit), prepend=prepend)
     hooks.own = local, handle.id
+    if prepend and not at_input:
+        kept = module._forward_hooks
+        before = takewhile(lambda key: _is_edit(kept[key]), [key for key in kept if key != handle.id])
+        for key in reversed([*before]):
+            kept.move_to_end(key, last=False)  # type: ignore[attr-defined]
     return handle
+
+
+def _is_edit(hook: Any) -> bool:
+    return isinstance(hook, partial) and hook.func in (_edit_output, _edit_apart)
 
 
 def take_down(module: nn.Module, handle: Any, *, at_input: bool) -> None:

@@ -135,7 +135,7 @@ def rows(positions: Positions, tokens: Tokens, tied: Tied = True, device: torch.
         chosen = tokens.written if positions.written else tokens.prompt
         if chosen is None:
             return [] if positions.written else [None]
-        return [_window(listed(chosen.to(device)), tokens)]
+        return [windowed(listed(chosen.to(device)), tokens)]
     if tied != "position":  # more places than there are tokens would hold -1 alone, and cost memory
         positions = positions.within(tokens.shape[1])
     size = positions.places
@@ -148,11 +148,11 @@ def rows(positions: Positions, tokens: Tokens, tied: Tied = True, device: torch.
     place = _place(positions, tokens, device)
     if tokens.starts is None:
         index = _scatter(place, place < size, size)
-        return [_window(index[:, a:b], tokens) for a, b in shares]
+        return [windowed(index[:, a:b], tokens) for a, b in shares]
     found: list[Tensor | None] = []
     for a, b in shares:
         chosen = (place >= a) & (place < b)
-        found.append(_window(_scatter(chosen.cumsum(1) - 1, chosen, _most(tokens, b - a, device)), tokens))
+        found.append(windowed(_scatter(chosen.cumsum(1) - 1, chosen, _most(tokens, b - a, device)), tokens))
     return found
 
 
@@ -173,10 +173,10 @@ def _numbered(positions: Positions, tokens: Tokens, device: torch.device) -> lis
     number = _count(meant, tokens.starts) - 1
     chosen = meant & (number >= positions.begin)
     if positions.end is None:
-        return [_window(listed(chosen), tokens)]
+        return [windowed(listed(chosen), tokens)]
     chosen = chosen & (number < positions.end)
     most = _most(tokens, positions.end - positions.begin, device)
-    return [_window(_scatter(chosen.cumsum(1) - 1, chosen, most), tokens)]
+    return [windowed(_scatter(chosen.cumsum(1) - 1, chosen, most), tokens)]
 
 
 def _place(positions: Positions, tokens: Tokens, device: torch.device) -> Tensor:
@@ -215,7 +215,7 @@ def _scatter(place: Tensor, chosen: Tensor, n: int) -> Tensor:
     return place.new_full((place.shape[0], n + 1), -1).scatter_(1, place.masked_fill(~chosen, n), row)[:, :n]
 
 
-def _window(index: Tensor, tokens: Tokens) -> Tensor:
+def windowed(index: Tensor, tokens: Tokens) -> Tensor:
     """Rows of (B, T) as rows of the columns that this forward runs; -1 for what lies outside them."""
     if tokens.window is None:
         return index
@@ -287,7 +287,7 @@ def explicit_rows(index: Tensor, tokens: Tokens) -> Tensor:
     on a CPU, ``IndexError`` for a column past the end; on a GPU that is skipped, as a report would need a sync.
     """
     check_explicit(index, tokens.shape)
-    return _window(rows_of_columns(index, tokens.shape), tokens)
+    return windowed(rows_of_columns(index, tokens.shape), tokens)
 
 
 def rows_of_columns(index: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -310,4 +310,4 @@ def rows_in_order(index: Tensor, tokens: Tokens) -> Tensor:
         raise ValueError("positions has a column twice in a sample; each may be given once")
     skip = (index < 0) | (index >= tokens.shape[1])
     start = torch.arange(0, tokens.shape[0] * tokens.shape[1], tokens.shape[1], device=index.device)[:, None]
-    return _window((index + start).masked_fill(skip, -1), tokens)
+    return windowed((index + start).masked_fill(skip, -1), tokens)

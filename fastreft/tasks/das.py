@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -44,6 +45,9 @@ def run(arguments: DasArguments) -> int:
     training: dict[str, Any] = {"steps": arguments.steps, "batch_size": arguments.batch_size, "lr": arguments.lr}
     left_out = {"output_dir", "layers", "positions", "title", "trust_remote_code", "seed", *training}
     settings = {name: value for name, value in asdict(arguments).items() if name not in left_out}
+    for name in ("train_file", "test_file"):  # whose path says nothing of what it holds
+        if settings[name] is not None:
+            settings[f"{name}_sha256"] = hashlib.sha256(Path(settings[name]).expanduser().read_bytes()).hexdigest()
     cells = []
     print(f"{'place':>24}  {'position':>10}     IIA  seconds")
     with user_errors(ValueError, ImportError, RuntimeError):

@@ -100,6 +100,15 @@ def test_the_search_finds_a_variable(kind):
     assert not any(m._forward_hooks for m in model.modules()) and all(p.requires_grad for p in model.parameters())
 
 
+def test_every_module_of_the_model_keeps_its_own_mode():
+    model, pairs = Crafted().train(), SUM.pairs(32, "sign", 0).encoded(encode)
+    model.seen.eval()
+    das = Das(model, "seen", Subspace(6, {"sign": 1}))
+    das.train(pairs, steps=1)
+    das.iia(pairs)
+    assert model.training and model.turn.training and not model.seen.training
+
+
 def test_the_search_is_the_same_again_and_pca_and_given_directions_are_not_trained():
     model, pairs = Crafted(), SUM.pairs(256, "sign", 0).encoded(encode)
     runs = []
@@ -118,6 +127,73 @@ def test_the_search_is_the_same_again_and_pca_and_given_directions_are_not_train
     for fixed in (pca, right.subspace):
         with pytest.raises(ValueError, match="nothing to train"):
             Das(model, "seen", fixed).train(pairs)
+
+
+@pytest.mark.parametrize(
+    ("directions", "said"),
+    [
+        (torch.zeros(1, 6), r"directions\[0\] is 0"),
+        (torch.ones(2, 6), r"directions\[1\] is 0, or a sum of those before it"),
+        (torch.tensor([[1.0, 0, 0], [0, 1e-4, 0], [3, 1, 0]]), r"directions\[2\]"),
+        (torch.full((1, 6), float("nan")), "directions holds a value that is not finite"),
+    ],
+)
+def test_directions_that_are_not_there_are_not_made_up(directions, said):
+    with pytest.raises(ValueError, match=said):
+        Subspace.of(directions)
+
+
+def test_principal_directions_are_those_along_which_values_vary():
+    torch.manual_seed(0)
+    for values, many in (
+        (torch.ones(5, 8) / 3, 0),
+        (torch.randn(2, 8), 1),
+        (torch.randn(9, 2) @ torch.randn(2, 8) + 7, 8),  # rounded, so that it varies along all
+    ):
+        if many:
+            Subspace.pca(values, many)
+        if many < 8:
+            with pytest.raises(ValueError, match=f"{len(values)} values have {many} principal directions"):
+                Subspace.pca(values, many + 1)
+    with pytest.raises(ValueError, match="values holds a value that is not finite"):
+        Subspace.pca(torch.full((5, 8), float("inf")), 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "change", "said"),
+    [
+        ({"steps": 0}, {}, "steps is 0; it must be a positive integer"),
+        ({"steps": -1}, {}, "steps is -1"),
+        ({"epochs": 0}, {}, "epochs is 0"),
+        ({"batch_size": 0}, {}, "batch_size is 0"),
+        ({}, {"labels": torch.full((8,), 2)}, "labels are from 2 to 2; of 2 answers they must be from 0 to 1"),
+        ({}, {"sources": {}}, "pairs have no sources"),
+        ({}, {"labels": torch.zeros(0)}, "pairs is empty"),
+    ],
+)
+def test_what_training_refuses(more, change, said):
+    model, pairs = Crafted(), SUM.pairs(8, "sign", 0).encoded(encode)._replace(**change)
+    for choices in (None, [0, 1]):
+        das = Das(model, "seen", Subspace(6, {"sign": 1}).eval(), choices=choices)
+        with pytest.raises(ValueError, match=said):
+            das.train(pairs, **more)
+        if "steps" not in more and "epochs" not in more:
+            with pytest.raises(ValueError, match=said):
+                das.iia(pairs, **more)
+        assert not das.subspace.training and not any(m._forward_hooks for m in model.modules())
+
+
+def test_searches_that_are_none():
+    model, pairs = Crafted(), SUM.pairs(8, "sign", 0).encoded(encode)
+    with pytest.raises(ValueError, match="subspace is 'x'; it must be a Subspace"):
+        Das(model, "seen", "x")
+    with pytest.raises(ValueError, match="choices is empty"):
+        Das(model, "seen", Subspace(6, 1), choices=[])
+    for choice in (2, -1):
+        with pytest.raises(ValueError, match=f"choices has {choice}; the model scores tokens from 0 to 1"):
+            Das(model, "seen", Subspace(6, {"sign": 1}), choices=[0, choice]).iia(pairs)
+    with pytest.raises(ValueError, match="pairs is empty"):
+        Das(model, "seen", Subspace(6, 1)).iia([])
 
 
 def test_files(tmp_path):
@@ -169,6 +245,38 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
     pytest.importorskip("matplotlib")
     heat_maps({"one": both, "two": both}, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_sweep_takes_no_cells_of_others(tmp_path):
+    model, train, test = Crafted(), *(SUM.pairs(16, "sign", seed).encoded(encode) for seed in (0, 1))
+
+    def run(train=train, test=test, positions=None, make=lambda _: Subspace(6, {"sign": 1}), **more):
+        positions = {"only": None} if positions is None else positions
+        return list(sweep(model, train, test, ["seen"], positions, make, tmp_path / "out", steps=1, **more))
+
+    for bad, said in (
+        ({"make": lambda _: None}, "make gives None; it must give a Subspace"),
+        ({"positions": {"x": torch.zeros(16, 1)}}, r"positions\['x'\] is a tensor"),
+        ({"positions": {"only": 3}}, "positions is 3, and sample 0 of the source"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(**bad)
+        assert not (tmp_path / "out").exists()
+    first = run()
+    other = test._replace(base=test.base + 1)
+    for change, said in (
+        ({"positions": {"only": 0}}, r"holds a sweep with positions\['only'\] None, and this one has 0"),
+        ({"choices": [0, 1]}, r"holds a sweep with choices None, and this one has \[0, 1\]"),
+        ({"test": test._replace(labels=1 - test.labels)}, "holds a sweep with test_digest"),
+        ({"test": other}, "holds a sweep with test_digest"),
+        ({"train": train._replace(sources={"sign": train.base})}, "holds a sweep with train_digest"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(**change)
+    assert run(positions={"more": 0})[0]["position"] == "more"  # which may come to it
+    assert run() == first and run(positions={"only": None, "more": 0})[0] == first[0]
+    with pytest.raises(ValueError, match=r"positions\['more'\] 0, and this one has -1"):
+        run(positions={"more": -1})
 
 
 def test_hierarchical_equality_by_hand():
@@ -224,6 +332,7 @@ def test_boundaries_and_masks_are_what_the_formulas_say():
     for bad, said in (
         ((8, 9), "low_rank_dimension is 9"),
         ((8, {"a": 0}), "dims is"),
+        ((4, [2, 2]), r"dims is \[2, 2\]; it must be a positive integer"),
         ((8, 2, "soft"), "kind is 'soft'"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -8,7 +8,7 @@ from common import DEVICES, assert_as_good
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fastreft import functional, reference
+from fastreft import ReftConfig, functional, get_reft_model, reference
 from fastreft.causal import Kept, Subspace, collect, interchange
 from fastreft.settings import EMBEDDED_PATH
 
@@ -192,6 +192,78 @@ def test_generation_exchanges_the_prompt_alone():
     assert not torch.equal(written, plain)
 
 
+def test_a_prompt_that_comes_in_parts():
+    """Its positions lie in one part or another; a step behind it, by hand too, has none of them and is left alone."""
+    model, base, source = tiny(), batch([6, 6], "right"), batch([6, 6], "right")
+    columns = torch.tensor([[1, -1], [2, 5]])
+    for where, theirs in (("all", "all"), (None, None), (4, 4), (columns, torch.tensor([[1, 0], [2, 5]]))):
+        with interchange(model, {1: (where, source, theirs)}):
+            written, parts = (
+                model.generate(**base, max_new_tokens=4, do_sample=False, pad_token_id=0, **more)
+                for more in ({}, {"prefill_chunk_size": 4})
+            )
+        assert torch.equal(written, parts)
+    longer = {"input_ids": torch.cat([base["input_ids"], torch.tensor([[7], [8]])], 1)}
+    with interchange(model, {1: (5, source)}), torch.no_grad():
+        first = model(**base, use_cache=True)
+        mask = torch.ones(2, 7, dtype=torch.long)
+        step = model(input_ids=longer["input_ids"][:, 6:], past_key_values=first.past_key_values, attention_mask=mask)
+        torch.testing.assert_close(step.logits[:, -1], model(**longer).logits[:, -1])
+
+
+def test_a_source_for_each_sample_or_one_for_all():
+    """Beams are of their samples; without them a sample has a source of its own, or that of all."""
+    model, base, source = tiny(), batch([4] * 4, "right"), batch([4, 4], "right")
+    one = {name: value[:1] for name, value in source.items()}
+    for fits in (one, batch([4] * 4, "right")):
+        with interchange(model, {1: ("l1", fits)}), torch.no_grad():
+            model(**base)
+    said = r"it must be \(4, 1, 16\), or one sample for all"
+    with pytest.raises(ValueError, match=said), interchange(model, {1: ("l1", source)}):
+        model(**base)
+    two = {name: value[:2] for name, value in base.items()}
+    with interchange(model, {1: ("l1", source)}):
+        model.generate(**two, max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("kind", ["loreft", "bias"])
+@pytest.mark.parametrize("place", [1, (1, "mlp_output")])
+def test_behind_an_adapter_of_the_same_place(kind, place):
+    """What is kept and exchanged is what the adapter leaves, as the layers behind it have it; with its gradients."""
+    component = "mlp_output" if place != 1 else "block_output"
+    config = ReftConfig(intervention_type=kind, r=2, layers_to_transform=[1], component=component, positions="all")
+    model = get_reft_model(tiny(), config).eval()
+    torch.manual_seed(1)
+    edits = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for p in edits.values():
+        p.data.add_(torch.randn_like(p), alpha=0.5)
+    base, source = batch([4, 4], "right"), batch([4, 4], "right")
+    block = model.get_base_model().model.layers[1]
+    module, seen = block if place == 1 else block.mlp, []
+    handle = module.register_forward_hook(lambda _m, _a, out: seen.append(out))  # behind the adapter's
+    with torch.no_grad():
+        model(**source)
+    handle.remove()
+    kept = collect(model, source, {place: -1})[place]
+    assert torch.equal(kept.values[:, 0], seen[0][:, -1])
+    wanted = list(edits.values())
+
+    def change(_module, _inputs, hidden):
+        hidden = hidden.clone()
+        hidden[:, -1] = kept.values[:, 0]
+        return hidden
+
+    with interchange(model, {place: (-1, kept)}):
+        mine = model(**base).logits
+    handle = module.register_forward_hook(change)
+    plain = model(**base).logits
+    handle.remove()
+    torch.testing.assert_close(mine, plain)
+    grads = (torch.autograd.grad(logits.square().sum(), wanted) for logits in (mine, plain))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_gradients_through_the_sources_and_R_in_any_module():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2)).requires_grad_(False)
@@ -216,6 +288,17 @@ def test_bad_input_is_one_sentence():
         ({0: ("l1", base, 3)}, "positions is 3, and sample 0 of the source has no such token"),
         ({0: ("l2", base, "l1")}, r"the source is (2, 1, 16)"),
         ({0: ("x1", base)}, "positions is 'x1'"),
+        ({0: (3, base, "l1")}, "positions is 3, and sample 0 of the base has no such token"),
+        ({0: (-4, base, "l1")}, "positions is -4, and sample 0 of the base has no such token"),
+        ({0: ([0, 9], base, "l2")}, "positions is 9, and sample 0 of the base has no such token"),
+        ({0: ("l4", base, "l1")}, "positions is 'l4', and sample 0 of the base has no such token"),
+        ({0: (torch.tensor([[1], [-1]]), base, 1)}, "a tensor (2, 1), and sample 1 of the base has no such token"),
+        ({0: (0, base, torch.tensor([[1], [-1]]))}, "a tensor (2, 1), and sample 1 of the source has no such token"),
+        ({0: ([], base)}, "positions is []; there must be one at least"),
+        ({0: ("l1", {})}, "exchanges[0] has no sources"),
+        ({0: ("l1", {"a": base, "typo": base}, "l1", Subspace(16, {"a": 4, "b": 4}))}, "has sources for a, typo; the"),
+        ({0: ("l1", {"a": base}, "l1", None)}, "exchanges[0] has sources for a; there is no subspace"),
+        ({0: ("l1", base, "l1", 4)}, "subspace is 4; it must be a Subspace, a matrix (r, d), or None"),
     ):
         with pytest.raises(ValueError) as caught, interchange(model, exchanges, orthonormal(1, 16)):
             model(**base)

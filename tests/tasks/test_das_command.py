@@ -28,7 +28,7 @@ def test_the_task_and_again(tmp_path, capsys):
     assert "holds a sweep with dims 4, and this one has 5: give another folder" in capsys.readouterr().err
 
 
-def test_pairs_of_ones_own_and_controls(tmp_path):
+def test_pairs_of_ones_own_and_controls(tmp_path, capsys):
     rows = [("The king", "The kings", " were"), ("The kings", "A king", " was"), ("A girl", "Girls", " were")]
     file = tmp_path / "pairs.jsonl"
     file.write_text(
@@ -40,6 +40,14 @@ def test_pairs_of_ones_own_and_controls(tmp_path):
         (cell,) = json.loads((tmp_path / kind / "das.json").read_text())["cells"]
         assert cell["loss"] is None and cell["place"] == "(1, 'mlp_output')"
     assert main([*own, "--random_weights", "--output_dir", str(tmp_path / "untrained")]) == 0
+    file.write_text(file.read_text().replace("The kings", "The queens"))
+    assert main([*own, "--kind", "pca", "--output_dir", str(tmp_path / "pca"), "--component", "mlp_output"]) == 2
+    assert "holds a sweep with train_file_sha256 " in capsys.readouterr().err
+    file.write_text(file.read_text().replace('"The king"', '"The"').replace("Girls", "Two girls"))
+    out = tmp_path / "absent"
+    assert main([*own, "--positions", "2", "--output_dir", str(out)]) == 2
+    assert "positions is 2, and sample 0 of the base has no such token" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
