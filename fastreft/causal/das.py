@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..optim import ReftAdamW
 from .causal_model import Pairs
 from .exchange import Exchange, Kept, call, collect, collect_each
-from .sites import Attached, Place, Where, find_site
+from .sites import Attached, Place, Where, evaluating, find_site
 from .subspace import Subspace, load
 
 ANNEALED = {"boundless": (50.0, 0.1), "mask": (1.0, 1e-3)}  # temperature, from and to, by the kind of subspace
@@ -181,7 +181,6 @@ class Das:
         answers."""
         site = find_site(self.model, self.place)
         asking = [p for p in self.model.parameters() if p.requires_grad]
-        mode = self.model.training
         attached = Attached(self.model, [site])
 
         def logits(batch: Pairs) -> Tensor:
@@ -195,12 +194,11 @@ class Das:
 
         for p in asking:
             p.requires_grad_(False)
-        self.model.eval()
         try:
-            yield logits
+            with evaluating(self.model):
+                yield logits
         finally:
             attached.remove()
-            self.model.train(mode)
             for p in asking:
                 p.requires_grad_(True)
 
@@ -222,9 +220,7 @@ def run_sources(
     model: nn.Module, inputs: Any, wanted: Mapping[Any, tuple[Place, Where]], batch_size: int
 ) -> dict[Any, Kept]:
     """What :func:`fastreft.causal.collect` keeps, in eval mode and so many samples at a time, by keys of the caller's."""
-    mode = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if any(isinstance(where, Tensor) for _, where in wanted.values()):  # which says it a sample
             ((key, (place, where)),) = wanted.items()
             parts = [
@@ -233,8 +229,6 @@ def run_sources(
             ]
             return {key: Kept(torch.cat(parts))}
         return collect_each(model, (_of(inputs, some) for some in _slices(count(inputs), batch_size)), wanted)
-    finally:
-        model.train(mode)
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:

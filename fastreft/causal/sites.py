@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,6 +63,18 @@ def find_site(model: nn.Module, place: Place) -> Site:
 def _layout(model: nn.Module, name: str) -> Layout | None:
     kinds = (getattr(config, "model_type", "") for config in blocks.configs_above(model, name))
     return next(filter(None, map(layouts.layout_of, kinds)), None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode; behind it every module has its own mode again, where they differ, too."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 Act = Callable[[Site, Plan, Tensor], Tensor]

@@ -100,6 +100,15 @@ def test_the_search_finds_a_variable(kind):
     assert not any(m._forward_hooks for m in model.modules()) and all(p.requires_grad for p in model.parameters())
 
 
+def test_every_module_of_the_model_keeps_its_own_mode():
+    model, pairs = Crafted().train(), SUM.pairs(32, "sign", 0).encoded(encode)
+    model.seen.eval()
+    das = Das(model, "seen", Subspace(6, {"sign": 1}))
+    das.train(pairs, steps=1)
+    das.iia(pairs)
+    assert model.training and model.turn.training and not model.seen.training
+
+
 def test_the_search_is_the_same_again_and_pca_and_given_directions_are_not_trained():
     model, pairs = Crafted(), SUM.pairs(256, "sign", 0).encoded(encode)
     runs = []
