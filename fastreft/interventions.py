@@ -53,7 +53,7 @@ class Intervention(nn.Module):
     them and the one after the last. Unknown keywords are ignored, as pyreft's callers expect.
     """
 
-    orthonormal = True  # is there an R to keep orthonormal?
+    orthonormal = True  # are the rows of R, where there is an R among the parameters, to be kept orthonormal?
     method = ""  # the edit's name in a configuration
     scale = 1.0  # h + scale (edit(h) - h) in place of edit(h); of a run, and saved nowhere
     chosen = True  # do samples say which groups of rows edit them?
@@ -92,6 +92,7 @@ class Intervention(nn.Module):
         # An activation with parameters of its own, or one unknown to the kernels, becomes a submodule.
         self.act = None if activations.is_fused(act_fn) else activation_module(str(act_fn))
         self.build(dtype, add_bias)
+        self.orthonormal = self.orthonormal and "R" in self._parameters  # from here on: there is one, and it is
         self.reset_parameters()
         if init_weights == "identity":
             self.become_identity()

@@ -18,7 +18,7 @@ from typing import Any
 from .models.components import COMPONENTS
 from .ops.groups import Groups
 from .ops.groups import parse as parse_groups
-from .ops.names import FUSED_ACTIVATIONS, LATER, METHODS, STARTS, edits, may_be_identity, unknown_activation
+from .ops.names import FUSED_ACTIVATIONS, LATER, METHODS, STARTS, WHOLE, edits, may_be_identity, unknown_activation
 from .plan.spec import parse
 from .sources import assigned, tree_of
 
@@ -143,7 +143,7 @@ class ReftSettings:
         elif isinstance(given, (list, tuple)):
             given = [_integers(rows) for rows in given]
         self.subspaces = given
-        if self.groups() and self.intervention_type in ("bias", "red"):
+        if self.groups() and self.intervention_type in WHOLE:
             raise ValueError(f"subspaces are groups of R's rows, and {self.intervention_type} has none; leave them out")
 
     def groups(self) -> Groups:

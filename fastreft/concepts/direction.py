@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import staged
+from ..tuner.steered import finite
 from .added import with_vectors
-from .states import Text, states
+from .given import Text, check_vector
+from .states import states
 
 
 @dataclass
@@ -44,7 +46,8 @@ class Direction:
         self.vector /= length
 
     def latents(self, model: nn.Module, texts: Sequence[Text], *, batch_size: int = 16) -> list[Tensor]:
-        """w h + bias of each text's tokens but the ``first``, (n,)."""
+        """w h + bias of each text's tokens but the ``first``, (n,). ``ValueError`` where the model has another width."""
+        check_vector(model, self.layer, self.vector)
         found = states(model, self.layer, texts, batch_size=batch_size, first=self.first)
         return [rows @ self.vector.to(rows.device) + self.bias for rows in found]
 
@@ -57,7 +60,9 @@ class Direction:
         self, model: nn.Module, strength: float = 1.0, *, positions: str = "all", adapter_name: str = "default"
     ) -> PeftModel:
         """``model`` with an adapter that adds ``strength`` x ``largest`` x w to the states of these tokens: a ``bias``, to be
-        steered, saved, mixed and served as any other."""
+        steered, saved, mixed and served as any other, active beside the adapters that are. ``ValueError``, and the model as it
+        was, for a strength that is no finite number, a layer or a width that the model has not, and a name that is taken."""
+        strength = finite(strength, f"strength is {strength!r}; it must be a finite number")
         vector = strength * self.largest * self.vector
         return with_vectors(model, {self.layer: vector}, positions, adapter_name)
 
@@ -96,11 +101,15 @@ class Direction:
 
 
 def auroc(with_it: Tensor | Sequence[float], without: Tensor | Sequence[float]) -> float:
-    """The area under the ROC curve: how often a text with the concept scores above one without, ties counting half."""
+    """The area under the ROC curve: how often a text with the concept scores above one without, ties counting half.
+    ``ValueError`` without a score on a side, and for one that is NaN."""
     a, b = (torch.as_tensor(scores, dtype=torch.float64) for scores in (with_it, without))
     if not a.numel() or not b.numel():
         raise ValueError(
             f"there are {a.numel()} scores with the concept and {b.numel()} without; each must have one at least"
         )
+    for name, scores in (("with_it", a), ("without", b)):
+        if bool(scores.isnan().any()):
+            raise ValueError(f"{name} holds a score that is NaN; each must be a number that can be compared")
     above = (a[:, None] > b).double() + 0.5 * (a[:, None] == b).double()
     return float(above.mean())

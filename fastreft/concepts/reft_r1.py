@@ -13,7 +13,8 @@ from ..interventions import Intervention
 from ..models.blocks import hidden_size
 from ..optim import ReftAdamW
 from .direction import Direction
-from .states import Text, padded, site_of
+from .given import Text, check_counts, check_texts, site_of
+from .states import padded
 from .training import batches, descend, edited, falling, made_by, steps_in
 
 
@@ -62,11 +63,17 @@ def reft_r1(
     AxBench's. The start is the direction along which every coordinate is the same, as there.
 
     Source: AxBench (Wu et al. 2025, arXiv 2501.17148), as its code has it. ``ValueError`` where texts and labels do not go
-    together.
+    together, no label is to be learnt, and for counts below 1.
     """
     site = site_of(model, layer)
+    check_texts(texts=texts, labels=labels)
+    check_counts(1, topk=topk, epochs=epochs, batch_size=batch_size)
+    check_counts(0, first=first)
     if len(texts) != len(labels) or any(len(t) != len(own) for t, own in zip(texts, labels, strict=False)) or not texts:
         raise ValueError("texts and labels must be as many, one at least, each text with a label a token")
+    learnt = [any(int(label) != -100 for label in own[1:]) for own in labels]  # nothing comes before a first token
+    if not any(learnt):
+        raise ValueError("labels are -100 behind the first token of each text, so that none is learnt; give some")
     device = next(model.parameters()).device
     edit = made_by(seed, ReftR1, hidden_size(model, site.name), topk)
     with torch.no_grad():
@@ -86,11 +93,13 @@ def reft_r1(
                 wanted[row, : len(labels[i])] = torch.as_tensor(labels[i], device=device)
             place.change = partial(edit.change, tokens=tokens)
             loss: Any = model(**batch, labels=wanted, use_cache=False).loss
+            if not any(learnt[i] for i in own):
+                loss = 0.0  # a mean over no label is NaN
             assert edit.rest is not None  # the site has been run
             found = descend(loss + step / total * sparsity * edit.rest, optimizer, schedule)
             if log is not None:
                 log(step, found)
     made = Direction(edit.R[0], layer, first=first, method="reft_r1")
-    learnt = [text for text, own in zip(texts, labels, strict=True) if any(int(i) != -100 for i in own)]
-    made.largest = max(float(made.scores(model, learnt).max()), 1e-6)
+    scored = [text for text, own in zip(texts, learnt, strict=True) if own]
+    made.largest = max(float(made.scores(model, scored).max()), 1e-6)
     return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -12,8 +11,10 @@ from torch.nn import functional as F
 
 from ..interventions import Intervention
 from ..models.blocks import hidden_size
+from ..tuner.steered import finite
 from .direction import Direction
-from .states import Text, padded, site_of
+from .given import Text, check_counts, check_texts, site_of
+from .states import padded
 from .training import Edited, batches, descend, edited, falling, made_by, steps_in
 
 FACTORS = tuple(range(2, 21, 2))
@@ -77,13 +78,20 @@ def reps(
     drawn of ``factors`` the model is to prefer the first, with the concept nulled the second; every token of a text but its
     ``first`` is edited. ``factors`` are in units of what v grows to: which suit depends on the model and the layer.
 
-    Source: RePS (Wu et al. 2025, arXiv 2505.20809). ``ValueError`` where the lists are not as long, or a factor is 0.
+    Source: RePS (Wu et al. 2025, arXiv 2505.20809). ``ValueError`` where the lists are not as long, a prompt or
+    an answer is empty, a factor is 0 or no finite number, and for counts below 1.
     """
     site = site_of(model, layer)
+    check_texts(prompts=prompts, with_it=with_it, without=without)
+    check_counts(1, epochs=epochs, batch_size=batch_size)
+    check_counts(0, first=first)
     if not len(prompts) == len(with_it) == len(without) or not prompts:
         raise ValueError("prompts, with_it and without must be as many, one at least")
-    if not factors or not all(math.isfinite(factor) and factor for factor in factors):
-        raise ValueError(f"factors is {list(factors)!r}; they must be finite numbers other than 0")
+    said = f"factors is {factors!r}; it must be a list of finite numbers other than 0"
+    given = factors.tolist() if hasattr(factors, "tolist") else factors
+    strengths = [finite(factor, said) for factor in given] if isinstance(given, (list, tuple)) else []
+    if not strengths or not all(strengths):
+        raise ValueError(said)
     asked = [*zip(prompts, with_it, strict=True), *zip(prompts, without, strict=True)]
     texts = [[*_ids(prompt), *_ids(answer)] for prompt, answer in asked]
     begins = [len(prompt) for prompt in prompts] * 2
@@ -110,7 +118,7 @@ def reps(
 
     with edited(model, site) as place:
         for step, own in enumerate(batches(count, batch_size, epochs, generator)):
-            strength = float(factors[int(torch.randint(len(factors), (1,), generator=generator))])
+            strength = strengths[int(torch.randint(len(strengths), (1,), generator=generator))]
             pairs = own + [i + count for i in own]  # with the concept, and without
             with torch.no_grad():
                 base, lengths = [each.chunk(2) for each in log_probabilities(place, pairs, None)]

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..causal.sites import Attached, Site
+from ..causal.sites import Attached, Site, evaluating
 from ..plan.forward import Plan
 
 Made = TypeVar("Made", bound=nn.Module)
@@ -33,18 +33,16 @@ class Edited:
 def edited(model: nn.Module, site: Site) -> Iterator[Edited]:
     """Within it the model is in evaluation, its weights ask for no gradient, and its states at a site are what is said."""
     asking = [p for p in model.parameters() if p.requires_grad]
-    mode = model.training
     attached = Attached(model, [site])
     made = Edited(site)
     attached.act = {site: made}
     for p in asking:
         p.requires_grad_(False)
-    model.eval()
     try:
-        yield made
+        with evaluating(model):
+            yield made
     finally:
         attached.remove()
-        model.train(mode)
         for p in asking:
             p.requires_grad_(True)
 

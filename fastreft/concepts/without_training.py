@@ -9,13 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .direction import Direction
-from .states import Text, states
+from .given import Text, check_texts
+from .states import states
+
+LEAST = 1e-5  # of two means, how far apart they are in parts of their length: below it is what rounding leaves
 
 
 def _sides(
     model: nn.Module, layer: int, with_it: Sequence[Text], without: Sequence[Text], first: int, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The states of all tokens with the concept, and of those without, (n, d) each."""
+    """The states of all tokens with the concept, and of those without, (n, d) each. ``ValueError`` where a side has no token,
+    and where their means are the same: neither a difference nor a probe, whose gradient at 0 is that difference, is then any
+    direction."""
+    check_texts(with_it=with_it, without=without)
     sides = [
         [rows for rows in states(model, layer, texts, batch_size=batch_size, first=first) if len(rows)]
         for texts in (with_it, without)
@@ -23,7 +29,19 @@ def _sides(
     for name, side in zip(("with_it", "without"), sides, strict=True):
         if not side:
             raise ValueError(f"{name} holds no text of more than {first} tokens")
-    return torch.cat(sides[0]), torch.cat(sides[1])
+    a, b = torch.cat(sides[0]), torch.cat(sides[1])
+    apart, length = float((a.mean(0) - b.mean(0)).norm()), float(a.mean(0).norm())
+    if apart <= LEAST * length:
+        raise ValueError(
+            f"with_it and without have the same mean state at layer {layer} ({apart:.2g} apart, {length:.2g} long), as where "
+            "their texts are the same: no direction tells them apart"
+        )
+    return a, b
+
+
+def _largest(rows: Tensor, made: Direction) -> float:
+    """The largest latent of some states, above 0, so that a strength above 0 adds the direction."""
+    return max(float((rows @ made.vector.to(rows.device)).max()) + made.bias, 1e-6)
 
 
 def diff_mean(
@@ -38,11 +56,11 @@ def diff_mean(
     """The difference of the mean states of tokens of texts with a concept and without, but their ``first``, as a direction.
 
     Source: Marks and Tegmark 2023, arXiv 2310.06824; AxBench (Wu et al. 2025, arXiv 2501.17148), DiffMean. ``ValueError``
-    for a side without a token but those.
+    for a side without a token but those, and where the means are the same.
     """
     a, b = _sides(model, layer, with_it, without, first, batch_size)
     made = Direction(a.mean(0) - b.mean(0), layer, first=first, method="diff_mean")
-    made.largest = float((a @ made.vector.to(a.device)).max())
+    made.largest = _largest(a, made)
     return made
 
 
@@ -82,5 +100,5 @@ def linear_probe(
     made = Direction(
         w, layer, bias=float(c.detach()) * float(scale) / max(length, 1e-30), first=first, method="linear_probe"
     )
-    made.largest = float((a @ made.vector.to(a.device)).max()) + made.bias
+    made.largest = _largest(a, made)
     return made

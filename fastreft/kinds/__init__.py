@@ -59,6 +59,9 @@ def register_intervention(name: str, *, identity: bool = False) -> Callable[[Mad
             )
         made.method = name
         names.OWN[name], KINDS[name] = identity, made
+        names.WHOLE.discard(name)
+        if not made.chosen and not issubclass(made, CsreftIntervention):  # which routes by them
+            names.WHOLE.add(name)
         return made
 
     return add

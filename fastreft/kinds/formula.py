@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..interventions import Intervention
@@ -20,7 +20,8 @@ class TorchIntervention(Intervention):
 
     ``self.embed_dim`` is d, ``self.r`` the rank that the configuration gives, which a formula may do without. A parameter
     ``R`` (r, d) of a class with ``orthonormal = True`` has orthonormal rows after every step, and no other may be called so.
-    Parameters are fp32 unless ``dtype`` says otherwise, and a row comes in fp32 at least. Dropout is on the whole output.
+    Parameters are fp32 unless ``dtype`` says otherwise, and a row comes in fp32 at least; where they are of another dtype than
+    the rows, as of a model that was cast as a whole, the formula has them in the rows'. Dropout is on the whole output.
     It gives a new tensor, edits with all of its rows (no ``subspaces``), and is served by ``adapter_names``, not by vLLM.
     """
 
@@ -30,7 +31,7 @@ class TorchIntervention(Intervention):
 
     def __init__(self, embed_dim: int, low_rank_dimension: int = 1, **settings: Any):
         super().__init__(embed_dim, low_rank_dimension, **settings)
-        if self.orthonormal is not ("R" in self._parameters):
+        if "R" in self._parameters and not self.orthonormal:
             raise TypeError(f"{type(self).__name__}: {KNOWN}")
 
     def formula(self, h: Tensor) -> Tensor:
@@ -66,10 +67,37 @@ class TorchIntervention(Intervention):
 
     def _edited(self, rows: Tensor, scale: float) -> Tensor:
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        new = self.formula(wide)
-        if new.shape != wide.shape:
+        alike = _cast(self, wide.dtype) if _differs(self, wide.dtype) else self
+        new = alike.formula(wide if scale == 1.0 else wide.clone())  # a formula may work in place
+        if not isinstance(new, Tensor) or new.shape != wide.shape:
+            given = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise ValueError(
-                f"{type(self).__name__}.formula gives {tuple(new.shape)}; it must be as its rows are, {tuple(wide.shape)}"
+                f"{type(self).__name__}.formula gives {given}; it must be as its rows are, {tuple(wide.shape)}"
             )
         new = new if scale == 1.0 else wide + scale * (new - wide)
         return F.dropout(new, self.dropout, self.training).to(rows.dtype)
+
+
+def _differs(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Has a module a number that is of another dtype, as where it was cast with its model? Asked at each edit."""
+    for held in (module._parameters, module._buffers):
+        for tensor in held.values():
+            if tensor is not None and tensor.dtype is not dtype and tensor.is_floating_point():
+                return True
+    return any(_differs(child, dtype) for child in module._modules.values() if child is not None)
+
+
+def _cast(module: Any, dtype: torch.dtype) -> Any:
+    """A module like it whose numbers are of a dtype; gradients reach its own. It is another object, as other threads may be
+    at the first."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers"):
+        held = module.__dict__[name]
+        twin.__dict__[name] = {
+            key: tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+            for key, tensor in held.items()
+        }
+    children = module._modules.items()
+    twin.__dict__["_modules"] = {key: None if child is None else _cast(child, dtype) for key, child in children}
+    return twin

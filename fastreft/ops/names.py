@@ -5,6 +5,7 @@ from __future__ import annotations
 METHODS = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
 LATER = ("bias", "red", "csreft")  # methods since the paper, in fastreft/kinds; each starts by changing nothing
 OWN: dict[str, bool] = {}  # those of a user's, by fastreft.register_intervention, and whether they start so
+WHOLE = {"bias", "red"}  # those that a configuration's groups of rows are nothing to
 STARTS = ("identity", "random")
 
 # By Transformers' names (``ACT2FN``), those of one function together; their order is the numbering of `Act` in csrc/edit.h.

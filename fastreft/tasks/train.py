@@ -334,7 +334,8 @@ def run(flags: Sequence[str]) -> int:
 
 
 def _next(run: Settings, data: Data, output_dir: str) -> str:
-    """The command that one would try then, if there is one."""
+    """The command that one would try then, if there is one; with the module that may have registered the edit, or the task."""
+    own = "" if run.data.task_module is None else f" --task_module {run.data.task_module}"
     if data.kind == GENERATE and run.method.method == methods.REFT:
-        return f"; try: fastreft generate --adapter {output_dir} --prompt TEXT"
-    return f"; try: fastreft eval --adapter {output_dir}" if run.data.task else ""
+        return f"; try: fastreft generate --adapter {output_dir}{own} --prompt TEXT"
+    return f"; try: fastreft eval --adapter {output_dir}{own}" if run.data.task else ""

@@ -1,4 +1,4 @@
-"""A batch whose samples have adapters of their own: ``model.generate(..., adapter_names=["a", "b", "__base__"])``.
+"""A batch whose samples have adapters of their own: ``model.generate(..., adapter_names=["formal", "brief", "__base__"])``.
 
 As PEFT's LoRA has it: a name a sample, "__base__" for none, in evaluation, of a forward or of ``generate``, whose beams take
 the adapter of the sample that they come from. All adapters of a place edit in one call (:mod:`fastreft.ops.pooled`); where

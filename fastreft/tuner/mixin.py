@@ -72,7 +72,7 @@ def _check(model: Any, loaded: Any, added: Any, replaced: dict[tuple[nn.Module, 
         for adapter in adapters:
             held = layer.interventions(adapter)
             tensors = {f"{layer.name}.{i}.{k}": t for i, m in enumerate(held) for k, t in m.state_dict().items()}
-            for key, mended in weights.checked(tensors, "loading").items():
+            for key, mended in weights.checked(tensors, "loading", orthonormal=held[0].orthonormal).items():
                 tensors[key].copy_(mended)
 
 

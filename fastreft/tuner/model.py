@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import optim
+from ..kinds import KINDS
 from ..models import blocks, layouts
 from ..models.components import COMPONENTS
 from ..ops.checks import ZERO3
@@ -279,7 +280,7 @@ class ReftModel(Strengths, BaseTuner):
         adapter_names.check_saved(model, adapter_name, unwanted_adapter_names)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         ours = {key: value for key, value in found.items() if ".reft.reft_" in key}
-        return found | weights.checked(ours, "saving")
+        return found | weights.checked(ours, "saving", orthonormal=_orthonormal(config))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -306,7 +307,8 @@ class ReftModel(Strengths, BaseTuner):
         if problem is None:
             base = _bare(model)
             tables = weights.refuse_strangers(state_dict, adapter_name, held, embeddings.names_of(base))
-            mended = weights.checked({k: v for k, v in state_dict.items() if k in given}, "loading")
+            tensors = {k: v for k, v in state_dict.items() if k in given}
+            mended = weights.checked(tensors, "loading", orthonormal=_orthonormal(config))
             new = {k: embeddings.with_new_rows(k, held[own], state_dict[k], base) for k, own in tables.items()}
             return state_dict | mended | new
         raise ValueError(f"the adapter does not fit this {type(_bare(model)).__name__}: {problem}")
@@ -314,6 +316,11 @@ class ReftModel(Strengths, BaseTuner):
 
 def _bare(model: Any) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _orthonormal(config: Any) -> bool:
+    """Is an R of an adapter kept orthonormal?"""
+    return KINDS[config.intervention_type].orthonormal
 
 
 def _listing(keys: Any) -> str:

@@ -1,18 +1,19 @@
-"""Adapters at strengths of the caller's: ``with model.reft(scale=-1.0, adapters=["a", "b"]): ...``.
+"""Adapters at strengths of the caller's: ``with model.reft(scale=-1.0, adapters=["formal", "brief"]): ...``.
 
 In place of the adapters that are active, those that are named edit, each from the hidden state h that comes to the place:
 
     h + s_1 (edit_1(h) - h) + s_2 (edit_2(h) - h) + ...
 
-so that their order is nothing to them, where ``set_adapter(["a", "b"])`` has the second edit what the first left. A strength
-of 1 is an adapter as it was trained, 0 none of it, below 0 the other way; a list has one for each sample of a batch.
+so that their order is nothing to them, where ``set_adapter(["formal", "brief"])`` has the second edit what the first left. A
+strength of 1 is an adapter as it was trained, 0 none of it, below 0 the other way; a list has one for each sample of a batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ Scale = float | Sequence[float]
 WANTED = "it must be a finite number, or a list of them, one a sample"
 COMPILED = (
     "model.reft() is for a model that is not compiled, whose graph would keep its strengths; leave torch.compile out"
+)
+NOTHING = (
+    "this forward in training edits nothing: model.reft() gives no adapter a strength other than 0; give one, leave the "
+    "context out, or have disable_adapter() say that the base model is meant"
 )
 
 
@@ -43,7 +48,7 @@ class Strengths:
         0 the other way. ``adapters``: those that it is for, all of ReFT's if not given. Of this model in memory alone: it is
         not saved, nor does it touch modules that were trained whole. ``ValueError`` for a scale that is no finite number or an
         adapter that there is not."""
-        _check(scale, f"scale is {scale!r}; it must be a finite number")
+        scale = finite(scale, f"scale is {scale!r}; it must be a finite number")
         found = _scales(scale, self._ours() if adapters is None else adapters, self._ours())
         for layer in self._shared.layers:
             for name, own in found.items():
@@ -57,7 +62,7 @@ class Strengths:
         ``scale``: 1 = as trained, 0 = not at all, below 0 the other way, or a list of numbers, one a sample; ``adapters``: a
         name, names, or {name: a factor of ``scale``}. Of this thread, in inference or training, cached or not; what was there
         before comes back behind it. ``ValueError`` for a number that is not finite, an adapter that there is not, and, in a
-        forward, another count of samples; ``RuntimeError`` in a compiled one.
+        forward, another count of samples, or in training no strength but 0; ``RuntimeError`` in a compiled one.
         """
         active = [name for name in self.active_adapters if name in self._ours()]
         found = _scales(scale, active if adapters is None else adapters, self._ours())
@@ -72,12 +77,15 @@ class Steered:
 
     def __init__(self, scales: Mapping[str, Scale]):
         self.scales = dict(scales)
+        self.nothing = not any(any(each) if isinstance(each, Sequence) else each for each in scales.values())
 
     def edit(self, layer: Any, plan: Any, hidden: Tensor, at_input: bool, where: str) -> Tensor:
         """The hidden state that ``layer`` edits."""
         if is_compiling():
             refuse_compiled(COMPILED)
             return hidden
+        if self.nothing and plan.training:
+            raise ValueError(NOTHING)
         here = [name for name in self.scales if name in layer.specs and layer.specs[name].at_input is at_input]
         places = None if layer.layout is None else layouts.places(layer.layout, hidden, plan.length)
         tokens = hidden if places is None else places
@@ -116,23 +124,30 @@ def _parts(scale: Scale, rows: Tensor | None, tokens: Tensor, beams: bool) -> It
 def _scales(scale: Any, adapters: Any, ours: Sequence[str]) -> dict[str, Any]:
     """The strength, or strengths, of each adapter: ``scale`` times that of ``adapters``, where it is a dict."""
     names = [adapters] if isinstance(adapters, str) else adapters
-    factors = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
-    for name, factor in factors.items():
-        if name not in ours:
-            raise ValueError(f"adapters is {adapters!r}; the ReFT adapters of this model are {', '.join(ours)}")
-        _check(factor, f"adapters gives {name!r} {factor!r}; it must be a finite number")
-    each = scale.tolist() if isinstance(scale, Tensor) else scale
+    if not isinstance(names, Collection) or any(name not in ours for name in names):
+        raise ValueError(f"adapters is {adapters!r}; the ReFT adapters of this model are {', '.join(ours)}")
+    factors = {
+        name: finite(factor, f"adapters gives {name!r} {factor!r}; it must be a finite number")
+        for name, factor in (names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)).items()
+    }
+    each = scale.tolist() if hasattr(scale, "tolist") else scale  # of torch's, or of numpy's
     if not isinstance(each, (list, tuple)):
-        _check(each, f"scale is {scale!r}; {WANTED}")
-        return {name: float(each * factor) for name, factor in factors.items()}
-    for one in each or [None]:
-        _check(one, f"scale is {scale!r}; {WANTED}")
-    return {name: [float(one * factor) for one in each] for name, factor in factors.items()}
+        one = finite(each, f"scale is {scale!r}; {WANTED}")
+        return {name: one * factor for name, factor in factors.items()}
+    numbers = [finite(one, f"scale is {scale!r}; {WANTED}") for one in each or [None]]
+    return {name: [one * factor for one in numbers] for name, factor in factors.items()}
 
 
-def _check(number: Any, said: str) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+def finite(number: Any, said: str) -> float:
+    """A number, torch's and numpy's too, as Python's own; ``ValueError(said)`` for what is none, or is not finite."""
+    plain = number.tolist() if hasattr(number, "tolist") else number
+    try:
+        found = float(plain) if isinstance(plain, Real) and not isinstance(plain, bool) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        found = math.nan
+    if not math.isfinite(found):
         raise ValueError(said)
+    return found
 
 
 @contextmanager

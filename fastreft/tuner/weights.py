@@ -28,8 +28,9 @@ def _is_R(key: str) -> bool:
     )
 
 
-def checked(tensors: dict[str, Tensor], doing: str) -> dict[str, Tensor]:
+def checked(tensors: dict[str, Tensor], doing: str, *, orthonormal: bool = True) -> dict[str, Tensor]:
     """An adapter's tensors, ``doing`` ("loading" or "saving") said; rotations that an average has moved are orthonormal again.
+    ``orthonormal``: is an R one? That of an edit of a user's need not be.
 
     ``ValueError`` for a dtype that holds no weights, a value that is not finite, and an R whose rows are no rotation's.
     """
@@ -40,7 +41,7 @@ def checked(tensors: dict[str, Tensor], doing: str) -> dict[str, Tensor]:
         if value.is_meta or type(value) not in (Tensor, torch.nn.Parameter):
             continue
         refuse_unfinite(key, value, doing)
-        if not _is_R(key) or value.dim() != 2 or (distance := _off(value)) <= OFF:
+        if not orthonormal or not _is_R(key) or value.dim() != 2 or (distance := _off(value)) <= OFF:
             continue
         if distance > FAR:
             raise ValueError(

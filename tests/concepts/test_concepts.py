@@ -49,8 +49,12 @@ def model():
 def test_states_are_the_layers_outputs_whatever_the_padding(model):
     some = texts(5, True)
     model.train()
+    tiny.blocks(model)[0].eval()
     found = list(states(model, LAYER, some, batch_size=2))
+    reft_r1(model, LAYER, some, some, epochs=1)
     assert model.training
+    assert not any(module.training for module in tiny.blocks(model)[0].modules())  # as it was
+    assert tiny.blocks(model)[1].training
     model.eval()
     for own, text in zip(found, some, strict=True):
         with torch.no_grad():
@@ -215,6 +219,83 @@ def test_a_direction_becomes_an_adapter_and_a_file(model, tmp_path):
         assert torch.equal(again(**batch).logits, steered(**batch).logits)
 
 
+@pytest.mark.parametrize(
+    ("make", "settings", "said"),
+    [
+        (lambda: Direction(torch.ones(7), 1), {}, r"vector is \(7,\) at layer 1; the model's hidden size is 32"),
+        (lambda: Direction(torch.ones(tiny.WIDTH), 9), {}, "layer is 9"),
+        (lambda: Direction(torch.ones(tiny.WIDTH), -1), {}, "layer is -1"),
+        (lambda: Direction(torch.ones(tiny.WIDTH), 1), {"strength": math.nan}, "strength is nan"),
+        (lambda: Direction(torch.ones(tiny.WIDTH), 1), {"strength": math.inf}, "strength is inf"),
+    ],
+)
+def test_a_direction_that_does_not_fit_leaves_nothing(make, settings, said):
+    base = tiny.make("llama")
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=said):
+        make().adapter(base, **settings)
+    assert [name for name, _ in base.named_modules()] == names
+    assert not hasattr(base, "peft_config")
+
+
+def test_directions_are_active_beside_each_other(tmp_path):
+    torch.manual_seed(0)
+    first, second = (Direction(torch.randn(tiny.WIDTH), layer) for layer in (0, LAYER))
+    batch = tiny.batch()
+    with torch.no_grad():
+        both = second.adapter(first.adapter(tiny.make("llama")), 2.0, adapter_name="second").eval()
+        assert both.active_adapters == ["default", "second"]
+        made = both(**batch).logits
+        block = both.get_base_model().model.layers[LAYER]
+        torch.testing.assert_close(block.reft.interventions("second")[0].v.data, 2.0 * second.vector)
+        both.set_adapter("default")
+        assert not torch.allclose(both(**batch).logits, made)
+        with pytest.raises(ValueError, match="adapter_name is 'default', which an adapter of this model has"):
+            second.adapter(both)
+        with pytest.raises(ValueError, match="adapter_name is 'default', which an adapter of this model has"):
+            second.adapter(both.get_base_model())
+        assert both.active_adapters == ["default"]
+        pytest.importorskip("gguf", reason="there is no gguf here")
+        save_gguf(tmp_path / "v.gguf", {LAYER: 2.0 * second.vector}, "llama")
+        loaded = load_gguf(tmp_path / "v.gguf", first.adapter(tiny.make("llama")), adapter_name="loaded").eval()
+        torch.testing.assert_close(loaded(**batch).logits, made)
+
+
+@pytest.mark.parametrize("find", [diff_mean, linear_probe])
+def test_the_same_texts_are_no_direction(model, find):
+    some = texts(4, True)
+    for with_it, without in ((some, some * 2), (some, some[::-1])):
+        with pytest.raises(ValueError, match="with_it and without have the same mean state at layer 1"):
+            find(model, LAYER, with_it, without)
+
+
+def test_a_strength_adds_the_direction_even_where_every_latent_is_below_0(model):
+    """As of states that are far back along the direction, which is the same as without that."""
+    sides = texts(4, True), texts(4, False)
+    apart, moved = diff_mean(model, LAYER, *sides), tiny.make("llama")
+    tiny.blocks(moved)[LAYER].register_forward_hook(lambda _m, _a, output: output - 100 * apart.vector)
+    made = diff_mean(moved, LAYER, *sides)
+    assert made.vector @ apart.vector > 0.99
+    assert 0 < made.largest < 1e-3
+
+
+def test_factors_may_be_a_tensor_and_texts_without_a_label_stand_alone(model):
+    asked = ([[11, 20]], [[CONCEPT] * 3], [[40, 41]])
+    made = [reps(model, LAYER, *asked, epochs=1, factors=given) for given in (torch.tensor([2.0, 4.0]), (2, 4))]
+    assert torch.equal(made[0].vector, made[1].vector)
+    some, losses = texts(2, True), []
+    reft_r1(model, LAYER, some, [some[0], [-100] * len(some[1])], batch_size=1, log=lambda _, x: losses.append(x))
+    assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("settings", [{"component": "block_input"}, {"component": "mlp_output"},
+                                      {"target_modules": r".*layers\.1\.mlp"}])  # fmt: skip
+def test_what_is_no_blocks_output_is_no_control_vector(settings):
+    config = ReftConfig(intervention_type="bias", positions="all", **settings)
+    with pytest.raises(ValueError, match="is no single vector that is added to a block's output"):
+        vectors_of(get_reft_model(tiny.make("llama"), config))
+
+
 def test_control_vectors_there_and_back(tmp_path):
     gguf = pytest.importorskip("gguf", reason="there is no gguf here")
     model = get_reft_model(
@@ -256,15 +337,35 @@ def test_control_vectors_there_and_back(tmp_path):
     [
         (lambda m: diff_mean(m, 9, [[1, 2]], [[1, 2]]), "layer is 9"),
         (lambda m: diff_mean(m, 0, [[1]], [[1, 2]]), "with_it holds no text of more than 1 tokens"),
-        (lambda m: list(states(m, 0, [[1, 2], []])), r"texts\[0\] is \(0,\); a text is its token ids"),
+        (lambda m: list(states(m, 0, [[1, 2], []])), r"texts\[1\] is \[\]; a text is its token ids"),
+        (lambda m: diff_mean(m, 0, "ships", [[1, 2]]), r"with_it is 'ships'; it must be a list of texts"),
+        (lambda m: diff_mean(m, 0, [[1, 2]], ["fields"]), r"without\[0\] is 'fields'; a text is its token ids"),
+        (lambda m: diff_mean(m, 0, [1, 2, 3], [[1, 2]]), r"with_it\[0\] is 1; a text is its token ids"),
+        (lambda m: states(m, 0, [[1.5, 2.0]]), r"texts\[0\] is \[1.5, 2.0\]; a text is its token ids"),
+        (lambda m: diff_mean(m, 0, [[1, 2]], [[3, 4]], first=-1), "first is -1; it must be an integer of at least 0"),
+        (lambda m: states(m, 0, [[1, 2]], batch_size=0), "batch_size is 0; it must be an integer of at least 1"),
+        (lambda m: diff_mean(m, -1, [[1, 2]], [[3, 4]]), "layer is -1; it must be the number of a layer"),
+        (lambda m: linear_probe(m, -1, [[1, 2]], [[3, 4]]), "layer is -1; it must be the number of a layer"),
+        (lambda m: reft_r1(m, -1, [[1, 2]], [[1, 2]]), "layer is -1; it must be the number of a layer"),
+        (lambda m: reps(m, -1, [[1]], [[2]], [[3]]), "layer is -1; it must be the number of a layer"),
+        (lambda m: reft_r1(m, 0, [[1, 2]], [[1, -100]]), "labels are -100 behind the first token of each text"),
+        (lambda m: reft_r1(m, 0, [[1, 2]], [[1, 2]], topk=0), "topk is 0; it must be an integer of at least 1"),
+        (lambda m: reft_r1(m, 0, [[1, 2]], [[1, 2]], epochs=0), "epochs is 0; it must be an integer of at least 1"),
+        (lambda m: reft_r1(m, 0, [[1, 2]], [[1, 2]], batch_size=0), "batch_size is 0; it must be"),
+        (lambda m: reps(m, 0, [[1]], [[2]], [[3]], epochs=0), "epochs is 0; it must be an integer of at least 1"),
+        (lambda m: reps(m, 0, [[1]], [[]], [[3]]), r"with_it\[0\] is \[\]; a text is its token ids"),
+        (lambda m: reps(m, 0, [[1]], [[2]], [[3]], factors=4), "factors is 4; it must be a list of finite numbers"),
+        (lambda m: auroc([math.nan], [1.0]), "with_it holds a score that is NaN"),
+        (lambda m: Direction(torch.ones(7), 0).scores(m, [[1, 2]]), r"vector is \(7,\) at layer 0; .* hidden size is 32"),
+        (lambda m: save_gguf("no/v.gguf", {1: torch.full((4,), math.nan)}, "llama"), r"vectors\[1\] is \(4,\); .* finite"),
         (lambda m: reft_r1(m, 0, [[1, 2]], [[1]]), "each text with a label a token"),
         (lambda m: reps(m, 0, [[1]], [[2]], []), "must be as many, one at least"),
-        (lambda m: reps(m, 0, [[1]], [[2]], [[3]], factors=(0,)), r"factors is \[0\]"),
+        (lambda m: reps(m, 0, [[1]], [[2]], [[3]], factors=(0,)), r"factors is \(0,\)"),
         (lambda m: Direction(torch.zeros(4), 0), "of length 0.0; it must be"),
         (lambda m: vectors_of(get_reft_model(tiny.make("llama"), ReftConfig())), "is no single vector"),
         (lambda m: Direction.load(__file__), "is no file of a direction"),
     ],
-)
+)  # fmt: skip
 def test_refusals(model, do, said):
     with pytest.raises(ValueError, match=said):
         do(model)

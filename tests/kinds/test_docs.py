@@ -74,13 +74,14 @@ class Inspected(fastreft.TorchIntervention):
 """
 
 
-def test_a_kind_of_ones_own_is_inspected(tmp_path):
+def test_a_kind_of_ones_own_is_inspected(tmp_path, capsys):
     module, out = tmp_path / "mine.py", str(tmp_path / "adapter")
     module.write_text(OWN)
     own = ["--task_module", str(module)]
     train = ["train", "--model", "embedded", "--train_file", str(SPEECH), "--output_dir", out, "--max_steps", "1"]
     quiet = ["--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
     assert main([*train, *own, "--intervention_type", "inspected", "--learning_rate", "1e-2", *quiet]) == 0
+    assert f"try: fastreft generate --adapter {out} --task_module {module} --prompt TEXT" in capsys.readouterr().out
     code = "import sys; from fastreft.cli import main; sys.exit(main(sys.argv[1:]))"
     told = subprocess.run(
         [sys.executable, "-c", code, "inspect", "--adapter", out, *own], capture_output=True, text=True, check=True

@@ -59,8 +59,37 @@ def own():
         def weights(self):
             return self.R, self.W, None, None, None
 
+    @fastreft.register_intervention("free")
+    class Free(Turned):
+        orthonormal = False
+
+    @fastreft.register_intervention("without_R")
+    class WithoutR(Intervention):
+        def build(self, dtype, add_bias):
+            self.u, self.b = self._matrix(dtype), self._vector(dtype)
+
+        def weights(self):
+            return self.u, None, None, self.b, None
+
+    @fastreft.register_intervention("in_place")
+    class InPlace(fastreft.TorchIntervention):
+        def build(self, dtype, add_bias):
+            self.s = self._vector(dtype)
+
+        def formula(self, h):
+            return h.mul_(1 + self.s[0])
+
+    @fastreft.register_intervention("net")
+    class Net(fastreft.TorchIntervention):
+        def build(self, dtype, add_bias):
+            self.net = nn.Sequential(nn.Linear(self.embed_dim, self.embed_dim, dtype=dtype), nn.Tanh())
+
+        def formula(self, h):
+            return h + self.net(h)
+
     yield
-    for name in ("halfway", "turned"):
+    for name in ("halfway", "turned", "free", "without_R", "in_place", "net"):
+        names.WHOLE.discard(name)
         del KINDS[name], names.OWN[name]
 
 
@@ -199,6 +228,65 @@ def test_orthonormal_rows_of_ones_own_stay_so():
     torch.testing.assert_close(R @ R.T, torch.eye(3))
 
 
+def test_an_edit_without_R_trains_beside_any_optimizer():
+    model = get_reft_model(tiny.make("llama"), ReftConfig(intervention_type="without_R", r=2, positions="all"))
+    edit = model.get_base_model().model.layers[0].reft.reft_edit["default"]
+    assert not edit.orthonormal
+    optimizer = fastreft.ReftAdamW(fastreft.param_groups(model, lr=0.1))
+    before = edit.b.detach().clone()
+    model(**tiny.batch()).logits.square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(edit.b, before)
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(other.parameters())
+    other(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+
+
+def test_an_R_that_is_not_to_be_orthonormal_is_free(tmp_path):
+    from peft import PeftModel
+
+    model = get_reft_model(tiny.make("llama"), ReftConfig(intervention_type="free", r=3, positions="all"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(**tiny.batch()).logits.square().sum().backward()
+    optimizer.step()
+    R = model.get_base_model().model.layers[0].reft.reft_edit["default"].R.detach()
+    assert (R @ R.T - torch.eye(3)).abs().max() > 0.5
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.make("llama"), tmp_path)
+    assert torch.equal(again.get_base_model().model.layers[0].reft.reft_edit["default"].R, R)
+
+
+@pytest.mark.parametrize("kind", ["csreft", "halfway", "red", "net"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_formula_of_a_model_that_was_cast(kind, dtype):
+    """Parameters of another dtype than the rows: the edit of rows of fp32, or of fp64, with them as they are."""
+    m = made(kind)
+    rows = torch.randn(5, D, dtype=torch.float64)
+    if dtype is torch.bfloat16:
+        m, rows = m.to(dtype), rows.to(dtype)
+    got = m(rows)
+    wide = made(kind).to(dtype).to(torch.float32 if dtype is torch.bfloat16 else torch.float64)
+    wanted = wide.formula(rows.to(next(wide.parameters()).dtype))
+    assert got.dtype is dtype
+    if dtype is torch.bfloat16:
+        assert torch.equal(got, wanted.to(dtype))
+    else:
+        wide = made(kind).double()
+        torch.testing.assert_close(got, wide.formula(rows), rtol=1e-12, atol=1e-12)
+    got.sum().backward()
+    wide.formula(rows.to(next(wide.parameters()).dtype)).sum().backward()
+    for own, right in zip(m.parameters(), wide.parameters(), strict=True):
+        assert own.grad.dtype is own.dtype
+        torch.testing.assert_close(own.grad.double(), right.grad.double(), rtol=2**-6, atol=2**-6)
+
+
+def test_a_formula_that_works_in_place_has_its_strengths():
+    m = made("in_place")
+    h, s = torch.randn(4, D), m.s[0].detach()
+    torch.testing.assert_close(m.edit(h.clone(), None, "new", scale=-2.0), (1 - 2 * s) * h)
+
+
 def test_csreft_routes_by_the_groups_of_its_configuration():
     config = ReftConfig(intervention_type="csreft", r=5, subspaces={"a": [0, 4], "b": [1]}, positions="all")
     model = get_reft_model(tiny.make("llama"), config)
@@ -225,6 +313,9 @@ def odd(**methods):
         (lambda: ReftConfig(intervention_type="unheard"), "or one of your own, once the module has been imported"),
         (lambda: ReftConfig(intervention_type="red", act_fn="relu"), "act_fn is 'relu', and red has no activation"),
         (lambda: ReftConfig(intervention_type="bias", subspaces=[[0]]), "groups of R's rows, and bias has none"),
+        (lambda: ReftConfig(intervention_type="halfway", subspaces=[[0]]), "groups of R's rows, and halfway has none"),
+        (lambda: odd(formula=lambda self, h: None, build=no_parameters)(torch.ones(3, D)),
+         r"Odd.formula gives NoneType; it must be as its rows are, \(3, 12\)"),
         (lambda: ReftConfig(intervention_type="halfway", init_weights="identity"), "edits whatever its weights are"),
         (lambda: fastreft.TorchIntervention(4), "is abstract"),
         (lambda: made("red")(torch.ones(2, D), None, [[0], [0]]), "subspaces are rows of R, of the edits that have one"),

@@ -1,5 +1,6 @@
 """``with model.reft(scale=, adapters=)``: strengths of a context, one a sample, and several adapters as one sum."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import make
@@ -120,6 +121,26 @@ def test_generation_beams_and_gradients():
     assert all(edit.R.grad.abs().sum() > 0 for layer in model._shared.layers for edit in layer.interventions("ada"))
 
 
+@pytest.mark.parametrize("settings", [{"scale": 0.0}, {"scale": [0.0, 0.0, 0.0]}, {"adapters": []}])
+def test_training_that_edits_nothing_is_refused(model, settings):
+    model.set_adapter("ada")
+    model.train()
+    try:
+        with model.reft(**settings):
+            with pytest.raises(ValueError, match=r"edits nothing: model.reft\(\) gives no adapter a strength"):
+                model(**batch())
+            run(model)  # which keeps no gradient
+    finally:
+        model.eval()
+
+
+def test_numbers_of_numpys(model):
+    with model.reft(np.float32(-0.5), {"bob": np.int64(1)}):
+        wanted = run(model)
+    with model.reft(np.full(3, -0.5), "bob"):
+        assert torch.equal(run(model), wanted)
+
+
 def test_a_compiled_forward_is_refused():
     model = get_reft_model(make("llama"), ReftConfig(r=3, positions="f1+l2", layers_to_transform=[0])).eval()
     compiled = torch.compile(model.get_base_model(), backend="eager")
@@ -136,6 +157,10 @@ def test_a_compiled_forward_is_refused():
         ([1.0, None], None, r"scale is \[1.0, None\]"),
         (1.0, "cid", "adapters is 'cid'; the ReFT adapters of this model are ada, bob"),
         (1.0, {"ada": True}, "adapters gives 'ada' True"),
+        (1.0, 3, "adapters is 3; the ReFT adapters of this model are ada, bob"),
+        (1.0, [["ada"]], r"adapters is \[\['ada'\]\]; the ReFT adapters of this model are ada, bob"),
+        (np.array([1.0, np.nan]), None, "scale is array"),
+        pytest.param(10**400, None, "scale is 10+; it must be a finite number", id="beyond all floats"),
     ],
 )
 def test_what_is_refused(model, scale, adapters, said):
