@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +10,10 @@ from peft import PeftModel
 
 import fastreft
 from fastreft.cli import main
+from fastreft.kinds import KINDS
+from fastreft.ops import names
 from fastreft.tasks.models import load_base, load_tokenizer
+from fastreft.tasks.modules import _run
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 SPEECH = PAGE.parents[1] / "examples" / "speech.jsonl"
@@ -82,8 +83,10 @@ def test_a_kind_of_ones_own_is_inspected(tmp_path, capsys):
     quiet = ["--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
     assert main([*train, *own, "--intervention_type", "inspected", "--learning_rate", "1e-2", *quiet]) == 0
     assert f"try: fastreft generate --adapter {out} --task_module {module} --prompt TEXT" in capsys.readouterr().out
-    code = "import sys; from fastreft.cli import main; sys.exit(main(sys.argv[1:]))"
-    told = subprocess.run(
-        [sys.executable, "-c", code, "inspect", "--adapter", out, *own], capture_output=True, text=True, check=True
-    )
-    assert "intervention_type inspected" in told.stdout and "model.layers.0" in told.stdout
+    names.OWN.pop("inspected")  # as in another process
+    KINDS.pop("inspected")
+    _run.cache_clear()
+    capsys.readouterr()
+    assert main(["inspect", "--adapter", out, *own]) == 0
+    told = capsys.readouterr().out
+    assert "intervention_type inspected" in told and "model.layers.0" in told

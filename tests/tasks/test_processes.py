@@ -112,12 +112,14 @@ def test_two_processes_learn_what_one_does_and_one_of_them_speaks(folder, alone)
         assert sum(line.startswith(said) for line in lines) == 1, done.stdout
     assert sum("'loss'" in line for line in lines) == 4
     assert found(folder, "two")[1]["scores"]["mine"]["records"] == 1
-    # each has kept the state of its random numbers, and goes on from there
-    checkpoint = folder / "two" / "checkpoint-2"
+    # each has kept the state of its random numbers, and goes on from there; of one launcher, as MKL's bits are a process's own
+    forked = pair.run(folder, *flags(folder, "two-forked", 2, "--r", "2"))
+    assert forked.codes == [0, 0], forked.said
+    checkpoint = folder / "two-forked" / "checkpoint-2"
     assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     again = pair.run(folder, *flags(folder, "two-resumed", 2, "--resume_from_checkpoint", str(checkpoint)))
     assert again.codes == [0, 0], again.said
-    weights, unbroken = found(folder, "two-resumed")[0], found(folder, "two")[0]
+    weights, unbroken = found(folder, "two-resumed")[0], found(folder, "two-forked")[0]
     assert all(torch.equal(weights[name], tensor) for name, tensor in unbroken.items())
 
 

@@ -57,7 +57,9 @@ def test_a_mixed_batch_is_each_alone(kind, settings):
             return model(**batch, **more)[0]
 
     mixed = run(subspaces=CHOSEN)
-    assert all(torch.equal(own, one) for own, one in zip(mixed, alone(run), strict=True))
+    near = 1e-6 if settings.get("act_fn") == "prelu" else 0.0  # torch runs that one, whose GEMM's bits may be a batch's
+    for own, one in zip(mixed, alone(run), strict=True):
+        assert torch.allclose(own, one, rtol=near, atol=near)
     assert torch.equal(mixed[1], run()[1]) and torch.equal(mixed[4], run()[4])  # all of the edit, as without a word
     with model.disable_adapter():
         assert torch.equal(mixed[3], run()[3])
