@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -212,8 +211,9 @@ def main() -> None:
     if chosen.plot:
         latest: dict[str, list[dict[str, Any]]] = {}
         for device in chosen.devices:
-            for name, rows in groupby(saved(device), key=lambda row: row["model"]):
-                latest[name] = list(rows)
+            rows = saved(device)
+            for name in {row["model"]: None for row in rows}:
+                latest[name] = [row for row in rows if row["model"] == name]
         plot([row for rows in latest.values() for row in rows], chosen.plot)
         return
     keep_heap()
