@@ -233,7 +233,7 @@ def report(families: dict[str, Any]) -> None:
         print("| method | trained | " + " | ".join(what["sets"]) + " | s a step | peak memory | file |")
         print("|---|---|" + "---|" * (len(what["sets"]) + 3))
         for method in what["methods"]:
-            cells, trained, size = [], [], 0
+            cells, trained, sizes = [], [], []
             for task in what["sets"]:
                 rate = best_rate(families, results, family, task, method)
                 runs = [] if rate is None else [the_run(families, family, task, method, rate, seed) for seed in SEEDS]
@@ -247,13 +247,14 @@ def report(families: dict[str, Any]) -> None:
                 of_test = [spread([value[names[0]] for value in scored], 1)] if names else []
                 cells.append(" ".join([*of_test, f"({loss})"]))
                 trained.append(logs[0]["trained_numbers"])
-                size = max(size, logs[0]["adapter_bytes"])
+                sizes.append(logs[0]["adapter_bytes"])
             cost = results.get(f"cost {family} {method}", {})
             last = (
                 [f"{cost['seconds_a_step']:.2f}", f"{cost['peak_memory_bytes'] / 2**20:.0f} MiB"] if cost else ["", ""]
             )
             numbers = f"{min(trained):,}" if trained else ""
-            print(f"| {method} | {numbers} | {' | '.join(cells)} | {' | '.join(last)} | {size / 2**10:.0f} KiB |")
+            file = f"{min(sizes) / 2**10:,.0f} KiB" if sizes else ""
+            print(f"| {method} | {numbers} | {' | '.join(cells)} | {' | '.join(last)} | {file} |")
 
 
 def main() -> None:
