@@ -18,8 +18,8 @@ from ..interventions import orthonormal_parameters
 from .config import ReftConfig
 from .loading import layers_of
 
-# Parts of the last hidden state's length, which suit models of several widths and depths (docs/tasks.md): what an edit of the
-# prompt does to the tokens behind it, and, three times that, what edits of the very tokens that count do.
+# Parts of the last hidden state's length, which suit models of several widths and depths (docs/tasks.md): for the tokens that a
+# model writes, and, three times that, for all that a model reads, each edited itself.
 MOVE, MOVE_EDITED = 0.1, 0.3
 TOKENS, SAMPLES = 48, 4
 _STEPS, _NEAR = 6, 0.02
@@ -36,7 +36,8 @@ def suggest_lr(
     """The learning rate for ``model`` with an adapter of ``config``, or as it is where that is None and it has one.
 
     ``inputs``: a batch to look at, input_ids at least; random tokens, the first half of each row its prompt, where not given.
-    ``move``: the part of the state's length; 0.1, or 0.3 where every token is edited, if not given.
+    ``move``: the part of the state's length; if not given 0.1, or 0.3 where the model writes no text and every token
+    is edited.
 
     The model is left as it was. W, b and whatever else is trained are moved; R, whose rate follows W's, is not.
     ``ValueError`` where nothing is trained, where the model gives no hidden states, or where a step changes none.
@@ -64,7 +65,7 @@ def _suggested(model: nn.Module, inputs: Mapping[str, Tensor] | None, move: floa
     device = next(model.parameters()).device
     batch = _random_batch(model, device) if inputs is None else {name: t.to(device) for name, t in inputs.items()}
     if move is None:
-        move = MOVE_EDITED if _edits_what_counts(model) else MOVE
+        move = MOVE_EDITED if _edits_all_it_reads(model) else MOVE
     with _still(model):
         found = _last_hidden(model, batch)
         if not found.requires_grad:
@@ -106,11 +107,10 @@ def _writes(model: nn.Module) -> bool:
     return bool(getattr(model, "can_generate", lambda: False)()) and not config.is_encoder_decoder
 
 
-def _edits_what_counts(model: nn.Module) -> bool:
-    """Whether the tokens whose state is looked at are all edited themselves."""
+def _edits_all_it_reads(model: nn.Module) -> bool:
+    """Whether every token of a model that writes none is edited."""
     found = {spec.positions for layer in layers_of(model) for spec in layer.specs.values()}
-    open_ended = [p for p in found if p.end is None]
-    return any(p.everywhere or p.written if _writes(model) else not p.places for p in open_ended)
+    return not _writes(model) and any(p.end is None and not p.places for p in found)
 
 
 def _last_hidden(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

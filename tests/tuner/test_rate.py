@@ -82,3 +82,9 @@ def test_what_has_no_rate():
     with pytest.raises(ValueError, match="a step changes no hidden state"):
         suggest_lr(base)
     assert "suggest_lr" in fastreft.__all__
+
+
+@pytest.mark.parametrize(("kind", "move"), [("llama", rate.MOVE), ("bert-cls", rate.MOVE_EDITED)])
+def test_three_times_as_much_is_for_all_that_a_model_reads_and_not_for_what_it_writes(kind, move):
+    model = get_reft_model(make(kind), ReftConfig(r=2, positions="all", init_weights="identity"))
+    assert suggest_lr(model) == suggest_lr(model, move=move)
