@@ -38,7 +38,8 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[float, ...]]] = {
     ),
     "smollm2-alpaca": (
         ("--task", "alpaca", "--data_dir", "{data}/alpaca", "--chat", "true", "--max_length", "128", "--too_long", "drop",
-         "--hold_out", "64", "--max_steps", "60", "--per_device_train_batch_size", "4", "--warmup_steps", "0.1"),
+         "--hold_out", "240", "--max_eval_records", "1", "--max_steps", "60", "--per_device_train_batch_size", "4",
+         "--warmup_steps", "0.1"),
         ("all",), RATES[:4],
     ),
 }  # fmt: skip
