@@ -116,7 +116,8 @@ def plot(results: dict[str, Any], seeds: int, path: str) -> None:
         axis.set(title=f"{model}, {positions}", xscale="log", xlabel="learning rate", ylabel="held-out loss")
         axis.set_xlim(2e-4, 1.4e-1)  # the same for all
         lows = [loss for start in ("identity", "random") for _, loss in found.get((model, positions, start), [])]
-        axis.set_ylim(min(lows) * 0.95, min(max(lows), 2.2 * min(lows)) * 1.02)
+        stars = [dict(found.get((model, positions, start), [])).get("auto", 0.0) for start in ("identity", "random")]
+        axis.set_ylim(min(lows) * 0.95, min(max(lows), max(2.2 * min(lows), *stars)) * 1.02)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(places) :]:
         axis.axis("off")
