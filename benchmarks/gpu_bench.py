@@ -1,6 +1,6 @@
 """The figures the project promises on a GPU, each part's as it comes, the promises in one table at the end.
 
-    python benchmarks/gpu_bench.py [--only dense|rows|optimizer] [--compile] [--save]
+    python benchmarks/gpu_bench.py [--only dense|rows|pooled|optimizer] [--compile] [--save]
 
 GPU times are medians over CUDA events, or over replays of a captured graph where a call is short; the copy rate is that of
 h.clone() on the dense problem, in the same run. "bytes" counts what the edit must move: 4 an element forward (read h,
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import fastreft
 from fastreft import functional as F
+from fastreft.ops import edit, pooled
 
 BF16 = torch.bfloat16
 
@@ -264,6 +265,28 @@ def held_gradient(state: Tensor, g: Tensor, listed: Tensor, r: int, rounds: int)
     ]
 
 
+def pooled_rows(rounds: int) -> list[dict[str, object]]:
+    """A decode step that edits: a row of each sample, each with its own adapter; beside it the rows by one adapter."""
+    batch, d, r = 256, 4096, 8
+    h, listed = torch.randn(batch, 1, d, device="cuda").to(BF16), torch.arange(batch, device="cuda")
+    R, W, b = weights(d, r)
+    out = []
+    with torch.no_grad():
+        one = replay_us(lambda: F.edit_rows_(h, listed, R, W, R, b, unique=True), rounds)
+        for adapters in (1, 16, 256):
+            pool = pooled.pool_of([((R, W, R, b, None), edit.LINEAR)] * adapters)
+            run = partial(pooled.edit_pooled_, h, listed, listed % adapters, pool)
+            out.append(
+                {
+                    "what": f"pooled rows, {batch} of [{batch},1,{d}], {adapters} adapters",
+                    "r": r,
+                    "us in a graph": replay_us(run, rounds),
+                    "us, one adapter by itself": one,
+                }
+            )
+    return out
+
+
 def optimizer() -> list[dict[str, object]]:
     count, r, d = 64, 8, 4096
     ours = nn.ModuleList(fastreft.LoreftIntervention(embed_dim=d, low_rank_dimension=r) for _ in range(count)).cuda()
@@ -310,13 +333,14 @@ def driver() -> str:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--only", choices=("dense", "rows", "optimizer"))
+    arguments.add_argument("--only", choices=("dense", "rows", "pooled", "optimizer"))
     arguments.add_argument("--compile", action="store_true", help="torch.compile of the two GEMMs among the rivals")
     options = arguments.parse_args()
     results: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "driver": driver()}
     parts: dict[str, Callable[[], list[dict[str, object]]]] = {
         "dense": lambda: dense(options.rounds, options.compile),
         "rows": lambda: rows(options.rounds),
+        "pooled": lambda: pooled_rows(options.rounds),
         "optimizer": optimizer,
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))  # gpu_check.sh's limit: what there is gets shown

@@ -344,8 +344,9 @@ constexpr int sums_stages(int depth, int columns, const Device& device) {
 
 // ---- retraction (retract.cu) --------------------------------------------------------------------------------------
 
-constexpr int kRetractCluster = 8;               // CTAs at most
-constexpr int64_t kRetractHead = 128 + 256 * 8;  // bytes: what a CTA works with, and sums across warps
+constexpr int kRetractCluster = 8;  // CTAs at most
+constexpr int kRetractThreads = 512;
+constexpr int64_t kRetractHead = 128 + kRetractThreads * 8;  // bytes: what a CTA works with, and sums across warps
 
 struct RetractPlan {
   int cluster = 1;
@@ -381,19 +382,17 @@ inline RetractPlan plan_retract(int64_t r, int64_t d, int64_t matrices, bool wid
   while (plan.terms > 32 && r * plan.terms > (wide ? 2048 : 4096)) plan.terms /= 2;
   plan.shared_entries = r * r;
   if (retract_shared(plan.shared_entries, retract_chunks(r, plan.terms, size)) <= device.shared) {
-    while (plan.cluster < kRetractCluster && plan.cluster < device.largest_cluster &&
-           2 * plan.cluster * matrices <= 2 * device.multiprocessors && d >= 512 * plan.cluster)
-      plan.cluster *= 2;
+    // The largest of which all run at once: a second turn of a few clusters takes as long as the first.
+    const int most = kRetractCluster < device.largest_cluster ? kRetractCluster : device.largest_cluster;
+    for (int cluster = 2; cluster <= most && 256 * cluster <= d; ++cluster)
+      if (resident_clusters(device, cluster, 1) >= matrices) plan.cluster = cluster;
   } else {
     plan.shared_entries = 0;
     while (plan.terms > 16 / size && retract_shared(0, retract_chunks(r, plan.terms, size)) > device.shared)
       plan.terms /= 2;
   }
   plan.chunk_bytes = retract_chunks(r, plan.terms, size);
-  // Half a multiprocessor's memory where two CTAs share it; fp64's have one for themselves.
-  const bool two = !wide && plan.cluster * matrices > device.multiprocessors;
-  const int64_t limit = two ? half_of_shared(device.shared) : device.shared;
-  plan.room = limit - retract_shared(plan.shared_entries, 0);
+  plan.room = device.shared - retract_shared(plan.shared_entries, 0);
   return plan;
 }
 

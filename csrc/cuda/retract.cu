@@ -1,8 +1,10 @@
-// Retraction, and AdamW with retraction, of a list of matrices in one launch.
+// Retraction, and AdamW with retraction, of a list of matrices in one launch; plain AdamW of others in another.
 //
-// A cluster works on one item at a time: an orthonormal matrix has a cluster to itself (its CTAs split the columns), a
-// plain parameter is cut into pieces of kPiece elements. The list travels as a kernel parameter: nothing is copied to
-// the device beforehand, and a captured graph holds it.
+// An orthonormal matrix has a cluster to itself (its CTAs split the columns), a plain parameter is cut into pieces of
+// kPiece elements, a CTA each. The list travels as a kernel parameter: nothing is copied to the device beforehand, and
+// a captured graph holds it. Launches of one step have nothing to do with each other: one may begin when all of the one
+// before it have a place (Grid::early), and each ends by waiting for the one before it, so that whatever comes next
+// finds everything done.
 //
 // The step of an orthonormal R (r, d), see retract_common.cuh and retract_chunk.cuh for the pieces:
 //     A = G R^T; g = G - 1/2 (A + A^T) R; Adam; Y = R - lr U; S = Y Y^T = L L^T; R = L^-1 Y; polish where S was skewed
@@ -21,13 +23,22 @@ namespace {
 static_assert(sizeof(Place) + kRetractThreads * sizeof(double) <= kRetractHead && sizeof(Place) % 8 == 0);
 
 constexpr int kItems = 128;       // a launch's list: 11 KB of kernel parameters, of 32 there are from CUDA 12.1 on
-constexpr int64_t kPiece = 8192;  // elements of a plain parameter a CTA takes
+constexpr int64_t kPiece = 4096;  // elements of a plain parameter that a CTA takes
 constexpr int64_t kAlign = 256;
 constexpr int kShortenings = 8;  // halvings of a step before Gram-Schmidt
 
+// Threads whose registers a step of matrices leaves, so that a CTA of a plain step has room beside it; launches run
+// side by side from cc 9.0 on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBeside = 0;
+#else
+constexpr int kBeside = 128;
+#endif
+
 struct List {
   StepItem item[kItems];
-  int first[kItems + 1];    // first cluster of each item
+  int first[kItems + 1];    // first CTA of each plain item
+  int64_t columns[kItems];  // of each CTA of a matrix's cluster
   int place[kItems];        // of each item among the caller's
   int64_t scratch[kItems];  // bytes into `scratch`, or -1
   int count = 0;
@@ -72,20 +83,15 @@ __device__ __forceinline__ bool finite_matrix(const Place& at, const C* Y) {
   return __syncthreads_or(!(worst == 0)) == 0;
 }
 
-// The whole treatment of one matrix by its cluster; returns what was found, the same in every thread. Y: the matrix in
-// memory as C, between the step and the retraction. Each turn goes over the columns twice: for a Gram matrix, and to
-// multiply with what was made of it.
+// The whole treatment of one matrix by its cluster; returns what was found, the same in every thread. Each turn goes
+// over the columns twice: for a Gram matrix, and to multiply with what was made of it.
 template <typename C, bool Step>
-__device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepItem& item, const Place& at, C* chunk,
-                                             C* Y) {
-  const DType type = item.param.type;
-  const bool apart = static_cast<const void*>(Y) != item.param.p;
+__device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepItem& item, const Place& at) {
   const double least = least_pivot<C>();
   const double floor = Step ? 1 : 0;  // a step starts from rows of length 1: one that all but vanished is noise
 
-  C* now = chunk;                      // the matrix as it is
-  C* other = chunk + at.r * at.pitch;  // the gradient, then what comes out of a product
-  Weight stored{item.param.p, type};   // the matrix in memory, for chunks that do not stay
+  bool swapped = false;  // which of the two chunks is the matrix as it is
+  bool moved = false;    // the matrix in memory, for chunks that do not stay, is Y
   Found found = Found::fine;
   Turn turn = Step ? Turn::tangent : Turn::factor;
   bool multiply = false, last = false, here = false;  // here: the chunk that stays has been fetched
@@ -93,12 +99,19 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
   int shortenings = 0;
   while (true) {
     const bool tangent = Step && turn == Turn::tangent;
+    C* const chunks = reinterpret_cast<C*>(shared_memory() + kRetractHead);
+    C* const now = chunks + (swapped ? at.r * at.pitch : 0);
+    C* const other = chunks + (swapped ? 0 : at.r * at.pitch);  // the gradient, then what comes out of a product
+    C* const Y = static_cast<C*>(at.Y);
+    const DType type = item.param.type;
+    const bool apart = at.Y != item.param.p;
 #pragma unroll 1
     for (int64_t j0 = at.begin; j0 < at.end; j0 += at.terms) {
       const int valid = static_cast<int>(at.end - j0 < at.terms ? at.end - j0 : at.terms);
       __syncthreads();  // nobody uses the chunks any more, and what others have worked out is there
       if (!here) {
-        fill<C>(at, j0, valid, stored.type, stored.p, tangent ? item.g : nullptr, now, other);
+        fill<C>(at, j0, valid, moved ? (sizeof(C) == 8 ? DType::f64 : DType::f32) : type, moved ? Y : item.param.p,
+                tangent ? item.g : nullptr, now, other);
         here = at.resident;
         __syncthreads();
       }
@@ -126,12 +139,8 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
 
     if (multiply) {
       if (last) return found;
-      if (at.resident) {
-        C* const swapped = now;
-        now = other;
-        other = swapped;
-      }
-      if (tangent) stored = {Y, sizeof(C) == 8 ? DType::f64 : DType::f32};
+      if (at.resident) swapped = !swapped;
+      if (tangent) moved = true;
       turn = tangent ? Turn::factor : Turn::polish;
       multiply = false;
       continue;
@@ -171,7 +180,7 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
 #pragma unroll 1
       for (Walk walk(at.r, static_cast<int>(at.end - at.begin)); walk.there(); walk.next()) {
         const int64_t e = walk.row * at.d + at.begin + walk.column;
-        Y[e] = at.resident ? y[walk.row * pitch + walk.column] : load_weight<C>(stored, e);
+        Y[e] = at.resident ? y[walk.row * pitch + walk.column] : load_weight<C>({item.param.p, type}, e);
       }
     }
     cluster_sync(at.cluster);
@@ -186,11 +195,20 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
   }
 }
 
-template <typename C, bool Step>
-__global__ void __launch_bounds__(kRetractThreads, sizeof(C) == 8 ? 1 : 2)
-    step_kernel(const __grid_constant__ List list) {
-  const int rank = list.cluster > 1 ? cluster_rank() : 0;
-  const int which = static_cast<int>(blockIdx.x) / list.cluster;
+FASTREFT_HOST_DEVICE inline bool is_narrow(DType type) { return type == DType::bf16 || type == DType::f16; }
+
+// Whether all of an item's memory can be accessed in quads.
+__device__ __forceinline__ bool in_quads(const StepItem& item, bool narrow) {
+  const uintptr_t quad = narrow ? 8 : 16;  // bytes of a quad of the parameter's type
+  const auto aligned = [](const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  return aligned(item.param.p, quad) && aligned(item.g, quad) && aligned(item.m, 16) && aligned(item.v, 16);
+}
+
+template <typename C>
+__global__ void __launch_bounds__(kPlainThreads, sizeof(C) == 8 ? 2 : 4)
+    plain_kernel(const __grid_constant__ List list) {
+  let_next_launch_begin();
+  const int which = static_cast<int>(blockIdx.x);
   int low = 0, high = list.count;  // the last item that starts at or before `which`
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -201,20 +219,23 @@ __global__ void __launch_bounds__(kRetractThreads, sizeof(C) == 8 ? 1 : 2)
     }
   }
   const StepItem& item = list.item[low];
-  int* status = list.status + list.place[low];
-  const bool narrow = item.param.type == DType::bf16 || item.param.type == DType::f16;
-  const uintptr_t quad = narrow ? 8 : 16;  // bytes of a quad of the parameter's type
-  const auto aligned = [](const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
-  const bool quads = aligned(item.param.p, quad) && aligned(item.g, quad) && aligned(item.m, 16) && aligned(item.v, 16);
-  if (Step && !item.orthonormal) {
-    const int64_t begin = (static_cast<int64_t>(which - list.first[low]) * list.cluster + rank) * kPiece;
-    const int64_t elements = item.param.r * item.param.d;
-    plain_step<C>(step_of(list.step, item), item, begin, begin + kPiece < elements ? begin + kPiece : elements, quads);
-    if (which == list.first[low] && rank == 0 && threadIdx.x == 0) *status = 0;
-    return;
-  }
+  const int64_t begin = (which - list.first[low]) * kPiece, elements = item.param.r * item.param.d;
+  const bool quads = in_quads(item, is_narrow(item.param.type));
+  plain_step<C>(step_of(list.step, item), item, begin, begin + kPiece < elements ? begin + kPiece : elements, quads);
+  if (begin == 0 && threadIdx.x == 0) list.status[list.place[low]] = 0;
+  wait_for_launch_before();
+}
+
+template <typename C, bool Step>
+__global__ void __launch_bounds__(kRetractThreads + (Step && sizeof(C) == 4 ? kBeside : 0), 1)
+    step_kernel(const __grid_constant__ List list) {
+  let_next_launch_begin();
+  const int rank = list.cluster > 1 ? cluster_rank() : 0;
+  const int low = static_cast<int>(blockIdx.x) / list.cluster;
+  const StepItem& item = list.item[low];
+  const bool narrow = is_narrow(item.param.type), quads = in_quads(item, narrow);
   char* scratch = list.scratch[low] >= 0 ? list.scratch_base + list.scratch[low] : nullptr;
-  const int64_t entries = item.param.r * item.param.r, columns = retract_columns(item.param.d, list.cluster);
+  const int64_t entries = item.param.r * item.param.r, columns = list.columns[low];
   Place& at = *reinterpret_cast<Place*>(shared_memory());
   char* const chunk = shared_memory() + kRetractHead;
   if (threadIdx.x == 0) {
@@ -230,59 +251,74 @@ __global__ void __launch_bounds__(kRetractThreads, sizeof(C) == 8 ? 1 : 2)
     at.vector = quads && item.param.d % kVector<C> == 0;
     at.S = reinterpret_cast<double*>(entries <= list.shared_entries ? chunk + list.chunk_bytes : scratch);
     at.part = at.S + entries;
+    if (entries > list.shared_entries) scratch += 2 * entries * static_cast<int64_t>(sizeof(double));
+    at.Y = narrow ? static_cast<void*>(scratch) : item.param.p;
+    at.item = low;
   }
   __syncthreads();
-  if (entries > list.shared_entries) scratch += 2 * entries * static_cast<int64_t>(sizeof(double));
-  void* const Y = narrow ? static_cast<void*>(scratch) : item.param.p;
-  const Found found = orthonormal<C, Step>(list.step, item, at, reinterpret_cast<C*>(chunk), static_cast<C*>(Y));
-  if (rank == 0 && threadIdx.x == 0) *status = static_cast<int>(found);
+  const Found found = orthonormal<C, Step>(list.step, list.item[at.item], at);
+  if (at.rank == 0 && threadIdx.x == 0) list.status[list.place[at.item]] = static_cast<int>(found);
+  wait_for_launch_before();
 }
 
-// One launch's list: the items from `next` on whose type is fp64 or is not, as `wide` says, up to kItems of them;
-// `next` moves past them. Returns the scratch bytes the list needs, statuses aside.
-int64_t plan(List& list, const StepItem* items, int count, bool wide, int& next, const Device& device) {
+// Where each plain item begins among the CTAs; one of no elements has one, too, for its status.
+void plan_pieces(List& list) {
+  int64_t ctas = 0;
+  for (int i = 0; i < list.count; ++i) {
+    list.first[i] = static_cast<int>(ctas);
+    const int64_t pieces = ceil_div(list.item[i].param.r * list.item[i].param.d, kPiece);
+    ctas += pieces > 0 ? pieces : 1;
+  }
+  list.first[list.count] = static_cast<int>(ctas);
+}
+
+// What is in one launch: items that are fp64 or are not, matrices or plain.
+struct Sort {
+  bool wide, orthonormal;
+};
+// Matrices first: they take longer, and plain steps find room beside them.
+constexpr Sort kSorts[] = {{false, true}, {true, true}, {false, false}, {true, false}};
+
+// One launch's list: the items of a sort from `next` on, up to kItems of them; `next` moves past them. Returns the
+// scratch bytes the list needs, statuses aside.
+int64_t plan(List& list, const StepItem* items, int count, const Sort& sort, int& next, const Device& device) {
   int64_t r = 1, d = 1;
-  int matrices = 0;
   list.count = 0;
   for (; next < count && list.count < kItems; ++next) {
     const StepItem& item = items[next];
-    if ((item.param.type == DType::f64) != wide) continue;
+    if ((item.param.type == DType::f64) != sort.wide || item.orthonormal != sort.orthonormal) continue;
     list.place[list.count] = next;
     list.item[list.count++] = item;
-    if (!item.orthonormal) continue;
-    ++matrices;
     r = item.param.r > r ? item.param.r : r;
     d = item.param.d > d ? item.param.d : d;
   }
-  const RetractPlan policy = plan_retract(r, d, matrices, wide, device);
+  if (!sort.orthonormal) {
+    plan_pieces(list);
+    return 0;
+  }
+  const bool wide = sort.wide;
+  const RetractPlan policy = plan_retract(r, d, list.count, wide, device);
   list.cluster = policy.cluster;
   list.terms = policy.terms;
   list.shared_entries = policy.shared_entries;
   list.chunk_bytes = policy.chunk_bytes;
   for (int i = 0; i < list.count; ++i) {  // the largest of those whose columns may stay in shared memory
     const Matrix& matrix = list.item[i].param;
-    const int64_t stays = retract_chunks(matrix.r, retract_columns(matrix.d, list.cluster), wide ? 8 : 4);
-    if (list.item[i].orthonormal && stays <= policy.room && stays > list.chunk_bytes) list.chunk_bytes = stays;
+    list.columns[i] = retract_columns(matrix.d, list.cluster);
+    const int64_t stays = retract_chunks(matrix.r, list.columns[i], wide ? 8 : 4);
+    if (stays <= policy.room && stays > list.chunk_bytes) list.chunk_bytes = stays;
   }
-  int64_t bytes = 0, clusters = 0;
+  int64_t bytes = 0;
   for (int i = 0; i < list.count; ++i) {
     const Matrix& matrix = list.item[i].param;
-    list.first[i] = static_cast<int>(clusters);
     list.scratch[i] = -1;
-    if (!list.item[i].orthonormal) {
-      const int64_t pieces = ceil_div(matrix.r * matrix.d, kPiece);
-      clusters += pieces > 0 ? ceil_div(pieces, list.cluster) : 1;
-      continue;
-    }
-    clusters += 1;
     int64_t need = 0;
     if (matrix.r * matrix.r > list.shared_entries) need += 2 * matrix.r * matrix.r * 8;
-    if (matrix.type == DType::bf16 || matrix.type == DType::f16) need += matrix.r * matrix.d * 4;
+    if (is_narrow(matrix.type)) need += matrix.r * matrix.d * 4;
     if (need == 0) continue;
     list.scratch[i] = bytes;
     bytes += round_up(need, kAlign);
   }
-  list.first[list.count] = static_cast<int>(clusters);
   return bytes;
 }
 
@@ -293,33 +329,45 @@ int64_t scratch_bytes(const StepItem* items, int count) {
   if (current_device(device)) return -1;
   int64_t bytes = status_bytes(count);
   List list;
-  for (const bool wide : {false, true}) {
-    for (int next = 0; next < count;) bytes += plan(list, items, count, wide, next, device);
+  for (const Sort& sort : kSorts) {
+    for (int next = 0; next < count;) bytes += plan(list, items, count, sort, next, device);
   }
   return bytes;
 }
 
+// `beside`: the launch before the first is another step's, of other memory.
 template <bool Step>
-int step_all(const StepItem* items, int count, const StepArgs& args, void* scratch, void* stream) {
+int step_all(const StepItem* items, int count, const StepArgs& args, bool beside, void* scratch, void* stream) {
   Device device;
   if (int error = current_device(device)) return error;
   int64_t used = status_bytes(count);
   List list;
   list.status = static_cast<int*>(scratch);
   list.step = args;
-  for (const bool wide : {false, true}) {
+  for (const Sort& sort : kSorts) {
     for (int next = 0; next < count;) {
-      const int64_t bytes = plan(list, items, count, wide, next, device);
+      const int64_t bytes = plan(list, items, count, sort, next, device);
       if (list.count == 0) continue;
       list.scratch_base = static_cast<char*>(scratch) + used;
       used += bytes;
       Grid grid;
-      grid.x = static_cast<int64_t>(list.first[list.count]) * list.cluster;
-      grid.threads = kRetractThreads;
-      grid.cluster = list.cluster;
-      grid.shared = retract_shared(list.shared_entries, list.chunk_bytes);
-      const int error = wide ? launch<step_kernel<double, Step>>(grid, stream, list)
-                             : launch<step_kernel<float, Step>>(grid, stream, list);
+      grid.early = beside && device.major >= 9;
+      grid.most_shared = true;
+      beside = true;
+      int error = 0;
+      if (sort.orthonormal) {
+        grid.x = static_cast<int64_t>(list.count) * list.cluster;
+        grid.threads = kRetractThreads;
+        grid.cluster = list.cluster;
+        grid.shared = retract_shared(list.shared_entries, list.chunk_bytes);
+        error = sort.wide ? launch<step_kernel<double, Step>>(grid, stream, list)
+                          : launch<step_kernel<float, Step>>(grid, stream, list);
+      } else {
+        grid.x = list.first[list.count];
+        grid.threads = kPlainThreads;
+        error = sort.wide ? launch<plain_kernel<double>>(grid, stream, list)
+                          : launch<plain_kernel<float>>(grid, stream, list);
+      }
       if (error) return error;
     }
   }
@@ -342,13 +390,13 @@ int64_t retract_scratch_bytes(const Matrix* matrices, int count) {
 }
 
 int retract_cuda(const Matrix* matrices, int count, void* scratch, void* stream) {
-  return step_all<false>(as_items(matrices, count).data(), count, StepArgs{}, scratch, stream);
+  return step_all<false>(as_items(matrices, count).data(), count, StepArgs{}, false, scratch, stream);
 }
 
 int64_t adamw_step_scratch_bytes(const StepItem* items, int count) { return scratch_bytes(items, count); }
 
-int adamw_step_cuda(const StepItem* items, int count, const StepArgs& args, void* scratch, void* stream) {
-  return step_all<true>(items, count, args, scratch, stream);
+int adamw_step_cuda(const StepItem* items, int count, const StepArgs& args, bool beside, void* scratch, void* stream) {
+  return step_all<true>(items, count, args, beside, scratch, stream);
 }
 
 }  // namespace fastreft

@@ -11,7 +11,6 @@
 
 namespace fastreft {
 
-constexpr int kRetractThreads = 256;
 constexpr int kTerms = 32;   // products added up in fp32 before they go to an fp64 sum
 constexpr int kFetches = 4;  // loads of a thread that are on their way together
 
@@ -27,6 +26,8 @@ struct Place {
   bool vector;         // all of the item's memory can be accessed in quads
   double* S;           // [r, r] the sum over the cluster, then its factor; in every CTA
   double* part;        // [r, r] the sum over this CTA's columns; later the matrix that is applied, as the sums' type
+  void* Y;             // the matrix in memory, as the sums' type, between the step and the retraction
+  int item;            // which of the list it is
 };
 // [kRetractThreads] for sums across warps, behind the place.
 __device__ __forceinline__ double* warp_sums() { return reinterpret_cast<double*>(shared_memory() + sizeof(Place)); }
@@ -82,7 +83,8 @@ __device__ __forceinline__ void fetch(int pitch, Walk walk, const T* from, int64
 #pragma unroll
     for (int q = 0; q < kFetches; ++q, walk.next()) {
       where[q] = walk.there() ? walk.row * pitch + walk.column * V : -1;
-      if (walk.there()) x[q] = *reinterpret_cast<const Pack<T, V>*>(from + walk.row * d + walk.column * V);
+      const T* const place = from + (walk.there() ? walk.row * d + walk.column * V : 0);  // for the same reason
+      if (walk.there()) x[q] = *reinterpret_cast<const Pack<T, V>*>(place);
     }
 #pragma unroll
     for (int q = 0; q < kFetches; ++q) {
@@ -197,7 +199,7 @@ __device__ __forceinline__ void gram_of_chunk(const Place& at, int valid, const 
   }
   if (groups <= 32) return;
   __syncthreads();
-  if (thread < r * r) {  // r is 4 at most
+  if (thread < r * r) {  // r is 8 at most
     const int i = thread / r, k = thread % r, warps = groups / 32;
     const double* of_tile = warp_sums() + (i % down * across + k % across) * warps * A * B + i / down * B + k / across;
     double total = first ? 0 : at.part[thread];
@@ -216,17 +218,17 @@ __device__ __forceinline__ void product(const Place& at, int valid, const C* fro
   const C* T = reinterpret_cast<const C*>(at.part);
 #pragma unroll 1
   for (Walk walk((r + 3) / 4, (valid + V - 1) / V); walk.there(); walk.next()) {
-    const C* row[4];
+    int row[4];
     C sum[4][V] = {};
 #pragma unroll
-    for (int q = 0; q < 4; ++q) row[q] = T + (4 * walk.row + q < r ? 4 * walk.row + q : r - 1) * r;
+    for (int q = 0; q < 4; ++q) row[q] = (4 * walk.row + q < r ? 4 * walk.row + q : r - 1) * r;
     const C* column = from + walk.column * V;
 #pragma unroll 2
     for (int k = 0; k < r; ++k) {
       const Pack<C, V> x = *reinterpret_cast<const Pack<C, V>*>(column + k * pitch);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        const C factor = row[q][k];
+        const C factor = T[row[q] + k];
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[q][v] += factor * x.x[v];
       }

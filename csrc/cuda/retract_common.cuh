@@ -42,41 +42,59 @@ __device__ __forceinline__ bool all_finite(const Place& at) {
   return __syncthreads_or(!(worst == 0)) == 0;
 }
 
+constexpr int kWarpRows = 16;  // of a matrix that one warp factors
+
 // How a Cholesky factorisation went.
 struct Pivots {
   bool full_rank;
   double spread;  // the largest diagonal entry over its pivot
 };
 
-// S = L L^T, L in S's lower triangle. Stops at a pivot that is not above `least` times its diagonal entry, or times
-// `floor` where that is more.
-__device__ __forceinline__ Pivots cholesky(const Place& at, double least, double floor) {
+// S = L L^T, L in S's lower triangle, by the `threads` first of a CTA, which meet by meet(). Stops at a pivot that is
+// not above `least` times its diagonal entry, or times `floor` where that is more.
+template <typename F>
+__device__ __forceinline__ Pivots factor(const Place& at, double least, double floor, int threads, const F& meet) {
   const int r = at.r;
   double spread = 1;
   const int thread = threadIdx.x;
   double* S = at.S;
 #pragma unroll 1
-  for (int k = thread; k < r; k += kRetractThreads) at.part[k] = S[k * r + k];
-  __syncthreads();
+  for (int k = thread; k < r; k += threads) at.part[k] = S[k * r + k];
+  meet();
 #pragma unroll 1
   for (int k = 0; k < r; ++k) {
     const double pivot = S[k * r + k], diagonal = at.part[k];
     if (!(pivot > least * (diagonal > floor ? diagonal : floor))) return {false, spread};
     spread = diagonal / pivot > spread ? diagonal / pivot : spread;
     const double root = sqrt(pivot);
-    __syncthreads();
+    meet();
 #pragma unroll 1
-    for (int i = k + thread; i < r; i += kRetractThreads) S[i * r + k] = i == k ? root : S[i * r + k] / root;
-    __syncthreads();
+    for (int i = k + thread; i < r; i += threads) S[i * r + k] = i == k ? root : S[i * r + k] / root;
+    meet();
     const int rest = r - k - 1;
 #pragma unroll 1
-    for (int e = thread; e < rest * rest; e += kRetractThreads) {
+    for (int e = thread; e < rest * rest; e += threads) {
       const int i = k + 1 + e / rest, j = k + 1 + e % rest;
       if (j <= i) S[i * r + j] -= S[i * r + k] * S[j * r + k];
     }
-    __syncthreads();
+    meet();
   }
   return {true, spread};
+}
+
+// The same for the whole CTA: a small S by one warp, whose barriers are cheap.
+__device__ __forceinline__ Pivots cholesky(const Place& at, double least, double floor) {
+  if (at.r > kWarpRows) return factor(at, least, floor, kRetractThreads, [] { __syncthreads(); });
+  double* const told = warp_sums();
+  if (threadIdx.x < 32) {
+    const Pivots found = factor(at, least, floor, 32, [] { __syncwarp(); });
+    if (threadIdx.x == 0) {
+      told[0] = found.full_rank;
+      told[1] = found.spread;
+    }
+  }
+  __syncthreads();
+  return {told[0] != 0, told[1]};
 }
 
 // part <- L^-1 as C, zeros above the diagonal. A thread a column; the sums run in fp64 over the columns done so far,

@@ -29,6 +29,8 @@ struct Adam {
   }
 };
 
+constexpr int kPlainThreads = 256;
+
 // What an element of a plain parameter reads.
 template <typename T, typename C, int V>
 struct Elements {
@@ -54,9 +56,9 @@ __device__ __forceinline__ void plain_elements(const Adam<C>& adam, const StepIt
   Elements<T, C, V> next = {};
   load(e, next);
 #pragma unroll 1
-  for (; e < end; e += kRetractThreads * V) {
+  for (; e < end; e += kPlainThreads * V) {
     Elements<T, C, V> x = next;
-    load(e + kRetractThreads * V, next);
+    load(e + kPlainThreads * V, next);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const C u = adam.move(x.m.x[i], x.v.x[i], to_float(x.g.x[i]));

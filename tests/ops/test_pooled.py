@@ -3,6 +3,7 @@
 import pools
 import pytest
 import torch
+from common import DEVICES
 
 from fastreft import functional
 from fastreft.ops import activations, edit, native, pooled
@@ -35,11 +36,32 @@ def test_a_row_has_the_bits_of_its_adapter_alone(d, dtype):
     assert torch.equal(out, alone)
 
 
-def test_neighbours_change_nothing():
+def on(device: str, pool: pooled.Pool) -> pooled.Pool:
+    return pooled.Pool(*(each.to(device) if isinstance(each, torch.Tensor) else each for each in pool))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("d", [64, 61, 1000, 4096])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_as_good_as_plain_torch_makes_them(d, dtype, device):
+    torch.manual_seed(0)
+    made = pools.adapters(d)
+    h = torch.randn(4, 30, d).to(dtype)
+    rows, which = mixed_rows(120, len(made))
+    wanted = pools.expected(h, rows, which, made, torch.float64)
+    pool = on(device, pools.pool(d, torch.float64 if dtype is torch.float64 else torch.float32))
+    got = [pooled.edit_pooled_(h.to(device, copy=True), rows.to(device), which.to(device), pool) for _ in range(2)]
+    assert torch.equal(*got)
+    eps = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-5
+    assert (got[0].cpu().double() - wanted).abs().max() <= eps * wanted.abs().max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_neighbours_change_nothing(device):
     torch.manual_seed(0)
     made = pools.adapters(96)
-    h, pool = torch.randn(40, 96), pools.pool(96)
-    rows, which = torch.arange(40), torch.arange(40) % len(made)
+    h, pool = torch.randn(40, 96, device=device), on(device, pools.pool(96))
+    rows, which = torch.arange(40, device=device), torch.arange(40, device=device) % len(made)
     whole = pooled.edit_pooled_(h.clone(), rows, which, pool)
     for i in (0, 7, 23):
         one = pooled.edit_pooled_(h.clone(), rows[i : i + 1], which[i : i + 1], pool)
