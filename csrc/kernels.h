@@ -58,10 +58,8 @@ int64_t retract_scratch_bytes(const Matrix* matrices, int count);
 int retract_cuda(const Matrix* matrices, int count, void* scratch, void* stream);
 
 // AdamW over all items, retraction of the orthonormal ones included; status as above (`not_finite`: the item's gradient
-// or parameter is not finite and nothing of that item was changed; only orthonormal items are looked at). `beside`: what
-// was queued last on the stream is another such step, of other parameters and other scratch: this one need not wait for
-// it to end, and what is queued next waits for both.
+// or parameter is not finite and nothing of that item was changed; only orthonormal items are looked at).
 int64_t adamw_step_scratch_bytes(const StepItem* items, int count);
-int adamw_step_cuda(const StepItem* items, int count, const StepArgs& args, bool beside, void* scratch, void* stream);
+int adamw_step_cuda(const StepItem* items, int count, const StepArgs& args, void* scratch, void* stream);
 
 }  // namespace fastreft

@@ -260,8 +260,7 @@ __device__ __forceinline__ void send(void* to, const uint4& x, Arrivals* a, int 
       : "memory");
 }
 // What a launch may begin with (Grid::early): the next one may be started when all CTAs have said so or ended, and
-// waits until the one before it has ended and all that it wrote can be seen.
-__device__ __forceinline__ void let_next_launch_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// waits here until the one before it has ended and all that it wrote can be seen.
 __device__ __forceinline__ void wait_for_launch_before() {
   asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
 }
@@ -298,7 +297,6 @@ __device__ __forceinline__ T* of_rank(T* p, int) {
 __device__ __forceinline__ void arrivals_init_fence() {}
 __device__ __forceinline__ void arrivals_expect(Arrivals*, int) {}
 __device__ __forceinline__ void send(void*, const uint4&, Arrivals*, int) {}
-__device__ __forceinline__ void let_next_launch_begin() {}
 __device__ __forceinline__ void wait_for_launch_before() {}
 __device__ __forceinline__ bool elected() { return threadIdx.x % 32 == 0; }
 __device__ __forceinline__ void async_fence() {}

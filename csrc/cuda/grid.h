@@ -13,11 +13,8 @@ struct Grid {
   int cluster = 1;  // CTAs in a cluster, along x
   int64_t shared = 0;
   // Begins while the launch before it ends, from cc 9.0 on: for kernels that touch nothing in global memory before
-  // wait_for_launch_before(), or nothing that the launch before it writes.
+  // wait_for_launch_before().
   bool early = false;
-  // All of the memory that L1 could have is shared memory: a multiprocessor has one division of it at a time, and
-  // kernels that are to run side by side must want the same.
-  bool most_shared = false;
 };
 
 // What the policy needs to know of the current device, asked until it has answered; returns a cudaError_t.

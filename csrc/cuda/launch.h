@@ -69,11 +69,6 @@ int launch(const Grid& grid, void* stream, const Args&... args) {
     if (int error = returned(cudaFuncSetAttribute(Kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)))
       return error;
   }
-  if (grid.most_shared) {
-    if (int error = returned(cudaFuncSetAttribute(Kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                  cudaSharedmemCarveoutMaxShared)))
-      return error;
-  }
   Config as(grid);
   as.config.stream = static_cast<cudaStream_t>(stream);
   return returned(cudaLaunchKernelEx(&as.config, Kernel, args...));

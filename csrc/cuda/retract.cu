@@ -2,9 +2,7 @@
 //
 // An orthonormal matrix has a cluster to itself (its CTAs split the columns), a plain parameter is cut into pieces of
 // kPiece elements, a CTA each. The list travels as a kernel parameter: nothing is copied to the device beforehand, and
-// a captured graph holds it. Launches of one step have nothing to do with each other: one may begin when all of the one
-// before it have a place (Grid::early), and each ends by waiting for the one before it, so that whatever comes next
-// finds everything done.
+// a captured graph holds it.
 //
 // The step of an orthonormal R (r, d), see retract_common.cuh and retract_chunk.cuh for the pieces:
 //     A = G R^T; g = G - 1/2 (A + A^T) R; Adam; Y = R - lr U; S = Y Y^T = L L^T; R = L^-1 Y; polish where S was skewed
@@ -22,18 +20,10 @@ namespace {
 
 static_assert(sizeof(Place) + kRetractThreads * sizeof(double) <= kRetractHead && sizeof(Place) % 8 == 0);
 
-constexpr int kItems = 128;       // a launch's list: 11 KB of kernel parameters, of 32 there are from CUDA 12.1 on
-constexpr int64_t kPiece = 4096;  // elements of a plain parameter that a CTA takes
+constexpr int kItems = 128;       // a launch's list: 19 KB of kernel parameters, of 32 there are from CUDA 12.1 on
+constexpr int64_t kPiece = 8192;  // elements of a plain parameter that a CTA takes
 constexpr int64_t kAlign = 256;
 constexpr int kShortenings = 8;  // halvings of a step before Gram-Schmidt
-
-// Threads whose registers a step of matrices leaves, so that a CTA of a plain step has room beside it; launches run
-// side by side from cc 9.0 on.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kBeside = 0;
-#else
-constexpr int kBeside = 128;
-#endif
 
 struct List {
   StepItem item[kItems];
@@ -207,7 +197,6 @@ __device__ __forceinline__ bool in_quads(const StepItem& item, bool narrow) {
 template <typename C>
 __global__ void __launch_bounds__(kPlainThreads, sizeof(C) == 8 ? 2 : 4)
     plain_kernel(const __grid_constant__ List list) {
-  let_next_launch_begin();
   const int which = static_cast<int>(blockIdx.x);
   int low = 0, high = list.count;  // the last item that starts at or before `which`
   while (high - low > 1) {
@@ -223,13 +212,10 @@ __global__ void __launch_bounds__(kPlainThreads, sizeof(C) == 8 ? 2 : 4)
   const bool quads = in_quads(item, is_narrow(item.param.type));
   plain_step<C>(step_of(list.step, item), item, begin, begin + kPiece < elements ? begin + kPiece : elements, quads);
   if (begin == 0 && threadIdx.x == 0) list.status[list.place[low]] = 0;
-  wait_for_launch_before();
 }
 
 template <typename C, bool Step>
-__global__ void __launch_bounds__(kRetractThreads + (Step && sizeof(C) == 4 ? kBeside : 0), 1)
-    step_kernel(const __grid_constant__ List list) {
-  let_next_launch_begin();
+__global__ void __launch_bounds__(kRetractThreads, 1) step_kernel(const __grid_constant__ List list) {
   const int rank = list.cluster > 1 ? cluster_rank() : 0;
   const int low = static_cast<int>(blockIdx.x) / list.cluster;
   const StepItem& item = list.item[low];
@@ -258,7 +244,6 @@ __global__ void __launch_bounds__(kRetractThreads + (Step && sizeof(C) == 4 ? kB
   __syncthreads();
   const Found found = orthonormal<C, Step>(list.step, list.item[at.item], at);
   if (at.rank == 0 && threadIdx.x == 0) list.status[list.place[at.item]] = static_cast<int>(found);
-  wait_for_launch_before();
 }
 
 // Where each plain item begins among the CTAs; one of no elements has one, too, for its status.
@@ -276,7 +261,7 @@ void plan_pieces(List& list) {
 struct Sort {
   bool wide, orthonormal;
 };
-// Matrices first: they take longer, and plain steps find room beside them.
+
 constexpr Sort kSorts[] = {{false, true}, {true, true}, {false, false}, {true, false}};
 
 // One launch's list: the items of a sort from `next` on, up to kItems of them; `next` moves past them. Returns the
@@ -335,9 +320,8 @@ int64_t scratch_bytes(const StepItem* items, int count) {
   return bytes;
 }
 
-// `beside`: the launch before the first is another step's, of other memory.
 template <bool Step>
-int step_all(const StepItem* items, int count, const StepArgs& args, bool beside, void* scratch, void* stream) {
+int step_all(const StepItem* items, int count, const StepArgs& args, void* scratch, void* stream) {
   Device device;
   if (int error = current_device(device)) return error;
   int64_t used = status_bytes(count);
@@ -351,9 +335,6 @@ int step_all(const StepItem* items, int count, const StepArgs& args, bool beside
       list.scratch_base = static_cast<char*>(scratch) + used;
       used += bytes;
       Grid grid;
-      grid.early = beside && device.major >= 9;
-      grid.most_shared = true;
-      beside = true;
       int error = 0;
       if (sort.orthonormal) {
         grid.x = static_cast<int64_t>(list.count) * list.cluster;
@@ -390,13 +371,13 @@ int64_t retract_scratch_bytes(const Matrix* matrices, int count) {
 }
 
 int retract_cuda(const Matrix* matrices, int count, void* scratch, void* stream) {
-  return step_all<false>(as_items(matrices, count).data(), count, StepArgs{}, false, scratch, stream);
+  return step_all<false>(as_items(matrices, count).data(), count, StepArgs{}, scratch, stream);
 }
 
 int64_t adamw_step_scratch_bytes(const StepItem* items, int count) { return scratch_bytes(items, count); }
 
-int adamw_step_cuda(const StepItem* items, int count, const StepArgs& args, bool beside, void* scratch, void* stream) {
-  return step_all<true>(items, count, args, beside, scratch, stream);
+int adamw_step_cuda(const StepItem* items, int count, const StepArgs& args, void* scratch, void* stream) {
+  return step_all<true>(items, count, args, scratch, stream);
 }
 
 }  // namespace fastreft

@@ -83,8 +83,7 @@ __device__ __forceinline__ void fetch(int pitch, Walk walk, const T* from, int64
 #pragma unroll
     for (int q = 0; q < kFetches; ++q, walk.next()) {
       where[q] = walk.there() ? walk.row * pitch + walk.column * V : -1;
-      const T* const place = from + (walk.there() ? walk.row * d + walk.column * V : 0);  // for the same reason
-      if (walk.there()) x[q] = *reinterpret_cast<const Pack<T, V>*>(place);
+      if (walk.there()) x[q] = *reinterpret_cast<const Pack<T, V>*>(from + walk.row * d + walk.column * V);
     }
 #pragma unroll
     for (int q = 0; q < kFetches; ++q) {
@@ -218,17 +217,17 @@ __device__ __forceinline__ void product(const Place& at, int valid, const C* fro
   const C* T = reinterpret_cast<const C*>(at.part);
 #pragma unroll 1
   for (Walk walk((r + 3) / 4, (valid + V - 1) / V); walk.there(); walk.next()) {
-    int row[4];
+    const C* row[4];
     C sum[4][V] = {};
 #pragma unroll
-    for (int q = 0; q < 4; ++q) row[q] = (4 * walk.row + q < r ? 4 * walk.row + q : r - 1) * r;
+    for (int q = 0; q < 4; ++q) row[q] = T + (4 * walk.row + q < r ? 4 * walk.row + q : r - 1) * r;
     const C* column = from + walk.column * V;
 #pragma unroll 2
     for (int k = 0; k < r; ++k) {
       const Pack<C, V> x = *reinterpret_cast<const Pack<C, V>*>(column + k * pitch);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        const C factor = T[row[q] + k];
+        const C factor = row[q][k];
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[q][v] += factor * x.x[v];
       }

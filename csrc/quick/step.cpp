@@ -8,7 +8,7 @@
 
 namespace fastreft {
 
-Tensor run(const std::vector<StepItem>& items, const StepArgs& step, bool, const Tensor&) {
+Tensor run(const std::vector<StepItem>& items, const StepArgs& step, const Tensor&) {
   check_step(kernels->step_cpu(items.data(), items.size(), step));
   return {};
 }
@@ -30,8 +30,7 @@ PyObject* quick_step_(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (PyErr_Occurred()) return nullptr;
   {
     const pybind11::gil_scoped_release others_may_run;
-    step_(lists[0], lists[1], lists[2], lists[3], {}, {}, args[4] == Py_True, n[0], n[1], n[2], n[3], n[4], age,
-          false);
+    step_(lists[0], lists[1], lists[2], lists[3], {}, {}, args[4] == Py_True, n[0], n[1], n[2], n[3], n[4], age);
   }
   for (const Tensor& p : lists[0]) torch::autograd::impl::bump_version(p);
   Py_RETURN_NONE;

@@ -41,7 +41,7 @@ Tensor retract_(std::vector<Tensor> matrices) {
 
 }  // namespace
 
-Tensor run(const std::vector<StepItem>& items, const StepArgs& step, bool beside, const Tensor& on) {
+Tensor run(const std::vector<StepItem>& items, const StepArgs& step, const Tensor& on) {
   if (on.is_cpu()) {
     check_step(step_cpu(items.data(), items.size(), step, &parallel_for));
     return no_status(on);
@@ -49,7 +49,7 @@ Tensor run(const std::vector<StepItem>& items, const StepArgs& step, bool beside
 #ifdef FASTREFT_WITH_CUDA
   const OnDevice device(on.get_device_index());
   Tensor scratch = device.scratch(adamw_step_scratch_bytes(items.data(), items.size()));
-  OnDevice::check(adamw_step_cuda(items.data(), items.size(), step, beside, scratch.data_ptr(), device.stream));
+  OnDevice::check(adamw_step_cuda(items.data(), items.size(), step, scratch.data_ptr(), device.stream));
   return scratch;
 #else
   return no_status(on);
@@ -62,7 +62,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastreft, m) {
   m.def("retract_(Tensor(a!)[] matrices) -> Tensor");
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] v, Tensor[] ages, Tensor? live_lr, "
-      "bool orthonormal, float lr, float beta1, float beta2, float eps, float weight_decay, int age, bool beside) -> Tensor");
+      "bool orthonormal, float lr, float beta1, float beta2, float eps, float weight_decay, int age) -> Tensor");
 }
 
 static void implement(torch::stable::detail::StableLibrary& m) {

@@ -8,7 +8,7 @@
 namespace fastreft {
 
 // To the kernel of the parameters' device; returns what became of each parameter, see optim.cpp.
-Tensor run(const std::vector<StepItem>& items, const StepArgs& step, bool beside, const Tensor& on);
+Tensor run(const std::vector<StepItem>& items, const StepArgs& step, const Tensor& on);
 
 // `bad` is what step_cpu returned.
 inline void check_step(int64_t bad) {
@@ -38,11 +38,10 @@ inline Weight live_lr_of(const MaybeTensor& lr, const Tensor& on) {
 }
 
 // One AdamW step of every parameter; with `orthonormal` each is an R: projected gradient, no decay, retraction. `ages`
-// is empty, all being of age `age`, or one fp32 a parameter; `live_lr` is what `lr` is multiplied by; `beside` as in
-// kernels.h.
+// is empty, all being of age `age`, or one fp32 a parameter; `live_lr` is what `lr` is multiplied by.
 inline Tensor step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> m, std::vector<Tensor> v,
                     std::vector<Tensor> ages, MaybeTensor live_lr, bool orthonormal, double lr, double beta1,
-                    double beta2, double eps, double weight_decay, int64_t age, bool beside) {
+                    double beta2, double eps, double weight_decay, int64_t age) {
   STD_TORCH_CHECK(
       !params.empty() && params.size() == grads.size() && params.size() == m.size() && params.size() == v.size(),
       "params, grads, m and v must be lists of one length, 1 or more");
@@ -75,7 +74,7 @@ inline Tensor step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   }
   StepArgs step{lr, beta1, beta2, eps, weight_decay, bias_correction(beta1, age), bias_correction(beta2, age)};
   step.live_lr = live_lr_of(live_lr, params[0]);
-  return run(items, step, beside, params[0]);
+  return run(items, step, params[0]);
 }
 
 }  // namespace fastreft

@@ -65,13 +65,9 @@ def retract_(matrices: list[Tensor]) -> None:
 
 
 def step_(
-    params, grads, m, v, ages: list[Tensor], live_lr: Tensor | None, orthonormal: bool, settings, beside: bool
+    params, grads, m, v, ages: list[Tensor], live_lr: Tensor | None, orthonormal: bool, settings
 ) -> Tensor | None:
-    """One optimizer step. On a GPU: what became of each parameter, int32 [len(params)], 2 = left alone as not finite.
-
-    ``beside``: nothing has been queued on this stream since another such step, whose status is still held; the two then
-    run side by side.
-    """
+    """One optimizer step. On a GPU: what became of each parameter, int32 [len(params)], 2 = left alone as not finite."""
     if not ages and capturing(params[0]):
         raise RuntimeError(
             "an optimizer step is being captured in a CUDA graph, which would repeat its learning rate and its age for ever; "
@@ -83,7 +79,7 @@ def step_(
             if native.quick.step_(params, grads, m, v, orthonormal, *numbers) is not NotImplemented:
                 return None
         with torch._C._AutoDispatchBelowAutograd():
-            status = torch.ops.fastreft.step_.default(params, grads, m, v, ages, live_lr, orthonormal, **settings, beside=beside)
+            status = torch.ops.fastreft.step_.default(params, grads, m, v, ages, live_lr, orthonormal, **settings)
     except RuntimeError as error:
         if "not finite" not in str(error):
             raise

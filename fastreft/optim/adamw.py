@@ -136,13 +136,11 @@ class ReftAdamW(torch.optim.Optimizer):
                 loss = closure()
         Rs = orthonormal_parameters()
         self._status: list[Tensor | None] = []
-        self._last: torch.device | None = None  # of the native call that nothing has been queued behind
         if not any(id(p) in Rs for group in self.param_groups for p in group["params"]):
             shards.refuse_parts(Rs.values())
-        # One call takes parameters of one group, kind, device and age, all of them in shards or none. Rs come first: they take
-        # longest on a GPU, and the others find room beside them.
-        calls: dict[tuple[bool, int, torch.device, int, bool], list[tuple[Any, ...]]] = {}
-        for i, group in enumerate(self.param_groups):
+        for group in self.param_groups:
+            # One call takes parameters of one kind, device and age, all of them in shards or none.
+            calls: dict[tuple[bool, torch.device, int, bool], list[tuple[Any, ...]]] = {}
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
@@ -158,18 +156,16 @@ class ReftAdamW(torch.optim.Optimizer):
                         state["step"] = torch.tensor(float(state["step"]), device=p.device)
                 if not grad.is_contiguous():
                     grad = grad.contiguous()
-                call = (id(p) not in Rs, i, p.device, age, shards.is_dtensor(p))
+                call = (id(p) in Rs, p.device, age, shards.is_dtensor(p))
                 calls.setdefault(call, []).append((p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
-        for (plain, i, _, age, in_shards), items in sorted(calls.items(), key=lambda call: call[0][:2]):
-            group = self.param_groups[i]
-            if in_shards:
-                self._update_shards(items, not plain, age, group)
-                self._last = None
-            else:
-                self._update(items, not plain, age, group)
-            if not group["capturable"]:  # a step that was refused is none
-                for p, *_ in items:
-                    self.state[p]["step"] = age
+            for (orthonormal, _, age, in_shards), items in calls.items():
+                if not in_shards:
+                    self._update(items, orthonormal, age, group)
+                else:
+                    self._update_shards(items, orthonormal, age, group)
+                if not group["capturable"]:  # a step that was refused is none
+                    for p, *_ in items:
+                        self.state[p]["step"] = age
         return loss
 
     def skipped(self) -> int:
@@ -208,8 +204,6 @@ class ReftAdamW(torch.optim.Optimizer):
         params, grads, m, v, ages = (list(column) for column in zip(*items, strict=True))
         found = zip(known_as or params, grads, params, m, v, strict=True) if orthonormal else ()
         untouched = [each for some in found if (each := idle.of(*some)) is not None]
-        if untouched or group["capturable"]:  # which queue something of their own before the call
-            self._last = None
         lr: Any = group["lr"]
         live_lr: Tensor | None = None
         if group["capturable"] and isinstance(lr, Tensor):
@@ -229,8 +223,6 @@ class ReftAdamW(torch.optim.Optimizer):
             raise
         for each in untouched:
             each.keep_()
-        if untouched:
-            self._last = None
 
     def _run(
         self,
@@ -259,10 +251,7 @@ class ReftAdamW(torch.optim.Optimizer):
         if native.runs(params[0]) and all(p.is_contiguous() for p in params):
             settings["age"] = age
             given_ages = ages if group["capturable"] else []
-            beside = self._last == params[0].device
-            status = native_step.step_(params, grads, m, v, given_ages, live_lr, orthonormal, settings, beside)
-            self._status.append(status)
-            self._last = params[0].device
+            self._status.append(native_step.step_(params, grads, m, v, given_ages, live_lr, orthonormal, settings))
             return
         for i, g in enumerate(grads):
             if not bool(torch.isfinite(g).all()):

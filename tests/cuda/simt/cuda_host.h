@@ -195,7 +195,6 @@ void barrier_of() {
   simt::barrier_of(Threads);
 }
 inline void send(void* to, const uint4& x, Arrivals* a, int rank) { simt::send(to, &x, a, rank); }
-inline void let_next_launch_begin() {}
 inline void wait_for_launch_before() {}
 inline bool elected() { return simt::lane() == 0; }
 inline void async_fence() {}

@@ -171,7 +171,7 @@ int step() {
   a.correction2 = real("correction2", 1);
   a.live_lr = {pointer("live_lr"), type("live_lr.type")};
   char* scratch = make("SCRATCH", static_cast<size_t>(fastreft::adamw_step_scratch_bytes(list.data(), count)), 0).p;
-  return fastreft::adamw_step_cuda(list.data(), count, a, false, scratch, nullptr);
+  return fastreft::adamw_step_cuda(list.data(), count, a, scratch, nullptr);
 }
 
 }  // namespace
