@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..interventions import orthonormal_parameters
+from ..interventions import edited_by_rows, orthonormal_parameters
 from ..ops import native
 from ..ops import step as native_step
 from . import idle, shards
@@ -202,8 +202,9 @@ class ReftAdamW(torch.optim.Optimizer):
         self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any], known_as: Any = None
     ) -> None:
         params, grads, m, v, ages = (list(column) for column in zip(*items, strict=True))
-        found = zip(known_as or params, grads, params, m, v, strict=True) if orthonormal else ()
-        untouched = [each for some in found if (each := idle.of(*some)) is not None]
+        by_rows = edited_by_rows() if orthonormal else set()
+        found = zip(known_as or params, grads, params, m, v, strict=True) if by_rows else ()
+        untouched = [each for some in found if (each := idle.of(by_rows, *some)) is not None]
         lr: Any = group["lr"]
         live_lr: Tensor | None = None
         if group["capturable"] and isinstance(lr, Tensor):

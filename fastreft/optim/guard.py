@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import functional, reference
-from ..interventions import Intervention, orthonormal_parameters
+from ..interventions import Intervention, edited_by_rows, orthonormal_parameters
 from . import idle, shards
 from .adamw import R_LR_SCALE, ReftAdamW, check_settings
 
@@ -48,11 +48,12 @@ def attach_retraction(
 
     def project() -> None:
         before.clear()
+        by_rows = edited_by_rows()
         for R in _held(optimizer, wanted):
             if R.grad is not None:
                 shards.refuse_flattened(R)
                 old, gradient = shards.whole(R.detach()).clone(), shards.whole(R.grad)
-                untouched = idle.of(R, gradient, old)
+                untouched = idle.of(by_rows, R, gradient, old)
                 reference.project_(old, gradient)
                 if untouched is not None:
                     gradient.masked_fill_(untouched.rows, 0)

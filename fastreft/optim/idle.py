@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..interventions import edited_by_rows
 
 
 class Idle(NamedTuple):
@@ -33,10 +32,11 @@ class Idle(NamedTuple):
         R.copy_(torch.where(self.rows, R, mended[torch.argsort(order)]))
 
 
-def of(parameter: Any, gradient: Tensor, *held: Tensor) -> Idle | None:
-    """What a step of the R ``held[0]`` with a ``gradient`` is to leave alone; None where all of its rows,
-    ``parameter``'s, edit every sample, and where a CPU sees that none is idle."""
-    if id(parameter) not in edited_by_rows():
+def of(by_rows: set[int], parameter: Any, gradient: Tensor, *held: Tensor) -> Idle | None:
+    """What a step of the R ``held[0]`` with a ``gradient`` is to leave alone; None where all of its rows edit every sample,
+    ``parameter`` not being one of ``by_rows`` (:func:`fastreft.interventions.edited_by_rows`, asked once a step), and where
+    a CPU sees that none is idle."""
+    if id(parameter) not in by_rows:
         return None
     rows = (gradient == 0).all(1, keepdim=True)
     if rows.is_cpu and not bool(rows.any()):
