@@ -38,7 +38,7 @@ STEP = Call("step", 64, 4096, 8)
 FUSED, BOTH = 108 * 1024, 124 * 1024
 # The optimizer's has five stored types, and Gram-Schmidt, which is rare.
 CODE, FENCES = 112 * 1024, ("MEMBAR", "ERRBAR", "CCTL")
-# 32 fp32 elements a thread, of a plain piece or of a CTA's 8 x 2048: parameter, gradient, two moments read, all but one written.
+# 32 fp32 elements a thread, of a plain piece or a CTA's 8 x 2048: parameter, gradient, two moments read, all but one written.
 MOMENTS = 32 * 28 / 16
 # A row of bf16 read twice and written, and its adapter's A and U in fp32, by 256 lanes.
 POOLED, ROW = Call("pooled", 160, 4096, 8, total=8192, listed=True), (3 * 4096 * 2 + 2 * 8 * 4096 * 4) / 256 / 16
