@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, from a bare machine with CUDA torch and no network, in two calls of less than 560 seconds:
 #
-#     benchmarks/gpu_check.sh build bench               what the design takes for granted (gpu_micro.cu), then the figures
+#     benchmarks/gpu_check.sh build bench models        what the design takes for granted (gpu_micro.cu), then the figures
 #     benchmarks/gpu_check.sh suite verify sanitize     whether it is right; with the build of the first call
 #
-# Parts: micro build bench suite verify sanitize, in the order given; all of them without any. `build` begins with
+# Parts: micro build bench models suite verify sanitize, in the order given; all of them without any. `build` begins with
 # `micro`, which is compiled and run in under a minute. Each part has a limit in seconds; after a build that failed
 # nothing else runs.
 #
@@ -16,7 +16,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
-all=(micro build bench suite verify sanitize)
+all=(micro build bench models suite verify sanitize)
 parts=("$@")
 [ ${#parts[@]} -eq 0 ] && parts=("${all[@]}")
 for part in "${parts[@]}"; do
@@ -128,7 +128,7 @@ sanitize() { # tool; false where the tool does not take this device
 }
 
 for part in "${parts[@]}"; do
-  if [[ $part =~ ^(suite|verify|sanitize|bench)$ ]] && ! "$python" -c 'import torch, fastreft._C' 2>"$work/import.log"; then
+  if [[ $part =~ ^(suite|verify|sanitize|bench|models)$ ]] && ! "$python" -c 'import torch, fastreft._C' 2>"$work/import.log"; then
     say "$part" "NOT RUN: there is no build; run the part build first ($(tail -n 1 "$work/import.log"))"
     [ $status -eq 0 ] && status=1
     continue
@@ -147,7 +147,7 @@ for part in "${parts[@]}"; do
     suite)
       # The tests that a CUDA device changes: they run on every device there is (DEVICES and everything_on in
       # tests/helpers/common.py and tests/conftest.py). The rest of the suite knows CPUs alone and was run where the tree was made.
-      files=(tests/ops/test_{edit,gemms,build}.py tests/optim/test_{adamw,capturable}.py tests/test_interventions.py
+      files=(tests/ops/test_{edit,gemms,build,pooled}.py tests/optim/test_{adamw,capturable}.py tests/test_interventions.py
         tests/tuner/test_model.py tests/plan/test_generate.py tests/cuda/test_policy.py)
       workers=()
       "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
@@ -165,7 +165,8 @@ for part in "${parts[@]}"; do
         sanitize "$tool" || break
       done
       ;;
-    bench) run bench 180 "$python" benchmarks/gpu_bench.py --save ;;
+    bench) run bench 120 "$python" benchmarks/gpu_bench.py --save ;;
+    models) run models 120 "$python" benchmarks/gpu_models.py --rounds 5 --save ;;
   esac
 done
 for part in "${all[@]}"; do
