@@ -139,7 +139,7 @@ for part in "${parts[@]}"; do
       micro
       # For this GPU alone: the whole list of arches takes minutes.
       if ! TORCH_CUDA_ARCH_LIST=$capability FASTREFT_BUILD_CUDA=1 \
-        run build 300 "$python" -m pip install --no-build-isolation --no-deps --no-index -q -e .; then
+        run build 240 "$python" -m pip install --no-build-isolation --no-deps --no-index -q -e .; then
         say "the rest" "NOT RUN: the build failed"
         exit
       fi
