@@ -93,7 +93,9 @@ def written(models: dict[str, nn.Module], size: tuple[int, int], rounds: int) ->
         model.eval()
     runs: dict[str, Callable[[], object]] = {name: reader(model, prompt) for name, model in models.items()}
     prefill = measure(runs, rounds, budget_s=10)
-    measure({name: writer(model, prompt, TOKENS + 1, between[name]) for name, model in models.items()}, 3, 1, budget_s=6)
+    measure(
+        {name: writer(model, prompt, TOKENS + 1, between[name]) for name, model in models.items()}, 3, 1, budget_s=6
+    )
     token = {name: median(each) for name, each in between.items()}
     return [
         {"what": what, "ms": ms["bare"], **{name: ms[name] / ms["bare"] for name in models if name != "bare"}}

@@ -59,7 +59,9 @@ BUDGETS = [
     Budget(
         STEP, 0, "step_kernel", 180, 128, 1, "where it stands: the factor's work comes to it", CODE, FENCES, MOMENTS
     ),
-    Budget(STEP, 1, "plain_kernel", at_share(0.85), 64, 4, "two launches: 59 MB in 16 us are 85%", CODE, vectors=MOMENTS),
+    Budget(
+        STEP, 1, "plain_kernel", at_share(0.85), 64, 4, "two launches: 59 MB in 16 us are 85%", CODE, vectors=MOMENTS
+    ),
     Budget(POOLED, 0, "pooled_kernel", 30, 80, 3, "a row a CTA: others hide its round trips", vectors=ROW),
 ]
 H200 = calls.Device(9, 0, 132, 232448, 16, {(1, 8): 15, (2, 8): 30})
