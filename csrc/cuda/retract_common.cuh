@@ -89,12 +89,12 @@ __device__ __forceinline__ Pivots cholesky(const Place& at, double least, double
   if (threadIdx.x < 32) {
     const Pivots found = factor(at, least, floor, 32, [] { __syncwarp(); });
     if (threadIdx.x == 0) {
-      told[0] = found.full_rank;
+      told[0] = !found.full_rank;
       told[1] = found.spread;
     }
   }
   __syncthreads();
-  return {told[0] != 0, told[1]};
+  return {told[0] == 0, told[1]};
 }
 
 // part <- L^-1 as C, zeros above the diagonal. A thread a column; the sums run in fp64 over the columns done so far,
