@@ -46,8 +46,7 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank))
     const int turn = static_cast<int>(step % turns), stage = static_cast<int>(step % s.stages);
     const int64_t slice = static_cast<int64_t>(piece_of(step)) * s.width, column = cta.column(slice);
     T* mine = cta.tile(stage);
-    wait_for_oldest(s.stages);
-    __syncwarp();
+    wait_for_oldest(s.stages);  // this thread's copies; (A) and (C) see to the others'
 
     if (turn <= last) {
       cta.load_slices(true, false, slice);
@@ -77,9 +76,8 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank))
       cta.template expand_tile<Backward>(mine, cta.coordinates(0));
       __syncwarp();
       cta.store(mine, p.out, first, false, column);
-      __syncthreads();  // (D) nobody reads the slice or the coordinates any more
+      __syncthreads();  // (D) nobody reads the slice, the coordinates or what was stored any more
     }
-    __syncwarp();
     fetch(step + s.stages);
   }
   copy_wait<0>();

@@ -132,14 +132,16 @@ void end_block(Block& block) {
 #endif
 }
 
-// Every lane of a warp that can go on does so until its next meeting; whether any did.
+// Every lane of a warp that can go on, or of ragged warps some of them, does so until its next meeting; whether any
+// can.
 bool turn(std::vector<Thread*>& warp, Cluster& cluster) {
   std::shuffle(warp.begin(), warp.end(), machine.random);
   bool moved = false;
   for (Thread* thread : warp) {
     if (thread->blocked()) continue;
-    thread->waits = nullptr;
     moved = true;
+    if (cluster.ragged && machine.random() % 2 == 0) continue;
+    thread->waits = nullptr;
     resume(thread);
     if (!thread->done) continue;
     --cluster.alive;
@@ -194,6 +196,7 @@ std::unique_ptr<Cluster> start(int64_t first_x, int y, int z, int threads, int s
   // Half of the time a warp goes on for as long as it can before the next one's turn, which drives warps as far apart
   // as the barriers let them; else it stops at its first meeting.
   cluster->greedy = machine.random() % 2 == 0;
+  cluster->ragged = machine.random() % 2 == 0;
   cluster->late_moves = machine.random() % 2 == 0;
   if (machine.random() % 2 == 0) {
     Block& block = cluster->blocks[machine.random() % cluster->blocks.size()];
@@ -322,7 +325,9 @@ int block_any(int mine) {
 void cluster_barrier() {
   if (!planted(current->cluster_barriers, plant.cluster_barrier)) arrive(current->block->cluster->meeting);
 }
-void warp_barrier() { meet("warp barrier", nullptr, 0); }
+void warp_barrier() {
+  if (!planted(current->warp_barriers, plant.warp_barrier)) meet("warp barrier", nullptr, 0);
+}
 int cluster_rank() { return current->block->rank; }
 
 int64_t shared_of_own(const void* p) {

@@ -3,7 +3,8 @@
 // shuffled order between two meetings (barrier, shuffle, matrix instruction, cluster barrier).
 //
 // What it is made to catch:
-// * a missing barrier: shared memory starts poisoned (NaN), and the order of threads changes with the seed;
+// * a missing barrier: shared memory starts poisoned (NaN), and the order of threads changes with the seed; half of the
+//   time the lanes of a warp do not go on together either. Shuffles and matrix instructions make them meet;
 // * a missing wait: an asynchronous copy poisons its target when issued and fills it only at the wait that covers it,
 // or
 //   at any time before the arrival it was told to count; a send to another CTA and a bulk copy poison their targets,
@@ -58,7 +59,7 @@ extern Device device;
 // Faults on purpose, to see that they are noticed: the n-th barrier or wait of every thread is left out (-1: none), in
 // the launch of that number (-1: in all).
 struct Plant {
-  int block_barrier = -1, cluster_barrier = -1, copy_wait = -1, arrival_wait = -1, launch = -1;
+  int block_barrier = -1, cluster_barrier = -1, copy_wait = -1, arrival_wait = -1, warp_barrier = -1, launch = -1;
 };
 extern Plant plant;
 

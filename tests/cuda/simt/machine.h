@@ -94,7 +94,7 @@ struct Thread {
   const Counter* gate = nullptr;  // waits for its phase of this parity to be over
   uint64_t parity = 0;
   bool done = false;
-  int block_barriers = 0, cluster_barriers = 0, copy_waits = 0, arrival_waits = 0;  // met so far
+  int block_barriers = 0, cluster_barriers = 0, copy_waits = 0, arrival_waits = 0, warp_barriers = 0;  // met so far
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
   std::vector<BulkStore> bulk_stores;
@@ -111,6 +111,7 @@ struct Cluster {
   std::vector<std::vector<Thread*>> warps;
   size_t alive = 0;
   bool greedy = false;
+  bool ragged = false;         // a warp's lanes go on when they like
   bool late_moves = false;     // what is on its way arrives when nobody can go on without it
   const Warp* lazy = nullptr;  // goes on when nobody else can
   std::map<const void*, Counter> counters;

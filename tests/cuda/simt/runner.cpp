@@ -1,8 +1,7 @@
 // Runs the project's host entry points on the simulated device. Reads commands from the standard input, a line each:
 //     device MAJOR MINOR MULTIPROCESSORS SHARED LARGEST_CLUSTER          seed N
-//     plant B C W A L            the B-th barrier, C-th cluster barrier, W-th copy wait, A-th wait for arrivals of
-//     every
-//                                thread is left out, in launch L
+//     plant WHAT N [LAUNCH]      the N-th (WHAT: block, cluster, warp) barrier, copy wait (copy) or wait for arrivals
+//                                (arrival) of every thread is left out, in that launch or in all
 //     load NAME FILE [SKEW]      a heap block of exactly the file's bytes (SKEW bytes past a 16-byte boundary)
 //     make NAME BYTES            likewise, poisoned
 //     save NAME FILE
@@ -190,8 +189,14 @@ int main() {
       in >> n;
       simt::seed(n);
     } else if (word == "plant") {
-      in >> simt::plant.block_barrier >> simt::plant.cluster_barrier >> simt::plant.copy_wait >>
-          simt::plant.arrival_wait >> simt::plant.launch;
+      const std::map<std::string, int*> faults = {{"block", &simt::plant.block_barrier},
+                                                  {"cluster", &simt::plant.cluster_barrier},
+                                                  {"warp", &simt::plant.warp_barrier},
+                                                  {"copy", &simt::plant.copy_wait},
+                                                  {"arrival", &simt::plant.arrival_wait}};
+      in >> word;
+      if (!faults.count(word) || !(in >> *faults.at(word))) fail("no such fault: " + line);
+      if (!(in >> simt::plant.launch)) simt::plant.launch = -1;
     } else if (word == "load") {
       size_t skew = 0;
       in >> a >> b >> skew;
