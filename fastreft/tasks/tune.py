@@ -6,6 +6,7 @@ The study is a file in output_dir and goes on where it was stopped. Every trial 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from ..files import check_writable, staged
 from . import methods
 from .errors import UserError, user_errors
 from .flags.train import AUTO, parser_of
-from .flags.tune import FACTOR, SCALES, Dimension, TuneArguments, dimensions
+from .flags.tune import FACTOR, SCALES, Dimension, TuneArguments, dimensions, meant
 from .run_log import write_rows
 from .sets.registry import GENERATE
 from .train import Prepared, Settings, TaskTrainer, make_model, prepare, settings, trainer_settings
 
 STUDY, BEST, TRIALS, PLOT = "study.sqlite", "best.yaml", "trials.jsonl", "trials.png"
+SETTINGS, FAILED = "settings", "failed"  # what a study is of; why a trial was none
 
 
 class _Search(TaskTrainer):
@@ -39,10 +41,17 @@ class _Search(TaskTrainer):
         training = self.given.training
         if not any(each.name == "learning_rate" for each in self.space):
             training.learning_rate = self.rate_given
-        model = make_model(self.mine, self.ready)
+        try:
+            model = make_model(self.mine, self.ready)
+        except UserError as error:  # values that do not go together: of this trial's own, or of every one's
+            if trial is not None:
+                trial.set_user_attr(FAILED, str(error))
+            raise
         training.learning_rate = factor * training.learning_rate
         if trial is not None:
             trial.set_user_attr("learning_rate", training.learning_rate)
+            if self.mine.method.head_lr_scale is not None:  # given, or found with the rate
+                trial.set_user_attr("head_lr_scale", self.mine.method.head_lr_scale)
             trial.set_user_attr("trained_numbers", methods.counts(model)[0])
         return model
 
@@ -58,10 +67,21 @@ def of_trial(run: Settings, space: Sequence[Dimension], trial: Any) -> tuple[Set
     return run._replace(adapter=adapter, method=method), chosen.get(FACTOR, 1.0)
 
 
-def _study(optuna: Any, folder: Path, direction: str) -> tuple[Any, dict[str, Any]]:
-    """(the study in a folder, new or gone on with, what Trainer needs to find it); what was cut off counts as failed."""
+def _study(optuna: Any, folder: Path, direction: str, of: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(the study in a folder, new or gone on with, what Trainer needs to find it); what was cut off counts as failed.
+
+    :class:`UserError` where the one that is there is ``of`` other settings.
+    """
     found = {"storage": f"sqlite:///{folder / STUDY}", "study_name": "fastreft", "load_if_exists": True}
     study = optuna.create_study(direction=direction, **found)
+    before = study.user_attrs.get(SETTINGS, of if not study.trials else None)
+    if before != of:
+        other = [name for name in {**of, **(before or {})} if before is None or before.get(name) != of.get(name)]
+        raise UserError(
+            f"output_dir '{folder}' has a study of other settings ({', '.join(other)}); give the same ones to go on with "
+            "it, or another folder"
+        )
+    study.set_user_attr(SETTINGS, of)
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
     return study, {
@@ -80,7 +100,7 @@ def run(flags: Sequence[str]) -> int:
         raise UserError("tune needs optuna: pip install 'fastreft[tune]'") from error
     run = settings(flags, TuneArguments)
     (arguments,) = run.more
-    space = dimensions(arguments, TrainingArguments)
+    space = dimensions(arguments, TrainingArguments, run.method.method)
     folder = Path(str(run.training.output_dir))
     with user_errors(OSError, prefix=f"cannot write into output_dir '{folder}': "):
         check_writable(str(folder))
@@ -91,8 +111,9 @@ def run(flags: Sequence[str]) -> int:
     direction = "minimize" if objective == "eval_loss" else "maximize"
     run.training.save_strategy = "no"
     folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study, found = _study(optuna, folder, direction)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails is told of below
+    of = {name: value for name, value in _given(flags).items() if name != "output_dir"}
+    study, found = _study(optuna, folder, direction, {**of, "search": [str(each) for each in space]})
     done = sum(trial.state.is_finished() and trial.state.name != "FAIL" for trial in study.trials)
     if done < arguments.trials:
         with user_errors(ValueError, RuntimeError, ImportError):
@@ -103,7 +124,7 @@ def run(flags: Sequence[str]) -> int:
                 direction=direction,
                 backend="optuna",
                 timeout=arguments.timeout,
-                catch=(FloatingPointError,),  # a rate too high is a trial that failed
+                catch=(FloatingPointError, UserError),  # a rate too high, and settings that do not go together
                 **found,
             )
     return _report(optuna, study, flags, folder, objective)
@@ -112,8 +133,11 @@ def run(flags: Sequence[str]) -> int:
 def _report(optuna: Any, study: Any, flags: Sequence[str], folder: Path, objective: str) -> int:
     """A table, best first; the trials, the best settings and a picture as files."""
     finished = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    reasons = {trial.user_attrs[FAILED] for trial in study.trials if FAILED in trial.user_attrs}
     if not finished:
-        raise UserError("no trial came to its end; give more time, or lower rates")
+        raise UserError(f"no trial came to its end; {'; '.join(sorted(reasons)) or 'give more time, or lower rates'}")
+    for reason in sorted(reasons):
+        print(f"note: trials failed: {reason}")
     finished.sort(key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")
     rows = [
         {"trial": t.number, "state": t.state.name.lower(), objective: t.value, **t.params, **t.user_attrs}
@@ -126,8 +150,10 @@ def _report(optuna: Any, study: Any, flags: Sequence[str], folder: Path, objecti
             )
         )
     write_rows(str(folder / TRIALS), rows)
-    best = {**_given(flags), **{name: value for name, value in finished[0].params.items() if name != FACTOR}}
-    best |= {"learning_rate": finished[0].user_attrs["learning_rate"], "output_dir": str(folder / "best")}
+    best = {**_given(flags), **{name: meant(value) for name, value in finished[0].params.items() if name != FACTOR}}
+    found = ("learning_rate", "head_lr_scale")
+    best |= {name: finished[0].user_attrs[name] for name in found if name in finished[0].user_attrs}
+    best["output_dir"] = str(folder / "best")
     with staged(folder, last=BEST) as staging:
         (staging / BEST).write_text(yaml.safe_dump(best, sort_keys=False), encoding="utf-8")
     print(
@@ -137,7 +163,9 @@ def _report(optuna: Any, study: Any, flags: Sequence[str], folder: Path, objecti
         import matplotlib
 
         matplotlib.use("Agg")
-        axes = optuna.visualization.matplotlib.plot_slice(study)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is experimental, and that one value is no range
+            axes = optuna.visualization.matplotlib.plot_slice(study)
         figure = axes.flat[0].figure if hasattr(axes, "flat") else axes.figure
         figure.savefig(folder / PLOT, dpi=110)
     except ImportError:
