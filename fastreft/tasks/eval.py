@@ -10,7 +10,7 @@ from typing import Any
 from .errors import UserError
 from .flags.eval import EvalArguments
 from .models import longest
-from .records import check_known, set_of_file, tasks_of, to_score
+from .records import answers_of_file, check_known, set_of_file, tasks_of, to_score
 from .run_log import read_log, write_rows
 from .scoring import Score, completion_loss, mean_and_spread, score
 from .sets import Record, TaskSet
@@ -21,7 +21,11 @@ from .trained import is_adapter, load_trained
 def _sets(arguments: EvalArguments, folder: str | None, log: dict[str, Any]) -> list[TaskSet]:
     """What is scored: a file, or the tasks that are named or were trained on."""
     if arguments.eval_file is not None:
-        made, trained = set_of_file(arguments.data(None)), log.get("kind")
+        if arguments.answer_field is not None:
+            made = answers_of_file(arguments.data(None), arguments.answer_field, arguments.extract)
+        else:
+            made = set_of_file(arguments.data(None))
+        trained = log.get("kind")
         if trained not in (None, made.kind):
             fields = dict.fromkeys(NAMED, "give --text_field and --label_field")
             fields[GENERATE] = "leave text_field and label_field out"
@@ -54,14 +58,25 @@ def _score(
     how: dict[str, Any],
 ) -> Score:
     """:func:`score`; of a file's completions with their loss, and as many tokens written as the longest has, and its end."""
-    if arguments.eval_file is None or task.kind != GENERATE:
+    if arguments.max_new_tokens is not None:
+        task = replace(task, max_new_tokens=arguments.max_new_tokens)
+    if arguments.eval_file is None or task.kind != GENERATE or arguments.answer_field is not None:
         return score(task, records, model, tokenizer, labels=labels, **how)
-    lengths = (len(tokenizer(record.completion or record.answer).input_ids) for record in records)
-    found = score(replace(task, max_new_tokens=max(lengths) + 1), records, model, tokenizer, **how)
-    loss, cut = completion_loss(records, model, tokenizer, **how)
-    if cut:
-        print(f"note: {cut} records of {task.name} were cut at max_length = {how['max_length']} tokens for the loss")
+    if arguments.max_new_tokens is None:
+        task = replace(task, max_new_tokens=_longest(records, tokenizer) + 1)
+    found = score(task, records, model, tokenizer, **how)
+    loss, cut, dropped = completion_loss(records, model, tokenizer, too_long=arguments.too_long, **how)
+    for many, what in ((cut, "cut"), (dropped, "left out")):
+        if many:
+            print(
+                f"note: {many} records of {task.name} were {what} at max_length = {how['max_length']} tokens for the loss"
+            )
     return replace(found, metrics={**found.metrics, "loss": loss})
+
+
+def _longest(records: list[Record], tokenizer: Any) -> int:
+    """Tokens of the longest completion."""
+    return max(len(tokenizer(record.completion or record.answer).input_ids) for record in records)
 
 
 def _scores(arguments: EvalArguments, folder: str | None, base: bool) -> Iterator[tuple[str, Score]]:
@@ -80,7 +95,7 @@ def _scores(arguments: EvalArguments, folder: str | None, base: bool) -> Iterato
     )  # fmt: skip
     model, tokenizer = trained.model, trained.tokenizer
     how: dict[str, Any] = {
-        "chat": bool(log.get("chat")),
+        "chat": arguments.chat or bool(log.get("chat")),
         "batch_size": arguments.batch_size,
         "max_length": longest(log.get("max_length"), trained.config),
     }
@@ -88,6 +103,9 @@ def _scores(arguments: EvalArguments, folder: str | None, base: bool) -> Iterato
     for task, some in records.items():
         # The base of a classifier is a fresh head, whose score is nobody's.
         untouched = base and task.kind == GENERATE and (adapted or folder is None)
+        if base and not untouched:
+            why = "everything was trained" if task.kind == GENERATE else "its head would be a fresh one"
+            print(f"note: there is no untouched model to score on {task.name}: {why}")
         for whose in ["base"] * untouched + [folder] * (folder is not None):
             with model.disable_adapter() if whose == "base" and adapted else nullcontext():
                 yield str(whose), _score(arguments, task, some, model, tokenizer, labels, how)
@@ -108,6 +126,10 @@ def run(arguments: EvalArguments) -> int:
                 f"{name} {mean_and_spread([each.metrics[name] for each in of_task])}" for name in of_task[0].metrics
             )
             print(f"{task}, {len(of_task)} adapters: {'   '.join(means)}")
+    if arguments.scores is not None:
+        kept = ("task", "records", "unparsed")
+        lines = [{"of": whose, **{name: getattr(each, name) for name in kept}, **each.metrics} for whose, each in found]
+        write_rows(arguments.scores, lines)
     if arguments.predictions is not None:
         rows = [{**row, "generator": whose, "task": each.task} for whose, each in found for row in each.predictions]
         write_rows(arguments.predictions, rows)

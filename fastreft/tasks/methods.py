@@ -54,6 +54,10 @@ def apply(base: Any, method: str, config: Any, settings: dict[str, Any], task_ty
         _choose(base, method)
         return base
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
+    if "num_virtual_tokens" in made.__dataclass_fields__ and settings.get("num_virtual_tokens") is None:
+        raise UserError(
+            f"the method '{method}' needs --method_config '{{\"num_virtual_tokens\": 20}}', or another number"
+        )
     with user_errors(ValueError, TypeError, KeyError, ImportError, prefix=f"the method '{method}': "), quiet_peft():
         return get_peft_model(base, made(task_type=task_type, **settings))
 

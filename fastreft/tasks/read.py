@@ -49,8 +49,11 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"line {i} of '{path}'", _as_record(_parsed(line, path, i), f"line {i} of '{path}'")
 
 
-def read_table(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it is, record) of a table by tabs whose quotes are text, as GLUE's are; ``columns``: of one without a header."""
+def read_table(
+    path: str | Path, columns: Sequence[str] = (), broken: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it is, record) of a table by tabs whose quotes are text, as GLUE's are; ``columns``: of one without a header;
+    ``broken``: it is known to have lines of fewer columns, which are left out."""
     lines = lines_of(path)
     first = 1 if columns else 2
     names = list(columns) or lines.pop(0).split("\t")
@@ -58,6 +61,8 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[
         if not line:
             continue
         values = line.split("\t")
+        if broken and len(values) < len(names):
+            continue
         if len(values) != len(names):
             raise UserError(
                 f"line {i} of '{path}' has {len(values)} columns, and {len(names)} are wanted: {', '.join(names)}"

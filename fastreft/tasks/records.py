@@ -12,6 +12,7 @@ from .flags.data import DataArguments
 from .modules import run_module
 from .read import read_records, text_of
 from .sets import Record, TaskSet, find, training_records
+from .sets.answers import close, extractor
 from .sets.entities import OUTSIDE
 from .sets.instructions import from_record
 from .sets.labelled import from_file, mixed
@@ -89,6 +90,22 @@ def _kind_of(records: Sequence[Record], arguments: DataArguments) -> str:
     return CLASSIFY if records[0].words is None else TAG
 
 
+def answers_of_file(arguments: DataArguments, answer_field: str, extract: str) -> TaskSet:
+    """The records of ``eval_file`` as a task: an answer is to be found in what is written, as in the field that holds it."""
+    path, answer_of = str(arguments.eval_file), extractor(extract)
+    found = []
+    for where, row in read_records(path):
+        prompt, said = text_of(row, arguments.prompt_field, where), row.get(answer_field)
+        answer = None if said is None else answer_of(str(said))
+        if answer is None:
+            raise UserError(f"the field '{answer_field}' in {where} is {said!r}, in which there is no {extract}")
+        found.append(Record(prompt, answer=answer, about={"prompt": prompt}, where=where))
+    if not found:
+        raise UserError(f"the data file '{path}' has no records")
+    same: dict[str, Any] = {"same": close} if extract == "number" else {}
+    return TaskSet(Path(path).name, lambda split, folder: found, answer_of=answer_of, max_new_tokens=256, **same)
+
+
 def set_of_file(arguments: DataArguments) -> TaskSet:
     """The records of ``eval_file`` as a task: labels are to be found, or completions to be written word for word."""
     path = str(arguments.eval_file)
@@ -123,9 +140,10 @@ def gather(arguments: DataArguments) -> Data:
     if arguments.task is not None:
         sets = tasks_of(arguments)
         train, left_out = training_records(arguments.task, folder_of(arguments))
-        data = Data(sets[0].kind, train, scored=sets, labels=sets[0].labels)
+        data = Data(sets[0].kind, train, labels=sets[0].labels)
         if left_out:
             data.notes.append(f"{left_out} training records are among the test's and were left out")
+        _find_tests(data, sets, arguments)
     else:
         records = _some_of(str(arguments.train_file), arguments)
         kind = _kind_of(records, arguments)
@@ -144,6 +162,17 @@ def gather(arguments: DataArguments) -> Data:
         data.labels = data.labels or tuple(sorted({name for record in data.train for name in _names(record)}))
         _check_labels(data)
     return data
+
+
+def _find_tests(data: Data, sets: Sequence[TaskSet], arguments: DataArguments) -> None:
+    """Of the tasks those whose test records are there, which are scored; a note for each other, before it is trained on."""
+    for task in sets:
+        try:
+            if task.metrics:  # what is judged elsewhere is not scored
+                task.records("test", folder_of(arguments))
+            data.scored.append(task)
+        except UserError as error:
+            data.notes.append(f"{task.name} will not be scored: {error}")
 
 
 def to_score(task: TaskSet, arguments: DataArguments, split: str = "test") -> list[Record]:

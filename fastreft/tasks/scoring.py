@@ -93,20 +93,28 @@ def _asked(record: Record, tokenizer: Any, chat: bool) -> list[int]:
 
 @torch.inference_mode()
 def completion_loss(
-    records: Sequence[Record], model: Any, tokenizer: Any, *, chat: bool, batch_size: int, max_length: int
-) -> tuple[float, int]:
+    records: Sequence[Record],
+    model: Any,
+    tokenizer: Any,
+    *,
+    chat: bool,
+    batch_size: int,
+    max_length: int,
+    too_long: str = "error",
+) -> tuple[float, int, int]:
     """(the mean loss of the completions' tokens, their ends included, as in a training; how many records were cut at
-    ``max_length``). :class:`UserError` for a prompt that leaves no room for a completion."""
+    ``max_length``, and how many left out). :class:`UserError` for a prompt that leaves no room, by ``too_long``."""
     apart = bool(model.config.is_encoder_decoder)
     numbers = numbers_for(model)
-    encoded = encode_written(records, tokenizer, max_length=max_length, chat=chat, apart=apart, numbers=numbers)
+    how: dict[str, Any] = {"max_length": max_length, "too_long": too_long, "chat": chat, "apart": apart}
+    encoded = encode_written(records, tokenizer, numbers=numbers, **how)
     pad, total, tokens = Pad(DataCollatorForSeq2Seq(tokenizer)), 0.0, 0
     for i in range(0, len(encoded.data), batch_size):
         batch = pad([encoded.data[j] for j in range(i, min(i + batch_size, len(encoded.data)))]).to(model.device)
         counted = batch["labels"] if apart else batch["labels"][:, 1:]  # a causal model is not asked for the first
         n = int((counted != IGNORED).sum())
         total, tokens = total + n * float(model(**batch).loss), tokens + n
-    return total / tokens, encoded.cut
+    return total / tokens, encoded.cut, encoded.dropped
 
 
 @torch.inference_mode()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,6 +97,7 @@ def prepare(run: Settings) -> Prepared:
             "load_best_model_at_end would choose the model by the records that it is scored on; give --hold_out N, which "
             "keeps the last N training records for that"
         )
+    _check_chosen_by(run.training, data)
     run.adapter.update(with_positions(run.adapter, labelled=data.kind != GENERATE))
     named, trusts = run.model.model, run.model.trust_remote_code
     config = load_config(named, trusts)
@@ -125,6 +127,15 @@ def prepare(run: Settings) -> Prepared:
 
     evaluated = encode(data.evaluated) if data.evaluated else None
     return Prepared(data, config, tokenizer, length, encode(data.train), evaluated)
+
+
+def _check_chosen_by(training: TrainingArguments, data: Data) -> None:
+    """:class:`UserError` for a metric_for_best_model that an evaluation will not have."""
+    wanted, metrics = training.metric_for_best_model, () if data.kind == GENERATE else data.metrics
+    if wanted is not None and wanted.removeprefix("eval_") not in ("loss", *metrics):
+        raise UserError(
+            f"metric_for_best_model is {wanted!r}; an evaluation of these records has {', '.join(('loss', *metrics))}"
+        )
 
 
 def make_model(run: Settings, ready: Prepared) -> Any:
@@ -203,8 +214,8 @@ def _save(
         ) from error
 
 
-def _score_all(run: Settings, ready: Prepared, model: Any) -> dict[str, dict[str, float]]:
-    """The tasks' test records scored, a line printed for each."""
+def _score_all(run: Settings, ready: Prepared, model: Any) -> Iterator[dict[str, dict[str, float]]]:
+    """The tasks' test records scored, a line printed for each: after each, all scores so far."""
     found = {}
     model.eval()
     for task in ready.data.scored:
@@ -222,7 +233,7 @@ def _score_all(run: Settings, ready: Prepared, model: Any) -> dict[str, dict[str
         )
         _say(result.in_words())
         found[task.name] = {**result.metrics, "records": result.records, "unparsed": result.unparsed}
-    return found
+        yield found
 
 
 def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
@@ -326,9 +337,11 @@ def run(flags: Sequence[str]) -> int:
     names = ("loss", *ready.data.metrics)
     shown = [f"eval {name} {measured[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in measured]
     _say("   ".join([f"train loss {result.training_loss:.4f}", *shown]))
-    scores = _score_all(run, ready, whole)
-    if scores and processes.is_first():
-        write_log(output_dir, {**log, "scores": scores})
+    if not math.isfinite(measured.get("eval_loss", result.training_loss)):
+        _say("note: the loss is no number: what has been trained is of no use")
+    for scores in _score_all(run, ready, whole):
+        if processes.is_first():
+            write_log(output_dir, {**log, "scores": scores})
     _say(f"saved to {output_dir}{_next(run, ready.data, output_dir)}")
     return 0
 

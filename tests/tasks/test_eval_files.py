@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -136,3 +137,49 @@ def test_what_is_refused(tmp_path, data, capsys, flags, part):
     places = {"DATA": data, "EMPTY": str(tmp_path / "empty.jsonl")}
     run = ["eval", "--base", "--model", "embedded", *(places.get(flag, flag) for flag in flags)]
     fails(main(run), capsys, part)
+
+
+def test_answers_that_are_found_in_what_is_written(tmp_path, data, capsys):
+    """Held to the predictions themselves; the scores are a file, too."""
+    rows = [{"prompt": f"The {who} was sad.", "answer": answer} for who, answer in (("king", "he"), ("dog", "zebra"))]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out, _ = train(tmp_path, data, "--max_steps", "30", "--learning_rate", "2e-2")
+    flags = ["--adapter", out, "--eval_file", str(tmp_path / "asked.jsonl"), "--answer_field", "answer"]
+    flags += ["--max_new_tokens", "12", "--scores", str(tmp_path / "scores.json")]
+    found = evaluate(tmp_path, *flags, "--extract", "he|she|zebra")
+    for row in found:
+        spoken = [word for word in re.findall(r"\b(he|she|zebra)\b", row["output"])]
+        assert row["found"] == (spoken[0] if spoken else None) and row["right"] == (row["found"] == row["answer"])
+    assert found[0]["right"] and not found[1]["right"]
+    (score,) = json.loads((tmp_path / "scores.json").read_text())
+    assert score["accuracy"] == 50 and score["records"] == 2 and score["task"] == "asked.jsonl"
+    fails(
+        main(["eval", *flags, "--extract", "number"]), capsys, "field 'answer' in line 1", "'he', in which there is no"
+    )
+
+
+def test_prompts_that_are_too_long_are_left_out_of_the_loss(tmp_path, data, capsys):
+    out, _ = train(tmp_path, data, "--max_steps", "2", "--learning_rate", "2e-2")
+    with open(data, "a") as file:
+        file.write("\n" + json.dumps({"prompt": "The king was sad. " * 30, "completion": " I am sad."}))
+    capsys.readouterr()
+    fails(main(["eval", "--adapter", out, "--eval_file", data]), capsys, "leaves no room", "--too_long drop")
+    assert main(["eval", "--adapter", out, "--eval_file", data, "--too_long", "drop"]) == 0
+    assert (
+        "note: 1 records of data.jsonl were left out at max_length = 64 tokens for the loss" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--extract", "number"], ["extract finds the answer that --answer_field names"]),
+        (["--answer_field", "a", "--extract", "numbers"], ["extract is 'numbers'; it must be text, number"]),
+        (["--answer_field", "a", "--extract", "regex:("], ["extract is 'regex:('", "no regular expression"]),
+        (["--answer_field", "a", "--messages_field", "m"], ["answer_field is of prompts"]),
+        (["--max_new_tokens", "0"], ["max_new_tokens is 0"]),
+        (["--scores", "scores.txt"], ["scores is 'scores.txt'"]),
+    ],
+)
+def test_bad_answers(data, capsys, flags, parts):
+    fails(main(["eval", "--base", "--model", "embedded", "--eval_file", data, *flags]), capsys, *parts)

@@ -335,6 +335,14 @@ def test_records_that_are_too_long(tmp_path, capsys):
         ({"r_lr_scale": 0}, ["r_lr_scale is 0"]),
         ({"head_lr_scale": -1}, ["head_lr_scale is -1"]),
         ({"method": "lora", "head_lr_scale": 3}, ["head_lr_scale is 3.0, and a model that writes has no head"]),
+        (
+            {"method": "prompt_tuning"},
+            ["the method 'prompt_tuning' needs --method_config '{\"num_virtual_tokens\": 20}'"],
+        ),
+        (
+            {"metric_for_best_model": "accuracy"},
+            ["metric_for_best_model is 'accuracy'; an evaluation of these", "has loss"],
+        ),
         ({"too_long": "shrink"}, ["shrink"]),
         ({"hold_out": 1}, ["hold_out is 1, and there are 1 training records"]),
         ({"hold_out": -1}, ["hold_out is -1"]),
@@ -358,6 +366,20 @@ def test_the_best_model_is_not_chosen_by_what_it_is_scored_on(tmp_path, films, c
     run = ["train", "--model", bert(tmp_path / "bert"), "--task", "sst2", "--data_dir", films, *QUICK]
     run += ["--output_dir", str(tmp_path / "out"), "--eval_strategy", "epoch", "--save_strategy", "epoch"]
     fails(main([*run, "--load_best_model_at_end", "true"]), capsys, "the records that it is scored on; give --hold_out")
+
+
+def test_what_a_family_lacks_is_said_before_the_training(tmp_path, questions, capsys):
+    run = ["train", "--model", "embedded", "--task", "commonsense", "--data_dir", questions, "--max_eval_records", "2"]
+    assert main([*run, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", *QUICK]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "will not be scored" in line]
+    assert len(notes) == 7 and notes[0].startswith("note: piqa will not be scored: the data folder")
+    assert [*read_log(tmp_path / "out")["scores"]] == ["boolq"]
+
+
+def test_a_short_training_has_a_curve(tmp_path, questions):
+    run = ["train", "--model", "embedded", "--task", "boolq", "--data_dir", questions, "--max_eval_records", "1"]
+    assert main([*run, "--output_dir", str(tmp_path / "out"), "--max_steps", "4", *QUICK]) == 0
+    assert sum("loss" in row for row in read_log(tmp_path / "out")["history"]) == 4
 
 
 def test_generate_reads_and_writes_records(tmp_path, questions, capsys):

@@ -135,7 +135,8 @@ def parser_of(training: type, *more: type, help_all: bool = True, of: tuple[str,
                "(or 'a:', ':b') the tokens a to b - 1 of all, counted from 0 (in YAML in quotes); or 'auto': 'all' where texts "
                f"or words are labelled, '{ReftSettings.positions}' where text is written")  # fmt: skip
     parser.let("fsdp", bool_or_word, None, "shard the model over the GPUs (FSDP2); see docs/devices.md")
-    parser.set_defaults(warmup_steps=0.1)
+    # Twenty points of a curve, however short a training is; else evaluations would come as often, which are asked for.
+    parser.set_defaults(warmup_steps=0.1, logging_steps=0.05, eval_steps=500)
     parser.require("output_dir")  # TrainingArguments would make one up
     return parser
 
@@ -148,8 +149,8 @@ def parse(argv: Sequence[str]) -> list[str]:
     return checked(argv, *TRAIN)[0]
 
 
-def checked(argv: Sequence[str], command: str, what: str, *more: type) -> tuple[list[str], tuple[Any, ...]]:
-    """(the flags of a run, what they say of ``more``), of a command that trains."""
+def checked(argv: Sequence[str], command: str, what: str, *more: type) -> tuple[list[str], tuple[Any, ...], str]:
+    """(the flags of a run, what they say of ``more``, the method), of a command that trains."""
     of = (command, what)
     if "--help-all" in argv:
         parser_of(training_arguments(), *more, of=of).print_help()
@@ -172,7 +173,7 @@ def checked(argv: Sequence[str], command: str, what: str, *more: type) -> tuple[
         raise UserError("early_stopping needs --load_best_model_at_end and an --eval_strategy, as it keeps the best")
     if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
         raise UserError(f"output_dir '{training.output_dir}' is a file; give a folder")
-    return flags, tuple(own)
+    return flags, tuple(own), method.method
 
 
 # Of Transformers' settings, those that it takes as they come.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 TRIGGER = "the correct answer is "
 _NUMBER = re.compile(r"-?\d+\.?\d*")
@@ -42,6 +43,33 @@ def letter(text: str) -> str | None:
     _, said, rest = text.rpartition("answer is")
     found = _LETTER.findall(rest if said else text)
     return None if not found else found[0] if said else found[-1]
+
+
+EXTRACTS = "text, number, letter, a|b|c or regex:PATTERN"
+
+
+def extractor(wanted: str) -> Callable[[str], Any]:
+    """What ``eval --extract`` asks for: all of a text, its last number, the letter of an answer, the first of some words after
+    "the correct answer is" or at all, or the last match of a pattern, its first group where it has one. ``ValueError`` else."""
+    known: dict[str, Callable[[str], Any]] = {"text": str.strip, "number": last_number, "letter": letter}
+    if wanted in known:
+        return known[wanted]
+    kind, given, pattern = wanted.partition(":")
+    if given and kind == "regex":
+        try:
+            made = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"extract is '{wanted}', and that is no regular expression: {error}") from error
+
+        def find(text: str) -> str | None:
+            found = [match.group(1 if made.groups else 0) for match in made.finditer(text)]
+            return found[-1] if found else None
+
+        return find
+    words = wanted.split("|")
+    if len(words) < 2 or not all(words):
+        raise ValueError(f"extract is '{wanted}'; it must be {EXTRACTS}")
+    return choice("|".join(map(re.escape, words)))
 
 
 def close(found: float | None, wanted: float) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..read import read_records, text_of
 from .answers import TRIGGER, choice
-from .places import file_of, from_hub
+from .places import CONVERTED, file_of, from_hub
 from .registry import Record, register, register_family
 
 # The words round a question, from a record of the hub: (question, options by their names, the right one's name).
@@ -83,6 +83,7 @@ SETS: dict[str, tuple[str, tuple[str, str | None, str], Worded]] = {
     "ARC-Challenge": ("answer[1-5]", ("allenai/ai2_arc", "ARC-Challenge", "test"), _science),
     "openbookqa": ("answer[1-4]", ("allenai/openbookqa", "main", "test"), _science),
 }
+SCRIPTS = ("piqa", "social_i_qa")
 
 
 def from_adapters(path: Path) -> Iterator[Record]:
@@ -98,7 +99,8 @@ def _reader(name: str) -> Callable[[str, Path | None], Iterator[Record]]:
         if folder is not None:
             yield from from_adapters(file_of(folder, f"{name}/{split}.json", f"dataset/{name}/{split}.json"))
             return
-        for record in from_hub(hub, config, tested if split == "test" else split):
+        revision = CONVERTED if name in SCRIPTS else None
+        for record in from_hub(hub, config, tested if split == "test" else split, revision):
             question, options, right = worded(record)
             yield _record(in_words(question, options), right)
 

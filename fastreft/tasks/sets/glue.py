@@ -33,6 +33,7 @@ class Table:
     metrics: tuple[str, ...] = ("accuracy",)
     header: tuple[str, ...] = ()  # of a table without one
     matched: str = ""
+    broken: bool = False  # some lines lack columns
 
 
 TABLES = {
@@ -41,7 +42,8 @@ TABLES = {
     "sst2": Table("SST-2", ("sentence",), "label", ("sentence",), ("negative", "positive")),
     "mrpc": Table("MRPC", ("#1 String", "#2 String"), "Quality", ("sentence1", "sentence2"),
                   ("not_equivalent", "equivalent"), ("accuracy", "f1")),
-    "qqp": Table("QQP", ("question1", "question2"), "is_duplicate", ("question1", "question2"), _SAME, ("accuracy", "f1")),
+    "qqp": Table("QQP", ("question1", "question2"), "is_duplicate", ("question1", "question2"), _SAME, ("accuracy", "f1"),
+                 broken=True),
     "mnli": Table("MNLI", ("sentence1", "sentence2"), "gold_label", ("premise", "hypothesis"),
                   ("entailment", "neutral", "contradiction"), matched="_matched"),
     "qnli": Table("QNLI", ("question", "sentence"), "label", ("question", "sentence"), _ENTAILS),
@@ -65,7 +67,7 @@ def _reader(name: str, table: Table) -> Callable[[str, Path | None], Iterator[Re
     def read(split: str, folder: Path | None) -> Iterator[Record]:
         held = "train" if split == "train" else f"dev{table.matched}"
         if folder is not None:
-            for where, row in read_table(file_of(folder, f"{table.folder}/{held}.tsv"), table.header):
+            for where, row in read_table(file_of(folder, f"{table.folder}/{held}.tsv"), table.header, table.broken):
                 first, *second = (text_of(row, column, where) for column in table.columns)
                 yield Record(
                     first, answer=_answer(table, text_of(row, table.label, where), where), pair=(*second, None)[0]

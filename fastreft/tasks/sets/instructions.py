@@ -46,7 +46,7 @@ def alpaca_eval(folder: Path | None) -> Iterator[Record]:
     rows = (
         read_records(file_of(folder, *ALPACA_EVAL))
         if folder is not None
-        else (("", row) for row in from_hub("tatsu-lab/alpaca_eval", "alpaca_eval", "eval"))
+        else (("", row) for row in from_hub("tatsu-lab/alpaca_eval", None, "eval", file="alpaca_eval.json"))
     )
     for where, row in rows:
         instruction = text_of(row, "instruction", where)

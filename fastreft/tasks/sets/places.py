@@ -17,13 +17,21 @@ def file_of(folder: Path, *names: str) -> Path:
     raise UserError(f"the data folder '{folder}' has none of {', '.join(names)}")
 
 
-def from_hub(name: str, config: str | None, split: str, revision: str | None = None) -> Iterator[dict[str, Any]]:
-    """The records of a data set on a hub, as they are there; ``revision`` is the hub's "refs/convert/parquet" for one that is a
-    script, which ``datasets`` no longer runs."""
+# Of a data set that is a script, which ``datasets`` no longer runs: the branch where the hub keeps its records.
+CONVERTED = "refs/convert/parquet"
+
+
+def from_hub(
+    name: str, config: str | None, split: str, revision: str | None = None, file: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """The records of a data set on a hub, as they are there; ``file``: of a JSON file in it."""
     from datasets import load_dataset
 
     where = f"'{name}'" + (f" ({config})" if config else "")
     with user_errors(
         Exception, prefix=f"cannot load the data set {where} from the hub; give --data_dir for a folder: "
     ):
-        yield from load_dataset(name, config, split=split, revision=revision)
+        if file is not None:
+            yield from load_dataset("json", data_files=f"hf://datasets/{name}/{file}", split="train")
+        else:
+            yield from load_dataset(name, config, split=split, revision=revision)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UserError, nearest
 from ..read import lines_of
-from .places import file_of, from_hub
+from .places import CONVERTED, file_of, from_hub
 from .registry import TAG, Record, register
 
 COLUMNS = (".conll", ".bio", ".iob", ".iob2")  # endings of files of columns, whatever else their fields say
@@ -93,5 +93,5 @@ def conll2003(split: str, folder: Path | None) -> Iterator[Record]:
         ]
         yield from from_columns(file_of(folder, f"conll2003/{stem}.txt", f"{stem}.txt", f"eng.{original}"))
         return
-    for i, row in enumerate(from_hub("eriktks/conll2003", None, split, revision="refs/convert/parquet"), 1):
+    for i, row in enumerate(from_hub("eriktks/conll2003", None, split, revision=CONVERTED), 1):
         yield tagged(row["tokens"], [CONLL[tag] for tag in row["ner_tags"]], f"record {i} of eriktks/conll2003")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastreft.tasks.sets.answers import choice, close, last_number, letter
+from fastreft.tasks.sets.answers import choice, close, extractor, last_number, letter
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,19 @@ def test_a_letter(text, found):
 def test_numbers_are_the_same_within_a_thousandth():
     assert close(1.8333, 1.8333333333333335) and not close(1.83, 1.8333333333333335)
     assert not close(None, 1.0) and not close(float("inf"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("extract", "text", "found"),
+    [
+        ("text", " four. ", "four."),
+        ("number", "2 and 2 are 4.", 4.0),
+        ("letter", "Because it is so, the answer is (B).", "B"),
+        ("yes|no", "the correct answer is no, not yes", "no"),
+        ("yes|no", "maybe", None),
+        (r"regex:#### (\d+)", "#### 3\n#### 4", "4"),
+        (r"regex:\d+", "none", None),
+    ],
+)
+def test_what_eval_extracts(extract, text, found):
+    assert extractor(extract)(text) == found

@@ -107,6 +107,11 @@ GLUE = {
         "index\tsentence1\tsentence2\tgold_label\n0\ta\tb\tcontradiction\n",
         Record("a", answer=2, pair="b"),
     ),
+    "QQP/train.tsv": (  # GLUE's own has lines that are cut off
+        "qqp",
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\ta\tb\t1\n1\t3\t4\tc\n",
+        Record("a", answer=1, pair="b"),
+    ),
     "STS-B/train.tsv": ("stsb", "index\tsentence1\tsentence2\tscore\n0\ta\tb\t3.4\n", Record("a", answer=3.4, pair="b")),
 }  # fmt: skip
 
