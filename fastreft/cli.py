@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "eval": "score adapters, and the untouched model, on a task",
     "tune": "search for a training's best settings",
     "generate": "write text with a trained adapter",
+    "chat": "talk to a model with a trained adapter",
     "serve": "serve a model and its adapters over HTTP, with vLLM",
     "convert": "turn a pyreft checkpoint into an adapter, or back",
     "das": "search a model for a variable, over layers and positions",
@@ -57,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"fastreft {chosen.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read what is printed has heard enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if given != chosen.arguments:
             raise

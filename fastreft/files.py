@@ -11,7 +11,8 @@ from pathlib import Path
 
 _STAGING = ".saving-"
 _OLD = ".old"  # within a staging folder: what was there before
-KEPT = "README.md"  # somebody's: written where there is none, never over one
+KEPT = "README.md"  # somebody's: written where there is none, and over one of ours
+OURS = "<!-- of fastreft train, which writes it anew; take this line away to keep what you change -->"
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def staged(folder: str | os.PathLike, last: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{_STAGING}{os.getpid()}-{last}-") as name:
         staging = Path(name)
         yield staging
-        if (folder / KEPT).exists():
+        if (folder / KEPT).exists() and OURS not in (folder / KEPT).read_text(encoding="utf-8", errors="replace"):
             (staging / KEPT).unlink(missing_ok=True)
         files = sorted(os.listdir(staging), key=lambda name: (name == last, name))
         for file in files:

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from fastreft.files import check_writable, staged
+from fastreft.files import OURS, check_writable, staged
 
 LAST = "config.json"
 OLD = {LAST: "old", "weights": "old", "tokenizer": "old"}
@@ -103,6 +103,9 @@ def test_somebodys_readme_stays(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     write(tmp_path, {**NEW, "README.md": "a card"})
     assert held(tmp_path)["README.md"] == "mine"
+    write(tmp_path / "fresh", {**NEW, "README.md": "a card"})
+    assert held(tmp_path / "fresh")["README.md"] == "a card"
+    (tmp_path / "fresh" / "README.md").write_text(f"---\n---\n{OURS}\nan older card")
     write(tmp_path / "fresh", {**NEW, "README.md": "a card"})
     assert held(tmp_path / "fresh")["README.md"] == "a card"
 

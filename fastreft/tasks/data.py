@@ -39,11 +39,15 @@ def chat_texts(messages: list[dict[str, Any]], where: str, tokenizer: Any) -> tu
 
 def chat_prompt(text: str, tokenizer: Any) -> str:
     """A user's message as the chat template puts it, with the beginning of the answer."""
+    return templated(tokenizer, [{"role": "user", "content": text}])
+
+
+def templated(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """Messages, the last a user's, as the chat template puts them, with the beginning of the answer."""
     if not tokenizer.chat_template:
-        raise UserError("--chat needs a chat template, and the model's tokenizer has none")
+        raise UserError("a chat needs a chat template, and the model's tokenizer has none")
     try:
-        turn = [{"role": "user", "content": text}]
-        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template raises whatever its author chose
         raise UserError(f"the chat template refuses a user's message: {' '.join(str(error).split())}") from error
 

@@ -9,14 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastreft.ops import native
-
 # What tests/models/test_architectures.py found: model type -> the classes tested, the blocks, `generate`; or why not.
 TABLE = Path(__file__).parent.parent / "models" / "architectures.json"
 
 
 def facts() -> dict[str, str]:
     """Names and values, in the order to print them."""
+    from fastreft.ops import native  # with torch, which the tables do without
+
     packages = {name: version(name) for name in ("fastreft", "torch", "transformers", "peft")}
     return {**packages, "python": f"{platform.python_version()} on {platform.machine()}", **native.build_info()}
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from fastreft.pyreft import checkpoint, format
 
@@ -14,7 +15,7 @@ from ..tuner import adapter_file
 from .errors import user_errors
 from .flags.inspect import InspectArguments
 from .models import reft_config
-from .places import ADAPTER_CONFIG
+from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def pyreft_rows(path: str, intervention_type: str | None) -> list[tuple[str, ...]]:
@@ -40,7 +41,12 @@ def adapter_rows(path: str) -> tuple[list[str], list[tuple[str, ...]]]:
     names = ("base_model_name_or_path", "intervention_type", "r", "positions", "tied", "act_fn", "dropout")
     settings = [f"{name} {getattr(config, name)}" for name in names]
     if found.others:
-        settings.append(f"and {len(found.others)} tensors that are no edit's, such as {found.others[0]}")
+        with safe_open(Path(path).expanduser() / ADAPTER_WEIGHTS, framework="pt") as file:
+            more = sum(math.prod(file.get_slice(name).get_shape()) for name in found.others)
+        settings.append(
+            f"and {len(found.others)} tensors that are no edit's, a head's or other modules', such as {found.others[0]}: "
+            f"{more:,} numbers"
+        )
     rows = []
     for module, edits in found.edits.items():
         for which, own in edits.items():
@@ -85,4 +91,6 @@ def run(arguments: InspectArguments) -> int:
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     for line in table:
         print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    total = sum(int(row[4].replace(",", "")) for row in rows)
+    print(f"{len(rows)} interventions, {total:,} numbers")
     return 0

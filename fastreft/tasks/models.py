@@ -23,6 +23,7 @@ from fastreft.files import staged
 
 from ..settings import ReftSettings
 from ..tuner.model import quiet_peft
+from .card import card
 from .errors import UserError, user_errors
 from .places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDED, MODEL_CONFIG, find_adapter, find_model
 from .run_log import put_log
@@ -196,6 +197,9 @@ def load_adapter(base: Any, adapter: str) -> PeftModel:
     return model.eval()
 
 
+_ON_CARD = ("r", "positions", "tied", "component", "layers_to_transform", "act_fn", "dropout", "lora_alpha")
+
+
 def save_adapter(
     model: Any,
     tokenizer: Any,
@@ -218,3 +222,9 @@ def save_adapter(
             tokenizer.save_pretrained(staging)
         if log is not None:
             put_log(staging, log)
+            named, settings = str(log["method"]), {}
+            if isinstance(model, PeftModel):
+                config = model.peft_config[model.active_adapter]
+                named = config.intervention_type if isinstance(config, ReftSettings) else named
+                settings = {name: getattr(config, name) for name in _ON_CARD if getattr(config, name, None) is not None}
+            (staging / "README.md").write_text(card(base, named, settings, log), encoding="utf-8")

@@ -103,6 +103,11 @@ def test_train_then_generate(settings, tmp_path, capsys):
     assert config["base_model_name_or_path"] == MODEL
     assert (saved / "tokenizer_config.json").is_file()
     assert not list(saved.glob(".saving-*"))
+    card = (saved / "README.md").read_text()
+    assert "# loreft of embedded" in card and "| r | 2 |" in card and "| steps | 8 |" in card
+    assert main(["inspect", str(saved)]) == 0
+    trained = json.loads((saved / "training.json").read_text())["trained_numbers"]
+    assert f"\n2 interventions, {trained:,} numbers\n" in capsys.readouterr().out
 
     prompts = ["--prompt", "The king was sad.", "The dog was old."]
     assert main(["generate", "--adapter", str(saved), *prompts, "--max_new_tokens", "6", "--base"]) == 0

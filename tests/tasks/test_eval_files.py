@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -100,7 +101,7 @@ def test_labels(tmp_path, data, capsys):
         fails(main(["eval", "--adapter", out, "--eval_file", data, *flags]), capsys, part)
 
 
-def test_conversations(tmp_path, data, capsys):
+def test_conversations(tmp_path, data, capsys, monkeypatch):
     records = map(json.loads, (tmp_path / "data.jsonl").read_text().splitlines())
     turns = [[("user", record["prompt"]), ("assistant", record["completion"].strip())] for record in records]
     rows = [{"talk": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
@@ -117,6 +118,15 @@ def test_conversations(tmp_path, data, capsys):
     found = metrics(capsys.readouterr().out, out)
     assert found["loss"] == pytest.approx(measured["eval_loss"], abs=2e-4) and found["exact match"] > 50
     assert written[0]["messages"] == rows[0]["talk"][:1] and written[0]["answer"] == '"I am sad," said he.'
+    # and it is talked to: each question behind what was said, an empty line beginning anew
+    asked = [rows[0]["talk"][0]["content"], "And now?", "", rows[0]["talk"][0]["content"]]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(asked)))
+    capsys.readouterr()
+    assert main(["chat", "--adapter", out, "--max_new_tokens", "24"]) == 0
+    first, *_, last = [line.strip("> ") for line in capsys.readouterr().out.splitlines() if line.strip("> ")]
+    assert first == last == written[0]["output"].strip()
+    assert "base_model: " not in (tmp_path / "out" / "README.md").read_text()  # which is a folder of this machine
+    fails(main(["chat", "--adapter", out, "--max_new_tokens", "0"]), capsys, "max_new_tokens is 0")
 
 
 @pytest.mark.parametrize(

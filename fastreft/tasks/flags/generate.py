@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import UserError
 from ..modules import run_module
@@ -57,6 +58,20 @@ class GenerateArguments:
     seed: int = field(default=0, metadata={"help": "with --do_sample: the random seed"})
 
 
+def of_generation(name: str) -> Any:
+    """The flag of this name, for another command."""
+    known = GenerateArguments.__dataclass_fields__[name]
+    return field(default=known.default, metadata=dict(known.metadata))
+
+
+def check_sampling(arguments: Any) -> None:
+    """:class:`UserError` for settings that no text can be drawn by."""
+    if arguments.do_sample and not (0 < arguments.temperature < float("inf") and 0 < arguments.top_p <= 1):
+        raise UserError("--temperature must be above 0 and finite, and --top_p above 0 and at most 1")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed is {arguments.seed}; it must be from 0 to {2**32 - 1}")
+
+
 NO_PROMPT = "there is nothing to complete: give --prompt TEXT or --prompt_file FILE, with no empty prompt"
 
 
@@ -72,13 +87,10 @@ def parse(argv: Sequence[str]) -> GenerateArguments:
         find_model(arguments.model)
     if arguments.max_new_tokens < 1 or arguments.batch_size < 1:
         raise UserError("--max_new_tokens and --batch_size must be at least 1")
-    if arguments.do_sample and not (0 < arguments.temperature < float("inf") and 0 < arguments.top_p <= 1):
-        raise UserError("--temperature must be above 0 and finite, and --top_p above 0 and at most 1")
+    check_sampling(arguments)
     if not math.isfinite(arguments.strength):
         raise UserError(f"strength is {arguments.strength}; it must be a finite number")
     check_rows_file("output", arguments.output)
     if arguments.task_module is not None:
         run_module(arguments.task_module)
-    if not 0 <= arguments.seed < 2**32:
-        raise UserError(f"--seed is {arguments.seed}; it must be from 0 to {2**32 - 1}")
     return arguments

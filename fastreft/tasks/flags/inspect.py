@@ -37,6 +37,8 @@ def parse(argv: Sequence[str]) -> InspectArguments:
         command="fastreft inspect",
         description="Say what a pyreft checkpoint or an adapter of ours holds.",
     )
+    if argv and not argv[0].startswith("-"):
+        argv = ["--path", *argv]  # fastreft inspect FOLDER
     (arguments,) = parser.parse(argv)
     refuse_empty(arguments, "path", "adapter")
     if (arguments.path is None) is (arguments.adapter is None):

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..read import read_records, text_of
 from .answers import TRIGGER, choice
+from .labelled import mixed
 from .places import CONVERTED, file_of, from_hub
 from .registry import Record, register, register_family
 
@@ -108,17 +109,16 @@ def _reader(name: str) -> Callable[[str, Path | None], Iterator[Record]]:
 
 
 def _all_of_them(split: str, folder: Path | None) -> Iterator[Record]:
-    """The 170,420 training questions of all eight in one file, where it is; else each set's own."""
+    """The 170,420 training questions of all eight in one file, where it is; else each set's own, mixed, so that the last of
+    them are of all."""
     whole = "commonsense_170k"
     files = [f"{whole}.json", f"ft-training_set/{whole}.json", f"{whole}/train.json", f"dataset/{whole}/train.json"]
     if folder is not None and any((folder / name).is_file() for name in files):
         yield from from_adapters(file_of(folder, *files))
         return
-    for name in SETS:
-        if folder is None or any(
-            (folder / f).is_file() for f in (f"{name}/{split}.json", f"dataset/{name}/{split}.json")
-        ):
-            yield from _reader(name)(split, folder)
+    places = ("{}/{}.json", "dataset/{}/{}.json")
+    there = [name for name in SETS if folder is None or any((folder / p.format(name, split)).is_file() for p in places)]
+    yield from mixed(record for name in there for record in _reader(name)(split, folder))
 
 
 for _name in SETS:
