@@ -252,8 +252,9 @@ def report(families: dict[str, Any]) -> None:
             last = (
                 [f"{cost['seconds_a_step']:.2f}", f"{cost['peak_memory_bytes'] / 2**20:.0f} MiB"] if cost else ["", ""]
             )
-            numbers = f"{min(trained):,}" if trained else ""
-            file = f"{min(sizes) / 2**10:,.0f} KiB" if sizes else ""
+            touched = any(as_rate(rate) for rate in what["methods"][method]["rates"])  # "auto" is one, 0 is none
+            numbers = f"{min(trained):,}" if trained and touched else ""
+            file = f"{min(sizes) / 2**10:,.0f} KiB" if sizes and touched else ""
             print(f"| {method} | {numbers} | {' | '.join(cells)} | {' | '.join(last)} | {file} |")
 
 
