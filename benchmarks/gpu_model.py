@@ -318,14 +318,14 @@ def main() -> None:
         "--gpu",
         choices=GPUS,
         action="append",
-        help="one of them; all but the A100 by default, whose way through the pieces takes minutes to follow",
+        help="one of them; all by default",
     )
     asked.add_argument("--json", type=Path, help="write the figures and the assumptions there")
     asked.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     options = asked.parse_args()
     if lacking := toolkit.missing():
         sys.exit(lacking)
-    gpus = {name: GPUS[name] for name in options.gpu or [name for name in GPUS if name != "A100"]}
+    gpus = {name: GPUS[name] for name in options.gpu or GPUS}
     a = Assumptions()
     with tempfile.TemporaryDirectory() as folder:
         looked = look_at_all(gpus, a, Path(folder), options.jobs)

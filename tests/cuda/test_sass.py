@@ -10,12 +10,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from sass import calls, checks, code, toolkit
+from sass import calls, checks, code, tiles, toolkit
 from sass.calls import Call
 from sass.checks import Budget
 from sass.warp import Latency, Undecided, Warp
@@ -308,3 +309,13 @@ def test_a_way_that_depends_on_memory_is_asked_for():
     with pytest.raises(Undecided, match="@P0 BRA"):
         Warp(kernel, LAUNCH, LATENCY).run()
     assert len(Warp(kernel, LAUNCH, LATENCY, decide=lambda _: False).run().steps) == 4
+
+
+def test_a_wait_that_asks_again_and_again_is_over():
+    """As cc 8.x has it for an mbarrier; any other branch that depends on something unknown is not followed."""
+    launch = replace(LAUNCH, tiles=calls.Tiles(1, 1, 1, 1))  # of which no numbers are known
+    asked = ("LDG.E R0, desc[UR6][R2.64]", "ISETP.NE.AND P0, PT, R0, RZ, PT")
+    (trace,) = tiles.walked(kernel_of(".L_x_0:", *asked, "@!P0 BRA `(.L_x_0)", "EXIT"), launch, LATENCY)
+    assert len(trace.steps) == 4
+    with pytest.raises(Undecided, match="@!P0 BRA"):
+        tiles.walked(kernel_of(*asked, "@!P0 BRA `(.L_x_1)", ".L_x_1:", "EXIT"), launch, LATENCY)

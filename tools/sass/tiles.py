@@ -16,7 +16,7 @@ from .calls import Call, Device, Launch, launches
 from .code import Instruction, Kernel
 from .shared import Shared
 from .values import UNKNOWN, Value, from_double, from_float
-from .warp import Latency, Trace, Warp
+from .warp import Latency, Trace, Undecided, Warp
 
 FEW, MORE = 4, 6  # tiles a CTA: enough for all stages of the pipe
 PIECES = 4  # that are enough, too
@@ -72,11 +72,21 @@ def memory_of(launch: Launch) -> Callable[[Instruction, Value, int], Value]:
     return read
 
 
+SPIN = 8 * 16  # bytes of code of a wait that asks again and again, as cc 8.x has for an mbarrier
+
+
+def over(x: Instruction) -> bool:
+    """Of a branch that depends on something unknown: a wait is over, and all else is not known."""
+    if x.targets and 0 < x.pc - x.targets[0] <= SPIN:
+        return False
+    raise Undecided(f"where does this go? {x}")
+
+
 def walked(
     kernel: Kernel, launch: Launch, latency: Latency, warps: tuple[int, ...] = (0,), cta: int = 0
 ) -> list[Trace]:
     memory, shared = memory_of(launch), Shared()  # the first warp leaves there what the others find
-    return [Warp(kernel, launch, latency, warp, (cta, 0), shared, memory).run() for warp in warps]
+    return [Warp(kernel, launch, latency, warp, (cta, 0), shared, memory, over).run() for warp in warps]
 
 
 def segments(trace: Trace) -> list[float]:
