@@ -2,6 +2,7 @@
 
     python benchmarks/comparison.py --data DATA --models minilm=FOLDER smollm2=FOLDER [--families encoder] [--sets sst2]
     python benchmarks/comparison.py --data DATA --models ... --measure      # seconds a step and memory, on an idle machine
+    python benchmarks/comparison.py --data DATA --models ... --write LoReFT LoRA    # what they write for instructions/
     python benchmarks/comparison.py --report                                # the tables of docs/results.md
 
 comparison.yaml says what is run; what has been run is kept, with its flags and log, in results/comparison.json, and not
@@ -29,6 +30,7 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "comparison.json"
+GENERATIONS = HERE / "results" / "generations.json"
 CONFIG = HERE / "comparison.yaml"
 SEEDS = (0, 1, 2)
 KEPT = (
@@ -221,6 +223,33 @@ def measure(families: dict[str, Any], chosen: list[str], places: dict[str, dict[
             keep(results, f"cost {family} {method}", {"seconds_a_step": seconds, "peak_memory_bytes": memory})
 
 
+def write(families: dict[str, Any], places: dict[str, dict[str, str]], methods: list[str]) -> None:
+    """What the untouched chat model and each method's best rate, seed 0, write for instructions/, as AlpacaEval reads it."""
+    family, task = "chat", "alpaca"
+    ask = ["--data_dir", str(HERE / "instructions"), "--max_new_tokens", "128", "--batch_size", "12"]
+    command, rows = [sys.executable, "-m", "fastreft"], []
+    for method in ["untouched", *methods]:
+        with tempfile.TemporaryDirectory() as out:
+            whose = ["--base", "true", "--model", places[family]["model"], "--task", task, "--chat", "true"]
+            if method != "untouched":
+                rate = best_rate(families, load(), family, task, method)
+                run = the_run(families, family, task, method, rate, SEEDS[0])
+                subprocess.run(
+                    [*command, "train", *as_arguments(run.flags, places[family], out)], check=True, capture_output=True
+                )
+                whose = ["--adapter", out, "--model", places[family]["model"]]
+            told = Path(out) / "told.json"
+            subprocess.run(
+                [*command, "eval", *whose, *ask, "--predictions", str(told)], check=True, capture_output=True
+            )
+            names = ("instruction", "output", "dataset")
+            rows += [
+                {**{name: row[name] for name in names}, "generator": method} for row in json.loads(told.read_text())
+            ]
+        print(method, rows[-1]["output"], flush=True)
+        GENERATIONS.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
 def spread(values: list[float], digits: int) -> str:
     return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}" if len(values) > 1 else f"{values[0]:.{digits}f}"
 
@@ -268,6 +297,7 @@ def main() -> None:
     arguments.add_argument("--sets", nargs="+", help="only these")
     arguments.add_argument("--workers", type=int, default=2)
     arguments.add_argument("--measure", type=int, nargs="?", const=3, metavar="ROUNDS")
+    arguments.add_argument("--write", nargs="+", metavar="METHOD")
     arguments.add_argument("--report", action="store_true")
     chosen = arguments.parse_args()
     families = yaml.safe_load(CONFIG.read_text())
@@ -285,6 +315,9 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     if chosen.measure:
         measure(families, wanted, places, chosen.measure)
+        return
+    if chosen.write:
+        write(families, places, chosen.write)
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
     run_all(families, wanted, chosen.sets, places, chosen.workers)
