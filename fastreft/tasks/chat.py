@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers import TextStreamer, set_seed
 
-from ..settings import ReftSettings
 from .data import prompt_ids, templated
 from .errors import UserError
 from .flags.chat import ChatArguments
+from .generate import check_reft
 from .models import adapter_config
 from .sets.registry import GENERATE
-from .trained import kind_of, load_trained
+from .trained import is_adapter, kind_of, load_trained
 
 
 def _answer(model: Any, tokenizer: Any, ids: list[int], options: dict[str, Any]) -> str:
@@ -32,8 +32,8 @@ def run(arguments: ChatArguments) -> int:
     """Ask and answer until the input ends."""
     if (kind := kind_of(arguments.adapter)) != GENERATE:
         raise UserError(f"the adapter in '{arguments.adapter}' was trained to {kind}, and not to write")
-    if arguments.strength != 1 and not isinstance(adapter_config(arguments.adapter), ReftSettings):
-        raise UserError(f"strength is of a ReFT adapter's edits, and the one in '{arguments.adapter}' is another's")
+    config = adapter_config(arguments.adapter) if is_adapter(arguments.adapter) else None
+    check_reft(arguments.adapter, config, strength=arguments.strength != 1)
     model, tokenizer, *_ = load_trained(
         arguments.adapter, arguments.model, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
     )

@@ -20,7 +20,7 @@ from .models import adapter_config
 from .read import read_records, text_of
 from .run_log import write_rows
 from .sets.registry import GENERATE
-from .trained import kind_of, load_trained
+from .trained import is_adapter, kind_of, load_trained
 
 
 def complete(
@@ -76,15 +76,21 @@ def _report(prompts: Sequence[str], texts: dict[str, list[str]]) -> Iterator[str
             yield f"{name}: {written[i]}" if len(texts) > 1 else written[i]
 
 
+def check_reft(folder: str, config: Any, **asked: bool) -> None:
+    """:class:`UserError` where something is asked for that ReFT adapters alone have."""
+    for flag, given in asked.items():
+        if given and not isinstance(config, ReftSettings):
+            what = "a whole model" if config is None else config.peft_type
+            raise UserError(f"{flag} is of a ReFT adapter's edits, and the one in '{folder}' is {what}")
+
+
 def run(arguments: GenerateArguments) -> int:
     """Print the completion of every prompt."""
     prompts = _prompts(arguments)
-    config = adapter_config(arguments.adapter)
-    for flag, given in (("strength", arguments.strength != 1), ("subspaces", arguments.subspaces is not None)):
-        if given and not isinstance(config, ReftSettings):
-            raise UserError(
-                f"{flag} is of a ReFT adapter's edits, and the one in '{arguments.adapter}' is {config.peft_type}"
-            )
+    config = adapter_config(arguments.adapter) if is_adapter(arguments.adapter) else None
+    check_reft(arguments.adapter, config, strength=arguments.strength != 1, subspaces=arguments.subspaces is not None)
+    if arguments.base and config is None:
+        raise UserError(f"all of the model in '{arguments.adapter}' was trained: --base is of an adapter's")
     if arguments.subspaces is not None and isinstance(config, ReftSettings):
         with user_errors(ValueError):
             rows_of(choice_of(arguments.subspaces), config.groups(), config.r, "the adapter")

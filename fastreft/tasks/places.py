@@ -33,6 +33,12 @@ def find_model(model: str) -> tuple[str, dict[str, Any]]:
     return model, {}
 
 
+def find_trained(folder: str) -> Path:
+    """The folder of an adapter or, where all of a model was trained, of that; :class:`UserError` where there is neither."""
+    path = Path(folder).expanduser()
+    return path if folder and (path / MODEL_CONFIG).is_file() else find_adapter(folder)
+
+
 def find_adapter(adapter: str) -> Path:
     """The folder of an adapter; :class:`UserError` where there is none."""
     path = Path(adapter).expanduser()

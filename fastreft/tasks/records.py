@@ -95,8 +95,8 @@ def answers_of_file(arguments: DataArguments, answer_field: str, extract: str) -
     path, answer_of = str(arguments.eval_file), extractor(extract)
     found = []
     for where, row in read_records(path):
-        prompt, said = text_of(row, arguments.prompt_field, where), row.get(answer_field)
-        answer = None if said is None else answer_of(str(said))
+        prompt, said = text_of(row, arguments.prompt_field, where), row.get(answer_field, "")
+        answer = answer_of(str(said) or text_of(row, answer_field, where))  # which says what is not there
         if answer is None:
             raise UserError(f"the field '{answer_field}' in {where} is {said!r}, in which there is no {extract}")
         found.append(Record(prompt, answer=answer, about={"prompt": prompt}, where=where))

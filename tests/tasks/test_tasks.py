@@ -368,6 +368,22 @@ def test_the_best_model_is_not_chosen_by_what_it_is_scored_on(tmp_path, films, c
     fails(main([*run, "--load_best_model_at_end", "true"]), capsys, "the records that it is scored on; give --hold_out")
 
 
+def test_a_model_that_was_trained_whole_writes(tmp_path, questions, capsys):
+    out = str(tmp_path / "out")
+    run = ["train", "--model", "embedded", "--task", "boolq", "--data_dir", questions, "--output_dir", out]
+    assert main([*run, "--method", "full", "--max_steps", "1", *QUICK]) == 0
+    ask = ["generate", "--adapter", out, "--prompt", "The king was", "--max_new_tokens", "4"]
+    capsys.readouterr()
+    assert main(ask) == 0 and capsys.readouterr().out.strip()
+    fails(main([*ask, "--base"]), capsys, "all of the model in", "--base is of an adapter's")
+    fails(
+        main([*ask, "--strength", "0.5"]),
+        capsys,
+        "strength is of a ReFT adapter's edits, and the one in",
+        "a whole model",
+    )
+
+
 def test_what_a_family_lacks_is_said_before_the_training(tmp_path, questions, capsys):
     run = ["train", "--model", "embedded", "--task", "commonsense", "--data_dir", questions, "--max_eval_records", "2"]
     assert main([*run, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", *QUICK]) == 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..errors import UserError
 from ..modules import run_module
-from ..places import find_adapter, find_model
+from ..places import find_model, find_trained
 from .generate import check_sampling, of_generation
 from .parser import Parser, refuse_empty
 
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str]) -> ChatArguments:
     )
     (arguments,) = parser.parse(argv)
     refuse_empty(arguments, "adapter")
-    find_adapter(arguments.adapter)
+    find_trained(arguments.adapter)
     if arguments.model is not None:
         find_model(arguments.model)
     if arguments.max_new_tokens < 1:

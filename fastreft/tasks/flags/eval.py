@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, user_errors
 from ..modules import run_module
-from ..places import MODEL_CONFIG, find_adapter, find_model
+from ..places import find_model, find_trained
 from ..sets.answers import EXTRACTS, extractor
 from ..sets.registry import SPLITS
 from .data import DataArguments
@@ -138,8 +137,7 @@ def parse(argv: Sequence[str]) -> EvalArguments:
         )
     arguments.check_file()
     for folder in arguments.adapter or ():
-        if not folder or not (Path(folder).expanduser() / MODEL_CONFIG).is_file():
-            find_adapter(folder)
+        find_trained(folder)
     if arguments.model is not None:
         find_model(arguments.model)
     if arguments.split not in SPLITS:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..modules import run_module
-from ..places import find_adapter, find_model
+from ..places import find_model, find_trained
 from .parser import Parser, check_rows_file, refuse_empty
 
 
@@ -82,7 +82,7 @@ def parse(argv: Sequence[str]) -> GenerateArguments:
     refuse_empty(arguments, "adapter")
     if not arguments.prompt and not arguments.prompt_file:
         raise UserError(NO_PROMPT)
-    find_adapter(arguments.adapter)
+    find_trained(arguments.adapter)
     if arguments.model is not None:
         find_model(arguments.model)
     if arguments.max_new_tokens < 1 or arguments.batch_size < 1:
