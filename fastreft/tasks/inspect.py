@@ -44,8 +44,7 @@ def adapter_rows(path: str) -> tuple[list[str], list[tuple[str, ...]]]:
         with safe_open(Path(path).expanduser() / ADAPTER_WEIGHTS, framework="pt") as file:
             more = sum(math.prod(file.get_slice(name).get_shape()) for name in found.others)
         settings.append(
-            f"and {len(found.others)} tensors that are no edit's, a head's or other modules', such as {found.others[0]}: "
-            f"{more:,} numbers"
+            f"and {len(found.others)} tensors that are no edit's, such as {found.others[0]}: {more:,} numbers in all"
         )
     rows = []
     for module, edits in found.edits.items():
