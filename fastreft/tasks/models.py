@@ -222,9 +222,10 @@ def save_adapter(
             tokenizer.save_pretrained(staging)
         if log is not None:
             put_log(staging, log)
-            named, settings = str(log["method"]), {}
+            named, settings, task_type = str(log["method"]), {}, None
             if isinstance(model, PeftModel):
                 config = model.peft_config[model.active_adapter]
+                task_type = str(getattr(config.task_type, "value", config.task_type))
                 named = config.intervention_type if isinstance(config, ReftSettings) else named
                 settings = {name: getattr(config, name) for name in _ON_CARD if getattr(config, name, None) is not None}
-            (staging / "README.md").write_text(card(base, named, settings, log), encoding="utf-8")
+            (staging / "README.md").write_text(card(base, named, settings, log, task_type), encoding="utf-8")

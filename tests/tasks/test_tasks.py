@@ -290,6 +290,7 @@ def test_an_encoder_decoder(tmp_path, questions, capsys):
     assert "encoder.block.0" in capsys.readouterr().out
     assert main(["report", "--adapter", out, "--data_dir", questions, "--records", "1", "--max_new_tokens", "3"]) == 0
     assert "without the edits" in (tmp_path / "out" / "report.html").read_text()
+    assert "AutoPeftModelForSeq2SeqLM.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_records_that_are_too_long(tmp_path, capsys):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..errors import UserError
 from ..modules import run_module
 from ..places import find_model, find_trained
-from .generate import check_sampling, of_generation
-from .parser import Parser, refuse_empty
+from .generate import GenerateArguments, check_sampling
+from .parser import Parser, refuse_empty, same_flag
+
+_of_generation = partial(same_flag, GenerateArguments)
 
 
 @dataclass
@@ -18,17 +21,17 @@ class ChatArguments:
     """Whom to talk to."""
 
     adapter: str = field(metadata={"help": "the adapter's folder"})
-    model: str | None = of_generation("model")
-    dtype: str = of_generation("dtype")
-    trust_remote_code: bool = of_generation("trust_remote_code")
+    model: str | None = _of_generation("model")
+    dtype: str = _of_generation("dtype")
+    trust_remote_code: bool = _of_generation("trust_remote_code")
     system: str | None = field(default=None, metadata={"help": "a system message to begin with"})
-    strength: float = of_generation("strength")
-    task_module: str | None = of_generation("task_module")
+    strength: float = _of_generation("strength")
+    task_module: str | None = _of_generation("task_module")
     max_new_tokens: int = field(default=512, metadata={"help": "most tokens of an answer"})
-    do_sample: bool = of_generation("do_sample")
-    temperature: float = of_generation("temperature")
-    top_p: float = of_generation("top_p")
-    seed: int = of_generation("seed")
+    do_sample: bool = _of_generation("do_sample")
+    temperature: float = _of_generation("temperature")
+    top_p: float = _of_generation("top_p")
+    seed: int = _of_generation("seed")
 
 
 def parse(argv: Sequence[str]) -> ChatArguments:

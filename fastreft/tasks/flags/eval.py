@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 from ..errors import UserError, user_errors
 from ..modules import run_module
@@ -12,7 +12,7 @@ from ..places import find_model, find_trained
 from ..sets.answers import EXTRACTS, extractor
 from ..sets.registry import SPLITS
 from .data import DataArguments
-from .parser import Parser, check_rows_file
+from .parser import Parser, check_rows_file, same_flag
 
 FIELDS = (
     *(
@@ -27,10 +27,7 @@ FIELDS = (
 )
 
 
-def _of_training(name: str) -> Any:
-    """The flag of a training that has this name."""
-    known = DataArguments.__dataclass_fields__[name]
-    return field(default=known.default, metadata=dict(known.metadata))
+_of_training = partial(same_flag, DataArguments)
 
 
 @dataclass

@@ -58,12 +58,6 @@ class GenerateArguments:
     seed: int = field(default=0, metadata={"help": "with --do_sample: the random seed"})
 
 
-def of_generation(name: str) -> Any:
-    """The flag of this name, for another command."""
-    known = GenerateArguments.__dataclass_fields__[name]
-    return field(default=known.default, metadata=dict(known.metadata))
-
-
 def check_sampling(arguments: Any) -> None:
     """:class:`UserError` for settings that no text can be drawn by."""
     if arguments.do_sample and not (0 < arguments.temperature < float("inf") and 0 < arguments.top_p <= 1):

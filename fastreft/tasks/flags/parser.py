@@ -109,6 +109,12 @@ class Parser(HfArgumentParser):
         return flags
 
 
+def same_flag(kind: type, name: str) -> Any:
+    """The flag of this name of another command, with its default and its help."""
+    known = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    return dataclasses.field(default=known.default, metadata=dict(known.metadata))
+
+
 def check_rows_file(name: str, path: str | None) -> None:
     """:class:`UserError` for a file of rows, if any, whose name does not say of which kind it is to be."""
     if path is not None and Path(path).suffix not in (".json", ".jsonl"):
