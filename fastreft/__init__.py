@@ -6,6 +6,7 @@ The names are loaded when they are asked for: importing this takes no time, and 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from .joining import join
@@ -72,6 +73,8 @@ _MODULES = ("causal", "concepts", "functional", "interventions", "optim", "pyref
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
+    if name == "__version__":
+        return importlib.metadata.version(__name__)
     if name not in __all__:
         raise AttributeError(f"module 'fastreft' has no attribute {name!r}")
     found = getattr(importlib.import_module(f".{_ROOMS.get(name, 'interventions')}", __name__), name)
