@@ -30,6 +30,11 @@ def is_first() -> bool:
     return _of_environment("RANK", 0) == 0
 
 
+def is_alone_of_several() -> bool:
+    """Was accelerate asked for several processes, and has started this one? On a CPU (--cpu) it does so without MPI."""
+    return {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= {*os.environ} and "WORLD_SIZE" not in os.environ
+
+
 def check_command(command: str) -> None:
     """:class:`UserError` for a command in several processes that would each do, and write, the same."""
     if count() > 1 and command not in SEVERAL:

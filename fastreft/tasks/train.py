@@ -297,6 +297,11 @@ def run(flags: Sequence[str]) -> int:
     model = make_model(run, ready)
     trainer = _make_trainer(run, ready, model)
     notes = _notes(ready)
+    if processes.is_alone_of_several() and run.training.world_size == 1:
+        notes.append(
+            "accelerate launch was asked for several processes and has started one; on a CPU, give it --multi_gpu, and "
+            "--use_cpu true to the training"
+        )
     for note in notes:
         _say(f"note: {note}")
     with user_errors(FloatingPointError, prefix="the training diverged; try a lower learning_rate: "):

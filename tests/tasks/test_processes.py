@@ -34,17 +34,9 @@ def mine(split, folder):
         prompt = " ".join(WORDS[(i + j) % len(WORDS)] for j in range(3 + 7 * i % 11))
         yield Record(prompt, "".join(f" {WORDS[(3 * i + j) % len(WORDS)]}" for j in range(2 + 5 * i % 9)), "why")
 """
-# Any free port.
-LAUNCH = (
-    "-m",
-    "torch.distributed.run",
-    "--nproc_per_node",
-    "2",
-    "--rdzv-backend",
-    "c10d",
-    "--rdzv-endpoint",
-    "127.0.0.1:0",
-)
+# Each at any free port.
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", "--")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0", "-m")
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +57,11 @@ def flags(folder, name, each, *more):
     return ("train", *where, "--per_device_train_batch_size", str(each), *more)
 
 
-def launched(folder, *arguments):
-    """What `torchrun` makes of it: its words, both processes' among them, and its exit code."""
+def launched(folder, *arguments, by=TORCHRUN):
+    """What a launcher makes of it: its words, both processes' among them, and its exit code."""
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, *LAUNCH, "-m", "--", "fastreft", *arguments]
+    command = [sys.executable, "-m", *by, "fastreft", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -121,6 +113,22 @@ def test_two_processes_learn_what_one_does_and_one_of_them_speaks(folder, alone)
     assert again.codes == [0, 0], again.said
     weights, unbroken = found(folder, "two-resumed")[0], found(folder, "two-forked")[0]
     assert all(torch.equal(weights[name], tensor) for name, tensor in unbroken.items())
+
+
+@needs_gloo
+def test_accelerate_launches_two_as_well(folder, alone):
+    done = launched(folder, *flags(folder, "accelerated", 2), by=ACCELERATE)
+    assert done.returncode == 0, done.stderr
+    assert_same(found(folder, "accelerated"), alone)
+    assert "has started one" not in done.stdout
+
+
+def test_one_process_of_several_that_accelerate_was_asked_for_says_so(folder, capsys, monkeypatch):
+    """What `accelerate launch --cpu --num_processes 2` sets where there is no MPI."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    one(folder, "asked", "--max_steps", "1")
+    assert "asked for several processes and has started one" in capsys.readouterr().out
 
 
 @needs_gloo
