@@ -33,12 +33,11 @@ def at_share(share: float) -> float:
 
 DENSE = partial(Call, n=32768, d=4096)
 STEP = Call("step", 64, 4096, 8)
-# Of an edit's code a dense call runs some thousand instructions a tile. The rest, sixteen activations, weights of four types,
-# listed rows and rows behind others, is more than the 48 KB that would keep a forward, a backward and a finish in the
-# instruction cache: this is where they stand, and they may not grow.
+# Of an edit's code a dense call runs 27 to 39 KB more than once, which is to stay in the instruction cache (48 KB). The
+# rest, sixteen activations, weights of four types, listed rows and rows behind others, may not grow.
 FUSED, BOTH = 108 * 1024, 124 * 1024
 # The optimizer's has five stored types, and Gram-Schmidt, which is rare.
-CODE, FENCES = 112 * 1024, ("MEMBAR", "ERRBAR", "CCTL")
+CODE, FENCES = 88 * 1024, ("MEMBAR", "ERRBAR", "CCTL")
 # 32 fp32 elements a thread, of a plain piece or a CTA's 8 x 2048: parameter, gradient, two moments read, all but one written.
 MOMENTS = 32 * 28 / 16
 # A row of bf16 read twice and written, and its adapter's A and U in fp32, by 256 lanes.
@@ -95,7 +94,7 @@ def test_every_kernel_keeps_to_its_budget(tmp_path):
         name = f"{seen.kernel}, {budget.call.what} r = {budget.call.r}"
         print(
             f"{name:52} {seen.per_vector:4.0f} instructions for 16 bytes (at most {budget.per_vector:3.0f}), "
-            f"{seen.registers:3} registers, {seen.per_sm} a multiprocessor, {seen.size:6} B, "
+            f"{seen.registers:3} registers, {seen.per_sm} a multiprocessor, {seen.size:6} B, {seen.kept:5} kept, "
             f"in loops {len(seen.ordering)} fences, {len(seen.waited)} loads waited for at once, "
             f"{len(seen.scattered)} accesses scattered"
         )
@@ -146,7 +145,7 @@ def loop_of(*body: str | tuple) -> code.Kernel:
 
 def seen_in(kernel: code.Kernel, vectors: float = 1) -> checks.Found:
     trace = Warp(kernel, LAUNCH, LATENCY).run()
-    return checks.found(kernel, LAUNCH, H200, trace, len(trace.steps) / vectors)
+    return checks.found(kernel, LAUNCH, H200, [trace], len(trace.steps) / vectors)
 
 
 BUDGET = Budget(STEP, 0, "planted", 40, 32, 8, "planted")
@@ -209,7 +208,9 @@ def test_planted_faults_are_found():
         "6 CTAs a multiprocessor, at least 8",
         "49168 bytes of code, at most 49152",
     ]
-    assert "another plan" in checks.Found("other<8>", 1, 1, 9, 1).faults(BUDGET)[0]
+    often = seen_in(loop_of(*["NOP"] * 3072), 1000)
+    assert often.faults(replace(BUDGET, size=64 * 1024)) == ["49280 bytes of code run more than once, at most 49152"]
+    assert "another plan" in checks.Found("other<8>", 1, 1, 9, 1, 1).faults(BUDGET)[0]
 
 
 def test_scattered_stores_are_found():

@@ -35,7 +35,14 @@ def mine(split, folder):
         yield Record(prompt, "".join(f" {WORDS[(3 * i + j) % len(WORDS)]}" for j in range(2 + 5 * i % 9)), "why")
 """
 # Each at any free port.
-TORCHRUN = ("torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", "--")
+TORCHRUN = (
+    "torch.distributed.run",
+    "--nproc_per_node=2",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=127.0.0.1:0",
+    "-m",
+    "--",
+)
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0", "-m")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,8 @@ LOADS = ("LDG", "LD")
 NEAR = 4  # instructions: a load waited for sooner than that hides nothing
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor of cc 8.0, 9.0 or 10.0
 RESERVED = 1024  # bytes of shared memory that the system takes of each CTA
+WORKERS = 8  # warps of a CTA that edit tiles
+LINE = 128  # bytes of code that are fetched together
 
 
 def walked_loops(trace: Trace) -> set[int]:
@@ -60,6 +64,16 @@ def scattered(trace: Trace) -> list[Instruction]:
     return [code[i] for i, (filled, touched) in traffic.items() if touched > 2 * filled]
 
 
+def kept(traces: Sequence[Trace]) -> int:
+    """Bytes of code, in whole lines, that one of these warps goes through more than once: what the instruction cache has to
+    keep."""
+    lines: set[int] = set()
+    for trace in traces:
+        visits = Counter(step.index for step in trace.steps)
+        lines |= {trace.kernel.code[i].pc // LINE for i, times in visits.items() if times > 1}
+    return LINE * len(lines)
+
+
 def per_sm(kernel: Kernel, launch: Launch, device: Device) -> int:
     """CTAs that a multiprocessor holds: registers (8 at a time, a warp) and shared memory decide."""
     warps = launch.threads // 32
@@ -81,6 +95,7 @@ class Budget:
     size: int = 48 * 1024  # bytes of code
     fences: tuple[str, ...] = ()  # opcodes among ORDERING that it may have in loops
     vectors: float = 0  # that a lane moves in all, where there are no tiles
+    kept: int = 48 * 1024  # bytes of code that the call runs more than once
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,7 @@ class Found:
     registers: int
     per_sm: int
     size: int
+    kept: int
     ordering: tuple[str, ...] = ()
     waited: tuple[str, ...] = ()
     scattered: tuple[str, ...] = ()
@@ -108,15 +124,19 @@ class Found:
             wrong.append(f"{self.per_sm} CTAs a multiprocessor, at least {budget.per_sm}")
         if self.size > budget.size:
             wrong.append(f"{self.size} bytes of code, at most {budget.size}")
+        if self.kept > budget.kept:
+            wrong.append(f"{self.kept} bytes of code run more than once, at most {budget.kept}")
         wrong += [f"in a loop: {text}" for text in self.ordering if not any(op in text for op in budget.fences)]
         wrong += [f"waited for at once, in a loop: {text}" for text in self.waited]
         wrong += [f"touches more than twice what it moves, in a loop: {text}" for text in self.scattered]
         return wrong
 
 
-def found(kernel: Kernel, launch: Launch, device: Device, trace: Trace, per_vector: float) -> Found:
-    listed = [tuple(map(str, check(trace))) for check in (ordering_in_loops, waited_loads, scattered)]
-    return Found(launch.kernel, per_vector, kernel.registers, per_sm(kernel, launch, device), kernel.size, *listed)
+def found(kernel: Kernel, launch: Launch, device: Device, traces: Sequence[Trace], per_vector: float) -> Found:
+    """`traces`: of warps that do different work, the first of them the one whose loops are looked at."""
+    listed = [tuple(map(str, check(traces[0]))) for check in (ordering_in_loops, waited_loads, scattered)]
+    resident = per_sm(kernel, launch, device)
+    return Found(launch.kernel, per_vector, kernel.registers, resident, kernel.size, kept(traces), *listed)
 
 
 def look(program: Path, budgets: list[Budget], device: Device, latency: Latency, folder: Path) -> list[Found]:
@@ -126,10 +146,10 @@ def look(program: Path, budgets: list[Budget], device: Device, latency: Latency,
     for budget in budgets:
         launch = launches(program, budget.call, device)[budget.which]
         kernel = kernel or compiled(launch.kernel, folder)
-        cost = costs(program, budget.call, device, budget.which, kernel, latency)
         tiled = launch.tiles.count > 0
+        warps = (0, WORKERS) if launch.threads // 32 == WORKERS + 1 else (0,)  # the ninth moves the tiles
+        cost = costs(program, budget.call, device, budget.which, kernel, latency, warps)
         vectors = launch.tiles.bytes / launch.threads / 16 if tiled else budget.vectors
         instructions = (cost.tile if tiled else cost.rest).instructions[0]
-        trace = cost.whole
-        seen.append(found(kernel, launch, device, trace, instructions / vectors))
+        seen.append(found(kernel, launch, device, cost.whole, instructions / vectors))
     return seen

@@ -36,7 +36,7 @@ class Cost:
 class Costs:
     tile: Cost  # of one tile; nothing where a launch has none
     rest: Cost  # of all else
-    whole: Trace  # a walk of the first warp's, a few tiles long
+    whole: tuple[Trace, ...]  # a walk of each of the warps, a few tiles long
 
 
 def within(place: Value, start: int) -> Value:
@@ -147,8 +147,8 @@ def costs(
     if launch.tiles.count <= launch.tiles.groups:  # no more than one for each CTA
         traces = walked(kernel, launch, latency, warps)
         whole = cost_of(traces)
-        return Costs(times(whole, 0), whole, traces[0])
+        return Costs(times(whole, 0), whole, tuple(traces))
     fewer, more = (1, 2) if launch.tiles.pieces >= PIECES else (FEW, MORE)
     short, long = (walked(kernel, with_tiles(program, call, device, which, n), latency, warps) for n in (fewer, more))
     tile = times(less(cost_of(long), cost_of(short)), 1 / (more - fewer))
-    return Costs(tile, less(cost_of(short), times(tile, fewer)), long[0])
+    return Costs(tile, less(cost_of(short), times(tile, fewer)), tuple(long))
