@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
+from transformers import TrainerCallback
 
 import fastreft
 
@@ -60,6 +61,20 @@ def apply(base: Any, method: str, config: Any, settings: dict[str, Any], task_ty
         )
     with user_errors(ValueError, TypeError, KeyError, ImportError, prefix=f"the method '{method}': "), quiet_peft():
         return get_peft_model(base, made(task_type=task_type, **settings))
+
+
+class Allocation(TrainerCallback):
+    """AdaLoRA's share of ranks among its matrices, which PEFT wants told of every step."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        given["model"].base_model.update_and_allocate(state.global_step)
+
+
+def callbacks_of(settings: MethodArguments, training: Any) -> list[Any]:
+    """What Trainer calls for a method's sake."""
+    if settings.method == REFT and training.deepspeed_plugin:
+        return [fastreft.ZeroRetraction(settings.r_lr_scale)]
+    return [Allocation()] if settings.method == "adalora" else []
 
 
 def head_of(base: Any) -> list[torch.nn.Module]:

@@ -243,8 +243,7 @@ def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
     pad: Any = Pad(pads.get(data.kind, DataCollatorWithPadding)(ready.tokenizer))
     smoothed = run.training.label_smoothing_factor and data.kind == GENERATE and run.method.method == methods.REFT
     callbacks: list[Any] = [EarlyStoppingCallback(run.method.early_stopping)] if run.method.early_stopping else []
-    if run.training.deepspeed_plugin and run.method.method == methods.REFT:
-        callbacks.append(fastreft.ZeroRetraction(run.method.r_lr_scale))
+    callbacks += methods.callbacks_of(run.method, run.training)
     return {
         "args": run.training,
         "train_dataset": ready.train.data,

@@ -53,6 +53,18 @@ def number(pattern, text):
     return float(re.search(pattern, text)[1])
 
 
+def test_adalora_shares_out_its_ranks(tmp_path, films):
+    """Which PEFT does when it is told of every step: of 4 ranks a matrix one is left on average."""
+    out = tmp_path / "out"
+    config = (
+        '{"total_step": 4, "tinit": 1, "tfinal": 1, "init_r": 4, "target_r": 1, "target_modules": ["query", "value"]}'
+    )
+    where = ["--model", bert(tmp_path / "bert"), "--task", "sst2", "--data_dir", films, "--output_dir", str(out)]
+    assert main(["train", *where, "--method", "adalora", "--method_config", config, "--max_steps", "4", *QUICK]) == 0
+    kept = json.loads((out / "adapter_config.json").read_text())["rank_pattern"].values()
+    assert sum(map(sum, kept)) == len(kept) > 0
+
+
 @pytest.mark.parametrize("method", ["reft", "lora", "ia3", "full", "head", "last"])
 def test_a_classifier_by_any_method(tmp_path, films, capsys, method):
     out = str(tmp_path / "out")
