@@ -25,26 +25,51 @@ def _sets(arguments: EvalArguments, folder: str | None, log: dict[str, Any]) -> 
             made = answers_of_file(arguments.data(None), arguments.answer_field, arguments.extract)
         else:
             made = set_of_file(arguments.data(None))
-        trained = log.get("kind")
-        if trained not in (None, made.kind):
-            fields = dict.fromkeys(NAMED, "give --text_field and --label_field")
-            fields[GENERATE] = "leave text_field and label_field out"
-            raise UserError(
-                f"'{folder}' was trained to {trained}, and '{arguments.eval_file}' is to {made.kind} by the fields given; "
-                f"{fields.get(trained, 'give a --task')}"
-            )
+        fields = dict.fromkeys(NAMED, "give --text_field and --label_field")
+        fields[GENERATE] = "leave text_field and label_field out"
+        advice = f" by the fields given; {fields.get(str(log.get('kind')), 'give a --task')}"
+        _check_kind(folder, log, made.kind, arguments.eval_file, advice)
         return [made]
     name = arguments.task or log.get("task")
     if not name:
         raise UserError(f"'{folder}' does not say what it was trained on; give --task or --eval_file")
-    return tasks_of(arguments.data(name))
+    found = tasks_of(arguments.data(name))
+    _check_kind(folder, log, found[0].kind, name)
+    return found
+
+
+def _check_kind(folder: str | None, log: dict[str, Any], kind: str, name: str, advice: str = "") -> None:
+    """:class:`UserError` for what a model was not trained to do."""
+    if log.get("kind") not in (None, kind):
+        raise UserError(f"'{folder}' was trained to {log['kind']}, and '{name}' is to {kind}{advice}")
 
 
 def _records(arguments: EvalArguments, task: TaskSet, labels: tuple[str, ...]) -> list[Record]:
-    """What is scored of a task; :class:`UserError` for labels of a file that the training did not know."""
+    """What is scored of a task; :class:`UserError` for labels that the training did not know."""
     found = to_score(task, arguments.data(task.name), arguments.split)
-    if arguments.eval_file is not None and task.kind in NAMED:
+    if task.kind in NAMED:
+        if task.labels and task.labels != labels:  # a record's label may be their number
+            raise UserError(
+                f"the labels of '{task.name}' are {', '.join(task.labels)}, and those of the training {', '.join(labels)}"
+            )
         check_known(found, labels, "to evaluate")
+    return found
+
+
+def _all_records(arguments: EvalArguments, sets: list[TaskSet], labels: tuple[str, ...]) -> dict[TaskSet, list[Record]]:
+    """:func:`_records` of each task; of several, those that are there, and a note for each other."""
+    found, missing = {}, []
+    for task in sets:
+        try:
+            found[task] = _records(arguments, task, labels)
+        except UserError as error:
+            if len(sets) == 1:
+                raise
+            missing.append(f"{task.name} is not scored: {error}")
+    if not found:
+        raise UserError("; ".join(missing))
+    for text in missing:
+        print(f"note: {text}")
     return found
 
 
@@ -88,7 +113,7 @@ def _scores(arguments: EvalArguments, folder: str | None, base: bool) -> Iterato
         raise UserError(
             f"the labels of '{sets[0].name}' are those of a training; score what 'fastreft train' wrote for them"
         )
-    records = {task: _records(arguments, task, labels) for task in sets}
+    records = _all_records(arguments, sets, labels)
     trained = load_trained(
         folder, arguments.model, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code, kind=sets[0].kind,
         labels=labels,

@@ -16,7 +16,7 @@ from ..settings import ReftSettings
 from .data import chat_prompt, prompt_ids
 from .errors import UserError, user_errors
 from .flags.generate import NO_PROMPT, GenerateArguments
-from .models import adapter_config
+from .models import adapter_config, context_of
 from .read import read_records, text_of
 from .run_log import write_rows
 from .sets.registry import GENERATE
@@ -29,11 +29,15 @@ def complete(
     prompts: Sequence[list[int]],
     batch_size: int = 8,
     subspaces: Sequence[Any] | None = None,
+    *,
+    max_new_tokens: int,
     **options: Any,
 ) -> list[str]:
     """What ``model.generate(**options)`` writes after each prompt (token ids), in left-padded batches, with the
-    ``subspaces`` of each where they are given."""
+    ``subspaces`` of each where they are given. Prompts keep their ends and less is written where a model's context is too
+    short for both, of which a line on stderr tells."""
     texts = []
+    prompts, max_new_tokens = _within_context(model, prompts, max_new_tokens)
     for i in range(0, len(prompts), batch_size):
         batch = tokenizer.pad(
             {"input_ids": list(prompts[i : i + batch_size])}, padding_side="left", return_tensors="pt"
@@ -42,10 +46,29 @@ def complete(
         if subspaces is not None:
             batch["subspaces"] = list(subspaces[i : i + batch_size])
         with torch.inference_mode():
-            out = model.generate(**batch, pad_token_id=tokenizer.pad_token_id, **options)
+            out = model.generate(**batch, pad_token_id=tokenizer.pad_token_id, max_new_tokens=max_new_tokens, **options)
         start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
         texts += tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
     return texts
+
+
+def _within_context(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> tuple[Sequence[list[int]], int]:
+    """(prompts, tokens to write) that a model's context has room for: half of it is the prompts' at least."""
+    context = context_of(model.config)
+    if context is None or model.config.is_encoder_decoder:
+        return prompts, max_new_tokens
+    room = context - min(max_new_tokens, context // 2)
+    cut = sum(len(ids) > room for ids in prompts)
+    prompts = [ids[-room:] for ids in prompts]
+    fewer = min(max_new_tokens, context - max(map(len, prompts)))
+    if cut:
+        print(
+            f"note: {cut} prompts were cut to their last {room} tokens: the model's context is {context}",
+            file=sys.stderr,
+        )
+    if fewer < max_new_tokens:
+        print(f"note: {fewer} tokens are written at most: the model's context is {context}", file=sys.stderr)
+    return prompts, fewer
 
 
 def _prompts(arguments: GenerateArguments) -> list[str]:

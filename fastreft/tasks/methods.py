@@ -5,6 +5,9 @@ One road for all, so that a comparison shares code, data order and seed.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from typing import Any
 
 import torch
@@ -61,6 +64,20 @@ def apply(base: Any, method: str, config: Any, settings: dict[str, Any], task_ty
         )
     with user_errors(ValueError, TypeError, KeyError, ImportError, prefix=f"the method '{method}': "), quiet_peft():
         return get_peft_model(base, made(task_type=task_type, **settings))
+
+
+def divides_by_all_tokens(model: Any) -> bool:
+    """Whether a model's loss is a mean over the tokens of all batches of a step, of which Trainer tells it the number: by the
+    code of its forward, which hands that on to Transformers' loss of a causal language model, or does not."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(type(base).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    calls = [
+        call for call in ast.walk(code) if isinstance(call, ast.Call) and any(k.arg is None for k in call.keywords)
+    ]
+    return any(isinstance(call.func, ast.Attribute) and call.func.attr == "loss_function" for call in calls)
 
 
 class Allocation(TrainerCallback):

@@ -122,9 +122,15 @@ def load_config(model: str, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(source, **keywords, **code)
 
 
+def context_of(config: Any) -> int | None:
+    """The tokens that a model can take, those that it writes included; None where its configuration names no number."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def longest(max_length: int | None, config: Any) -> int:
     """The tokens that a record may have: what the user asked for, within what the model can take."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(config)
     if max_length is None:
         return min(512, context or 512)
     if max_length < 2:

@@ -95,8 +95,9 @@ def answers_of_file(arguments: DataArguments, answer_field: str, extract: str) -
     path, answer_of = str(arguments.eval_file), extractor(extract)
     found = []
     for where, row in read_records(path):
-        prompt, said = text_of(row, arguments.prompt_field, where), row.get(answer_field, "")
-        answer = answer_of(str(said) or text_of(row, answer_field, where))  # which says what is not there
+        prompt, said = text_of(row, arguments.prompt_field, where), row.get(answer_field)
+        # text_of says what is not there
+        answer = answer_of(text_of(row, answer_field, where) if said in (None, "") else str(said))
         if answer is None:
             raise UserError(f"the field '{answer_field}' in {where} is {said!r}, in which there is no {extract}")
         found.append(Record(prompt, answer=answer, about={"prompt": prompt}, where=where))
@@ -151,7 +152,7 @@ def gather(arguments: DataArguments) -> Data:
     if arguments.max_train_records is not None:
         data.train = data.train[: arguments.max_train_records]
     if arguments.eval_file is not None:
-        data.evaluated = _some_of(arguments.eval_file, arguments)
+        data.evaluated = _some_of(arguments.eval_file, arguments)[: arguments.max_eval_records]
     elif arguments.hold_out:
         if arguments.hold_out >= len(data.train):
             raise UserError(f"hold_out is {arguments.hold_out}, and there are {len(data.train)} training records")

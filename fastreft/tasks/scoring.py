@@ -63,8 +63,8 @@ def score(
     if task.kind == REGRESS:
         return _scored(task, records, values, [float(record.answer) for record in records], values)
     found = [max(range(len(row)), key=row.__getitem__) for row in values]
-    named = [labels[i] if i < len(labels) else str(i) for i in found]
-    return _scored(task, records, found, [label_index(record, labels) for record in records], named)
+    wanted = [label_index(record, labels) for record in records]
+    return _scored(task, records, found, wanted, [labels[i] if i < len(labels) else str(i) for i in found], labels)
 
 
 def write(
@@ -158,14 +158,20 @@ def _score_written(task: TaskSet, records: Sequence[Record], written: Sequence[s
 
 
 def _scored(
-    task: TaskSet, records: Sequence[Record], found: Sequence[Any], wanted: Sequence[Any], shown: Sequence[Any]
+    task: TaskSet,
+    records: Sequence[Record],
+    found: Sequence[Any],
+    wanted: Sequence[Any],
+    shown: Sequence[Any],
+    labels: tuple[str, ...] = (),
 ) -> Score:
     rows = []
     for record, a, b, said in zip(records, found, wanted, shown, strict=True):
         row: dict[str, Any] = {"text": record.prompt} if record.words is None else {"words": record.words}
         if record.pair is not None:
             row["pair"] = record.pair
-        row |= {"found": said, "answer": record.answer}
+        named = isinstance(record.answer, int) and record.answer < len(labels)
+        row |= {"found": said, "answer": labels[record.answer] if named else record.answer}
         if task.kind != REGRESS:
             row["right"] = a == b
         rows.append(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,13 +32,14 @@ from .checkpoints import lacks, newest_whole
 from .data import Encoded, Pad, encode_labelled, encode_written, numbers_of
 from .errors import UserError, user_errors
 from .flags.data import DataArguments
-from .flags.train import AUTO, MethodArguments, ModelArguments, parser_of, settings_of, with_positions
+from .flags.train import ANY, AUTO, MethodArguments, ModelArguments, parser_of, settings_of, with_positions
 from .models import class_for, head_settings, load_base, load_config, load_tokenizer, longest, save_adapter
 from .records import Data, gather, to_score
 from .run_log import peak_memory, versions, write_log
 from .scoring import metrics_for_trainer, score
 from .sets import Record
 from .sets.registry import CLASSIFY, GENERATE, NAMED, TAG
+from .trained import is_adapter
 
 
 class Settings(NamedTuple):
@@ -98,6 +100,10 @@ def prepare(run: Settings) -> Prepared:
             "keeps the last N training records for that"
         )
     _check_chosen_by(run.training, data)
+    if run.method.method != methods.REFT and (unused := _of_reft(run)):
+        data.notes.append(
+            f"of ReFT, and of no effect with the method {run.method.method}: {', '.join(unused)} (--method_config has its own)"
+        )
     run.adapter.update(with_positions(run.adapter, labelled=data.kind != GENERATE))
     named, trusts = run.model.model, run.model.trust_remote_code
     config = load_config(named, trusts)
@@ -127,6 +133,13 @@ def prepare(run: Settings) -> Prepared:
 
     evaluated = encode(data.evaluated) if data.evaluated else None
     return Prepared(data, config, tokenizer, length, encode(data.train), evaluated)
+
+
+def _of_reft(run: Settings) -> list[str]:
+    """The settings of ReFT alone that are given."""
+    usual = {field.name: field.default for field in fields(ReftSettings)} | {"positions": ANY}
+    found = [name for name, value in run.adapter.items() if name in usual and value != usual[name]]
+    return found + ["r_lr_scale"] * (run.method.r_lr_scale != MethodArguments.r_lr_scale)
 
 
 def _check_chosen_by(training: TrainingArguments, data: Data) -> None:
@@ -171,6 +184,8 @@ class TaskTrainer(Trainer):
     def __init__(self, mine: Settings, **given: Any):
         self.mine = mine
         super().__init__(**given)
+        # It takes every model with keywords for one that does, and leaves the others' accumulated losses undivided.
+        self.model_accepts_loss_kwargs = methods.divides_by_all_tokens(self.model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer of the method, or Trainer's own."""
@@ -255,7 +270,7 @@ def trainer_settings(run: Settings, ready: Prepared) -> dict[str, Any]:
     }
 
 
-def _notes(ready: Prepared) -> list[str]:
+def data_notes(ready: Prepared) -> list[str]:
     """What was done to the records, and chosen."""
     notes = list(ready.data.notes)
     for what, encoded in (("training", ready.train), ("evaluation", ready.evaluated)):
@@ -287,6 +302,10 @@ def run(flags: Sequence[str]) -> int:
         disable_progress_bar()
     output_dir = str(run.training.output_dir)
     adapted = run.method.method not in (methods.FULL, methods.HEAD, methods.LAST)
+    if not adapted and is_adapter(output_dir):
+        raise UserError(
+            f"output_dir '{output_dir}' holds an adapter, for which a whole model beside it would be taken; give another folder"
+        )
     checkpoint = find_checkpoint(run.training, output_dir, adapter=adapted)
     with user_errors(OSError, prefix=f"cannot write into output_dir '{output_dir}': "):
         check_writable(output_dir)
@@ -295,7 +314,7 @@ def run(flags: Sequence[str]) -> int:
     ready = prepare(run)
     model = make_model(run, ready)
     trainer = _make_trainer(run, ready, model)
-    notes = _notes(ready)
+    notes = data_notes(ready)
     if processes.is_alone_of_several() and run.training.world_size == 1:
         notes.append(
             "accelerate launch was asked for several processes and has started one; on a CPU, give it --multi_gpu, and "

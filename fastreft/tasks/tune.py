@@ -21,7 +21,7 @@ from .flags.train import AUTO, parser_of
 from .flags.tune import FACTOR, SCALES, Dimension, TuneArguments, dimensions, meant
 from .run_log import write_rows
 from .sets.registry import GENERATE
-from .train import Prepared, Settings, TaskTrainer, make_model, prepare, settings, trainer_settings
+from .train import Prepared, Settings, TaskTrainer, data_notes, make_model, prepare, settings, trainer_settings
 
 STUDY, BEST, TRIALS, PLOT = "study.sqlite", "best.yaml", "trials.jsonl", "trials.png"
 SETTINGS, FAILED = "settings", "failed"  # what a study is of; why a trial was none
@@ -113,6 +113,8 @@ def run(flags: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails is told of below
     of = {name: value for name, value in _given(flags).items() if name != "output_dir"}
+    for note in data_notes(ready):
+        print(f"note: {note}")
     study, found = _study(optuna, folder, direction, {**of, "search": [str(each) for each in space]})
     done = sum(trial.state.is_finished() and trial.state.name != "FAIL" for trial in study.trials)
     if done < arguments.trials:

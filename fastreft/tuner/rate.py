@@ -39,7 +39,8 @@ def suggest_lr(
     ``move``: the part of the state's length; if not given 0.1, or 0.3 where the model writes no text and every token
     is edited.
 
-    The model is left as it was. W, b and whatever else is trained are moved; R, whose rate follows W's, is not.
+    The model is left as it was. W, b and whatever else is trained are moved; R, whose rate follows W's, is not: where R is
+    trained the rate is 1 / sqrt(d) at most, at which a step of Adam's is as long as a row of R itself.
     ``ValueError`` where nothing is trained, where the model gives no hidden states, or where a step changes none.
     """
     from .model import get_reft_model
@@ -58,8 +59,9 @@ def suggest_lr(
 
 
 def _suggested(model: nn.Module, inputs: Mapping[str, Tensor] | None, move: float | None) -> float:
-    Rs = orthonormal_parameters()
-    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in Rs]
+    known = orthonormal_parameters()
+    Rs = [p for p in model.parameters() if p.requires_grad and id(p) in known]
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     if not trained:
         raise ValueError("model has no parameter that requires a gradient, so that no rate suits it")
     device = next(model.parameters()).device
@@ -75,7 +77,8 @@ def _suggested(model: nn.Module, inputs: Mapping[str, Tensor] | None, move: floa
         grads = torch.autograd.grad((found.float() @ direction).sum(), trained, allow_unused=True)
         signs: list[Tensor | None] = [None if g is None else g.sign() for g in grads]
         del found, grads
-        return _rate(lambda rate: _moved(model, batch, before, trained, signs, rate), move)
+        rate = _rate(lambda rate: _moved(model, batch, before, trained, signs, rate), move)
+    return float(f"{min([rate, *(R.shape[-1] ** -0.5 for R in Rs)]):.2g}")
 
 
 def _rate(moved: Callable[[float], float], move: float) -> float:
@@ -88,7 +91,7 @@ def _rate(moved: Callable[[float], float], move: float) -> float:
         rate *= min(max(move / found, 1e-2), 1e2)
         if abs(found - move) <= _NEAR * move:
             break
-    return float(f"{rate:.2g}")
+    return rate
 
 
 def _random_batch(model: nn.Module, device: torch.device) -> dict[str, Tensor]:

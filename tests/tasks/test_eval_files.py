@@ -163,6 +163,13 @@ def test_answers_that_are_found_in_what_is_written(tmp_path, data, capsys):
     assert found[0]["right"] and not found[1]["right"]
     (score,) = json.loads((tmp_path / "scores.json").read_text())
     assert score["accuracy"] == 50 and score["records"] == 2 and score["task"] == "asked.jsonl"
+    (tmp_path / "none.jsonl").write_text(json.dumps({"prompt": "The king", "answer": None}))
+    fails(
+        main(["eval", *flags, "--eval_file", str(tmp_path / "none.jsonl")]),
+        capsys,
+        "field 'answer' in line 1",
+        "is empty",
+    )
     fails(main(["eval", *flags, "--answer_field", "anser"]), capsys, "has no field 'anser' among prompt, answer")
     fails(
         main(["eval", *flags, "--extract", "number"]), capsys, "field 'answer' in line 1", "'he', in which there is no"

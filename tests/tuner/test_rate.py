@@ -63,6 +63,13 @@ def test_deeper_and_wider_edits_and_more_positions_want_less():
     assert of(r=8) < of(r=1)
 
 
+def test_where_R_is_trained_a_step_is_no_longer_than_its_rows():
+    """A b that alone moves the state too little would have a rate at which R is another one after each step."""
+    config = ReftConfig(r=1, positions="l1", intervention_type="consreft")
+    assert suggest_lr(make("llama"), config, move=1e3) == pytest.approx(32**-0.5, rel=0.05)
+    assert suggest_lr(make("llama"), ReftConfig(positions="l1", intervention_type="bias"), move=1e3) > 1
+
+
 def test_inputs_of_ones_own_an_encoder_decoder_and_other_methods():
     from peft import LoraConfig, get_peft_model
     from transformers import T5Config, T5ForConditionalGeneration

@@ -84,11 +84,14 @@ class DataArguments:
         metadata={"help": "learn the first so many tokens of each completion alone, as BREP does with --positions dN"},
     )
     max_train_records: int | None = field(default=None, metadata={"help": "train on the first so many records alone"})
-    max_eval_records: int | None = field(default=None, metadata={"help": "score the first so many records alone"})
+    max_eval_records: int | None = field(
+        default=None, metadata={"help": "score, or evaluate on, the first so many records alone"}
+    )
     hold_out: int = field(
         default=0,
         metadata={
-            "help": "keep the last so many training records (of texts with labels: after mixing) to evaluate on during training"
+            "help": "keep the last so many training records (of a file of labelled texts: after mixing) to evaluate on during "
+            "training"
         },
     )
 

@@ -92,7 +92,10 @@ class TaskSet:
         found = list(self.read(split, folder))
         if not found:
             raise UserError(f"the task '{self.name}' has no {split} records in '{folder}'")
-        return found
+        if self.kind != CLASSIFY or self.labels:
+            return found
+        # Numbered classes are names where no labels are given, of which a number would be a place.
+        return [replace(one, answer=str(one.answer)) if isinstance(one.answer, int) else one for one in found]
 
 
 @dataclass(frozen=True)
