@@ -184,8 +184,10 @@ class TaskTrainer(Trainer):
     def __init__(self, mine: Settings, **given: Any):
         self.mine = mine
         super().__init__(**given)
-        # It takes every model with keywords for one that does, and leaves the others' accumulated losses undivided.
-        self.model_accepts_loss_kwargs = methods.divides_by_all_tokens(self.model)
+        # It takes every model with keywords for one that does, and leaves the others' accumulated losses undivided, as it
+        # does its own smoothed ones.
+        divides = methods.divides_by_all_tokens(self.model) and not self.args.label_smoothing_factor
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer of the method, or Trainer's own."""

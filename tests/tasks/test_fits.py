@@ -59,14 +59,30 @@ def sst2(bert, films, out, *more):
     return ["train", *where, "--max_steps", "3", *QUICK, *more]
 
 
-def test_accumulated_batches_of_a_classifier_are_one_batch(bert, films, tmp_path):
+@pytest.mark.parametrize("task", ["classify", "smoothed"])
+def test_accumulated_batches_are_one_batch(bert, films, tmp_path, task):
     """Trainer leaves each loss undivided where a forward takes any keyword; four batches would count fourfold."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": "the king", "completion": " was sad"}) for _ in range(24)))
+    smoothed = [
+        "--label_smoothing_factor",
+        "0.1",
+        "--model",
+        "embedded",
+        "--train_file",
+        str(data),
+        "--dtype",
+        "float32",
+    ]
     for name, each, times in (("once", "8", "1"), ("four", "2", "4")):
         more = ["--per_device_train_batch_size", each, "--gradient_accumulation_steps", times]
-        assert main(sst2(bert, films, tmp_path / name, *more)) == 0
+        where = ["train", "--output_dir", str(tmp_path / name), "--max_steps", "3", "--learning_rate", "1e-2", *QUICK]
+        assert (
+            main([*where, *smoothed, *more] if task == "smoothed" else sst2(bert, films, tmp_path / name, *more)) == 0
+        )
     once, four = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("once", "four"))
     for name, tensor in once.items():
-        torch.testing.assert_close(four[name], tensor, atol=1e-5, rtol=0)
+        torch.testing.assert_close(four[name], tensor, atol=1e-4, rtol=0)  # of rounding, in steps of 1e-2
     losses = [read_log(tmp_path / name)["train_loss"] for name in ("once", "four")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
