@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 import transformers
-from safetensors.torch import load_file
 from shell import fails
 from tiny import make, save_bert
 
@@ -80,11 +78,11 @@ def test_accumulated_batches_are_one_batch(bert, films, tmp_path, task):
         assert (
             main([*where, *smoothed, *more] if task == "smoothed" else sst2(bert, films, tmp_path / name, *more)) == 0
         )
-    once, four = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("once", "four"))
-    for name, tensor in once.items():
-        torch.testing.assert_close(four[name], tensor, atol=1e-4, rtol=0)  # of rounding, in steps of 1e-2
-    losses = [read_log(tmp_path / name)["train_loss"] for name in ("once", "four")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    once, four = ([x for x in read_log(tmp_path / name)["history"] if "loss" in x] for name in ("once", "four"))
+    assert len(once) == 3
+    for one, other in zip(once, four, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=2e-3)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
 
 
 @pytest.mark.parametrize(("kind", "divides"), [("llama", True), ("gpt2", True), ("bert", False), ("bert-cls", False)])
