@@ -24,6 +24,7 @@ NEEDS = {
         "tasks/test_tagging.py",
         "tasks/sets/test_memorisation.py",
         "tasks/test_tasks.py",
+        "tasks/test_fits.py",
         "pyreft/*",
     ),
     "hypothesis": ("plan/test_positions.py", "ops/test_shapes.py"),
@@ -35,6 +36,14 @@ collect_ignore_glob = [pattern for name in ABSENT for pattern in NEEDS[name]]
 
 def pytest_report_header() -> list[str]:
     return [f"NOT RUN, there is no {name} here: {' '.join(NEEDS[name])}" for name in ABSENT]
+
+
+LONG = ("cuda/", "tasks/test_processes.py", "attack/", "tasks/test_demo.py", "ops/test_build.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long goes first: of what is left at the end there is then enough for every process."""
+    items.sort(key=lambda item: not any(part in item.nodeid for part in LONG))
 
 
 @pytest.fixture
