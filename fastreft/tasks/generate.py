@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from ..ops.groups import choice_of, rows_of
 from ..settings import ReftSettings
+from . import processes
 from .data import chat_prompt, prompt_ids
 from .errors import UserError, user_errors
 from .flags.generate import NO_PROMPT, GenerateArguments
@@ -61,13 +62,10 @@ def _within_context(model: Any, prompts: Sequence[list[int]], max_new_tokens: in
     cut = sum(len(ids) > room for ids in prompts)
     prompts = [ids[-room:] for ids in prompts]
     fewer = min(max_new_tokens, context - max(map(len, prompts)))
-    if cut:
-        print(
-            f"note: {cut} prompts were cut to their last {room} tokens: the model's context is {context}",
-            file=sys.stderr,
-        )
-    if fewer < max_new_tokens:
-        print(f"note: {fewer} tokens are written at most: the model's context is {context}", file=sys.stderr)
+    said = [f"{cut} prompts were cut to their last {room} tokens"] * (cut > 0)
+    said += [f"{fewer} tokens are written at most"] * (fewer < max_new_tokens)
+    if said and processes.is_first():
+        print(f"note: {', and '.join(said)}: the model's context is {context}", file=sys.stderr)
     return prompts, fewer
 
 
