@@ -275,7 +275,12 @@ def test_numbers_are_found_where_they_were_left():
         "MOV R10, 0x12345678",
         "STS.U8 [RZ], R10",
         "LDS R11, [RZ]",
+        "DADD R14, R14, R14",
+        "CS2R R14, SRZ",  # both are whole numbers again
+        "STS.64 [RZ+0x300], R14",
+        "LDS.64 R12, [RZ+0x300]",
     )["R"]
+    assert set(file[12]) == set(file[13]) == {0}
     assert file[2].tolist() == [*range(32)] and set(file[4]) == {1} and file[5].tolist() == [*range(1, 32), -1]
     assert set(file[9]) == {-1} and set(file[11]) == {0x78}
 

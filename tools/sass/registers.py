@@ -144,8 +144,10 @@ def width(x: Instruction) -> int:
     """Registers that a result takes."""
     if x.base == "HMMA" or x.op.endswith(("128", ".M88.4", ".MT88.4")):
         return 4
-    wide = x.base.startswith("D") or any(
-        f".{mark}" in x.op for mark in ("64", "WIDE", "M88.2", "MT88.2", "F64.", "S64")
+    wide = (
+        x.base.startswith("D")
+        or x.op == "CS2R"
+        or any(f".{mark}" in x.op for mark in ("64", "WIDE", "M88.2", "MT88.2", "F64.", "S64"))
     )
     return 2 if wide else 1
 
