@@ -184,9 +184,9 @@ class TaskTrainer(Trainer):
     def __init__(self, mine: Settings, **given: Any):
         self.mine = mine
         super().__init__(**given)
-        # It takes every model with keywords for one that does, and leaves the others' accumulated losses undivided, as it
-        # does its own smoothed ones.
-        divides = methods.divides_by_all_tokens(self.model) and not self.args.label_smoothing_factor
+        # It takes every model with keywords for one that does, and leaves the others' accumulated losses undivided. Its own
+        # smoothed loss does, whatever the model.
+        divides = methods.divides_by_all_tokens(self.model) or bool(self.args.label_smoothing_factor)
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:

@@ -30,7 +30,7 @@ def bert(tmp_path):
 
 @pytest.fixture
 def films(tmp_path):
-    """SST-2's and CoLA's layout, and a training on the first, which is yet to be told where to."""
+    """Tables in SST-2's and in CoLA's layout."""
     for name in ("SST-2", "CoLA"):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
@@ -59,9 +59,12 @@ def sst2(bert, films, out, *more):
 
 @pytest.mark.parametrize("task", ["classify", "smoothed"])
 def test_accumulated_batches_are_one_batch(bert, films, tmp_path, task):
-    """Trainer leaves each loss undivided where a forward takes any keyword; four batches would count fourfold."""
+    """Trainer leaves each loss undivided where a forward takes any keyword; four batches would count fourfold. Its own smoothed
+    loss is of all tokens, where each batch has as many as it likes."""
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": "the king", "completion": " was sad"}) for _ in range(24)))
+    data.write_text(
+        "\n".join(json.dumps({"prompt": "the king", "completion": " was sad" * (1 + i % 3)}) for i in range(24))
+    )
     smoothed = [
         "--label_smoothing_factor",
         "0.1",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from shell import fails
+from tiny import save_bert
 from torch import distributed
 
 from fastreft.cli import main
@@ -129,6 +130,34 @@ def test_one_process_of_several_that_accelerate_was_asked_for_says_so(folder, ca
     monkeypatch.setenv("MASTER_PORT", "29500")
     one(folder, "asked", "--max_steps", "1")
     assert "asked for several processes and has started one" in capsys.readouterr().out
+
+
+@needs_gloo
+@pytest.mark.default_start
+def test_two_processes_learn_what_one_does_of_labels(tmp_path):
+    """Whose losses are means: Trainer would take them for sums over the tokens of both, and count them twice."""
+    words = "good bad dull fine".split()
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"t": f"{a} {b}", "l": a}) for a in words for b in words))
+    where = ["--model", save_bert(tmp_path / "bert", words), "--train_file", str(data), "--text_field", "t"]
+    usual = [
+        "--label_field",
+        "l",
+        "--max_steps",
+        "3",
+        "--learning_rate",
+        "1e-2",
+        "--use_cpu",
+        "true",
+        "--save_strategy",
+        "no",
+    ]
+    run = ["train", *where, *usual, "--report_to", "none", "--logging_steps", "1", "--per_device_train_batch_size"]
+    assert main([*run, "8", "--output_dir", str(tmp_path / "one")]) == 0
+    done = pair.run(tmp_path, *run, "4", "--output_dir", str(tmp_path / "two"))
+    assert done.codes == [0, 0], done.said
+    losses = [[x["loss"] for x in found(tmp_path, name)[1]["history"] if "loss" in x] for name in ("one", "two")]
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
 @needs_gloo
