@@ -76,12 +76,14 @@ def trials_of(tmp_path):
 
 
 def test_a_study_goes_on_and_its_best_can_be_trained(search, tmp_path, capsys):
+    search = [*search, "--max_length", "8", "--too_long", "cut"]
     assert main([*search, "--trials", "2"]) == 0
     first = trials_of(tmp_path)
     assert len(first) == 2 and all(row["state"] == "complete" for row in first)
     assert main([*search, "--trials", "4"]) == 0  # two more
     said, rows = capsys.readouterr().out, trials_of(tmp_path)
     assert len(rows) == 4 and "4 of 4 trials" in said
+    assert said.count("training records were cut at max_length = 8 tokens") == 2  # once each time
     assert sorted(row["trial"] for row in rows) == [0, 1, 2, 3]
     assert {row["trial"]: row["eval_loss"] for row in first}.items() <= {
         row["trial"]: row["eval_loss"] for row in rows
