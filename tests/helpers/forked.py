@@ -10,10 +10,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 # Neither fastreft nor PEFT nor Trainer, in whatever order a test imports them.
 HELD = ("torch", "transformers.models.llama.modeling_llama")
+# A process with threads must not fork, and these imports start some: numpy's OpenBLAS, and pyarrow's allocators.
+_ONE_THREAD = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+}
 _PARENT = """
 import importlib, json, os, sys, traceback
 
@@ -53,7 +61,9 @@ for line in sys.stdin:
 def _parent(held: tuple[str, ...]) -> subprocess.Popen[str]:
     """It ends when the process that started it does, with the pipe."""
     command = [sys.executable, "-c", _PARENT, *held]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=os.environ | _ONE_THREAD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def run(
@@ -73,9 +83,11 @@ def run(
 
 
 def processes() -> multiprocessing.context.ForkServerContext:
-    """Processes forked off one that holds the modules and has run nothing, as a process with torch's threads must not fork."""
+    """Processes forked off one that holds the modules, has run nothing and has one thread."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["fastreft.tasks.tune", "fastreft.tasks.train", "transformers.models.llama.modeling_llama"]
     )
+    with mock.patch.dict(os.environ, _ONE_THREAD):
+        forkserver.ensure_running()
     return context

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import forked
 
 
-class Done(NamedTuple):
-    codes: list[int]
-    said: list[str]  # of each, stdout and stderr
-
-
-def run(folder: Path, *arguments: str, as_gpus: bool = False) -> Done:
-    """Both to their end. ``as_gpus``: accelerate takes them for such, as it shards models over GPUs alone."""
+def run(folder: Path, *arguments: str, as_gpus: bool = False) -> list[str]:
+    """Both to their end, which has to be a good one: what each has said, on stdout and stderr. ``as_gpus``: accelerate takes
+    them for such, as it shards models over GPUs alone."""
     from_one = forked.processes()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,7 +27,9 @@ def run(folder: Path, *arguments: str, as_gpus: bool = False) -> Done:
         process.start()
     for process in started:
         process.join()
-    return Done([process.exitcode for process in started], [file.read_text() for file in files])
+    codes, said = [process.exitcode for process in started], [file.read_text() for file in files]
+    assert codes == [0, 0], "\n".join(("", *said))
+    return said
 
 
 def _run(rank: int, port: int, file: str, arguments: tuple[str, ...], as_gpus: bool) -> None:
@@ -41,6 +39,7 @@ def _run(rank: int, port: int, file: str, arguments: tuple[str, ...], as_gpus: b
 
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(file, "w", buffering=1)  # noqa: SIM115
+    faulthandler.enable(sys.stderr, all_threads=True)
     os.environ.update(
         WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
