@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import socket
 import sys
 from pathlib import Path
 
 import forked
+from torch import distributed
 
 
 def run(folder: Path, *arguments: str, as_gpus: bool = False) -> list[str]:
     """Both to their end, which has to be a good one: what each has said, on stdout and stderr. ``as_gpus``: accelerate takes
     them for such, as it shards models over GPUs alone."""
     from_one = forked.processes()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # They meet at a free port of this process's own, as torchrun has it.
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     files = [folder / f"said-{rank}" for rank in (0, 1)]
     started = [
-        from_one.Process(target=_run, args=(rank, port, str(file), arguments, as_gpus))
+        from_one.Process(target=_run, args=(rank, store.port, str(file), arguments, as_gpus))
         for rank, file in enumerate(files)
     ]
     for process in started:
@@ -40,9 +39,9 @@ def _run(rank: int, port: int, file: str, arguments: tuple[str, ...], as_gpus: b
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(file, "w", buffering=1)  # noqa: SIM115
     faulthandler.enable(sys.stderr, all_threads=True)
-    os.environ.update(
-        WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     if as_gpus:
         _take_for_gpus()
     sys.exit(main(arguments))

@@ -8,6 +8,10 @@ from pathlib import Path
 from ..errors import UserError
 
 TOO_LONG = ("error", "drop", "cut")
+# Where a file of the user's holds what, of records to write and of labelled ones.
+WRITTEN = ("prompt_field", "completion_field", "messages_field", "subspaces_field")
+LABELLED = ("text_field", "pair_field", "label_field")
+FIELDS = (*WRITTEN, *LABELLED)
 
 
 @dataclass
@@ -95,16 +99,36 @@ class DataArguments:
         },
     )
 
-    def check(self, *, training: bool = True) -> None:
-        """:class:`UserError` for what does not go together, and for files that are not there."""
-        if training and (self.task is None) is (self.train_file is None):
-            raise UserError("give either --task or --train_file: what to train on")
+    def fields_given(self) -> list[str]:
+        """Which fields of a file the user has named."""
+        return [name for name in FIELDS if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+
+    def _check_fields(self) -> None:
+        """:class:`UserError` for a field that nobody would read."""
+        given = self.fields_given()
         if (self.text_field is None) is not (self.label_field is None):
             raise UserError("text_field and label_field go together: the text, and what it is to be classified as")
         if self.subspaces_field is not None and (self.label_field is not None or self.task):
             raise UserError(
                 "subspaces_field is of a file of prompts and completions; a task says its own: leave it out"
             )
+        if self.task and not self.eval_file and given:
+            raise UserError(f"{given[0]} is a field of records of your own, and a task has its own: leave it out")
+        if self.label_field is None and self.pair_field is not None:
+            raise UserError("pair_field is a second text beside text_field; give text_field and label_field, too")
+        written = [*(name for name in given if name in WRITTEN), *(("chat",) if self.chat else ())]
+        if self.label_field is not None and written:
+            raise UserError(
+                f"{written[0]} is of records to write, and label_field of labelled ones; leave one of them out"
+            )
+        if self.messages_field is not None and (both := [*{*given} & {"prompt_field", "completion_field"}]):
+            raise UserError(f"messages_field and {min(both)} each say what a record is; leave one of them out")
+
+    def check(self, *, training: bool = True) -> None:
+        """:class:`UserError` for what does not go together, and for files that are not there."""
+        if training and (self.task is None) is (self.train_file is None):
+            raise UserError("give either --task or --train_file: what to train on")
+        self._check_fields()
         if self.too_long not in TOO_LONG:
             raise UserError(f"too_long is {self.too_long!r}; it must be one of {', '.join(TOO_LONG)}")
         for name in ("completion_tokens", "max_train_records", "max_eval_records"):

@@ -11,21 +11,8 @@ from ..modules import run_module
 from ..places import find_model, find_trained
 from ..sets.answers import EXTRACTS, extractor
 from ..sets.registry import SPLITS
-from .data import DataArguments
+from .data import FIELDS, DataArguments
 from .parser import Parser, check_rows_file, same_flag
-
-FIELDS = (
-    *(
-        "prompt_field",
-        "completion_field",
-        "messages_field",
-        "subspaces_field",
-        "text_field",
-        "pair_field",
-        "label_field",
-    ),
-)
-
 
 _of_training = partial(same_flag, DataArguments)
 
@@ -106,9 +93,8 @@ class EvalArguments:
     def check_file(self) -> None:
         """:class:`UserError` for what does not go with a file of one's own, or without one."""
         if self.eval_file is None:
-            given = [name for name in FIELDS if getattr(self, name) != DataArguments.__dataclass_fields__[name].default]
-            if given:
-                raise UserError(f"{given[0]} is a field of records of your own; give them with --eval_file")
+            for name in self.data(self.task).fields_given():
+                raise UserError(f"{name} is a field of records of your own; give them with --eval_file")
             if self.answer_field is not None:
                 raise UserError("answer_field is a field of records of your own; give them with --eval_file")
             return
