@@ -11,6 +11,10 @@ BIN    := $(VENV)/bin
 CPP    := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 NATIVE := $(CPP) setup.py
 
+# Where an image has turned bytecode off, each of the many processes here would compile all that it imports, torch's thousands of
+# files among them, anew: some 15 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test suite attack arches test-harness test-vllm soak test-pyreft check format clean
 
 demo: $(VENV)/.installed
