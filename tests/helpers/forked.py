@@ -16,12 +16,8 @@ from unittest import mock
 
 # Neither fastreft nor PEFT nor Trainer, in whatever order a test imports them.
 HELD = ("torch", "transformers.models.llama.modeling_llama")
-# A process with threads must not fork, and these imports start some: numpy's OpenBLAS, and pyarrow's allocators.
-_ONE_THREAD = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "JE_ARROW_MALLOC_CONF": "background_thread:false",
-    "ARROW_DEFAULT_MEMORY_POOL": "system",
-}
+# A process with threads must not fork, and these imports start some: numpy's OpenBLAS, and jemalloc in pyarrow.
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 _PARENT = """
 import importlib, json, os, sys, traceback
 

@@ -140,18 +140,7 @@ def test_two_processes_learn_what_one_does_of_labels(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"t": f"{a} {b}", "l": a}) for a in words for b in words))
     where = ["--model", save_bert(tmp_path / "bert", words), "--train_file", str(data), "--text_field", "t"]
-    usual = [
-        "--label_field",
-        "l",
-        "--max_steps",
-        "3",
-        "--learning_rate",
-        "1e-2",
-        "--use_cpu",
-        "true",
-        "--save_strategy",
-        "no",
-    ]
+    usual = "--label_field l --max_steps 3 --learning_rate 1e-2 --use_cpu true --save_strategy no".split()
     run = ["train", *where, *usual, "--report_to", "none", "--logging_steps", "1", "--per_device_train_batch_size"]
     assert main([*run, "8", "--output_dir", str(tmp_path / "one")]) == 0
     pair.run(tmp_path, *run, "4", "--output_dir", str(tmp_path / "two"))
