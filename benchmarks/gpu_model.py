@@ -32,7 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from sass import calls, toolkit
 from sass.calls import Call, Device, Launch
-from sass.checks import per_sm
+from sass.checks import OWNERS, TEAM, WORKERS, per_sm
 from sass.tiles import PIECES, Cost, costs
 from sass.warp import Latency
 
@@ -85,7 +85,7 @@ GPUS = {
         1.965, 6.5, 100, "the latencies of cc 9.0; clusters at once assumed",
     ),
 }  # fmt: skip
-WARPS = (0, 7)  # the first works out coordinates, the last does not: the others are taken to be like the last
+WARPS = (0, 7)  # the others are taken to be like the last
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def look(
         load = a.far_load if call.what == "step" else a.near_load
         latency = Latency({**a.latencies, "LDG": load, "LD": a.near_load})
         try:
-            warps = WARPS[:1] if launch.tiles.pieces >= PIECES else WARPS  # of so many steps few are coordinates
+            warps = WARPS[:1] if launch.tiles.pieces >= PIECES else TEAM if launch.tiles.sets > 0 else WARPS
             cost = costs(program, call, gpu.device, which, code, latency, warps)
         except RuntimeError as error:
             found.append(f"{kernel} cannot be followed: {str(error).split(': ', 1)[-1]}")
@@ -186,6 +186,22 @@ def waits(cost: Cost, a: Assumptions) -> float:
     return fences * a.fence + barriers * a.cluster_barrier + exchanges * a.exchange * (1 - a.exchange_hidden)
 
 
+def alone(cost: Cost, launch: Launch, a: Assumptions, overlap: bool) -> float:
+    """Cycles of a CTA's own way, with nobody else on its multiprocessor.
+
+    Where coordinates are worked out by warps of their own, sums go to them and coordinates come back while the other warps are
+    at work on the tiles before and behind (`overlap`), or those wait for them.
+    """
+    if launch.tiles.sets == 0:
+        return cost.critical + waits(cost, a)
+    worker, _, owner = cost.cycles
+    fences = waits(cost, a) - matching(cost.counts, "TRYWAIT") * a.exchange * (1 - a.exchange_hidden)
+    there_and_back = 2 * a.exchange * (1 - a.exchange_hidden)
+    if overlap and launch.tiles.sets > 1:
+        return max(worker, owner + there_and_back) + fences
+    return worker + cost.behind[2] + there_and_back + fences
+
+
 def shared_bytes(cost: Cost) -> float:
     """To and from shared memory by a warp."""
     total = 0.0
@@ -228,19 +244,22 @@ def predicted(looked: Looked, gpu: Gpu, a: Assumptions, moved: float) -> Predict
     rate = 1e3 * gpu.copy / gpu.clock / working  # bytes a cycle and multiprocessor
     warps = launch.threads / 32
 
-    def bounds(cost: Cost, bytes_moved: float) -> dict[str, float]:
-        first, last = cost.instructions[0], cost.instructions[-1]
-        issued = first + (warps - 1) * last  # the first warp's is the longest way
+    def bounds(cost: Cost, bytes_moved: float, overlap: bool) -> dict[str, float]:
+        each = cost.instructions
+        if launch.tiles.sets > 0:
+            issued, sharing = WORKERS * each[0] + each[1] + OWNERS * each[2], WORKERS
+        else:
+            issued, sharing = each[0] + (warps - 1) * each[-1], warps
         return {
-            "alone": cost.critical + waits(cost, a),
+            "alone": alone(cost, launch, a, overlap),
             "issue": at_once * issued / a.schedulers,
-            "shared": at_once * warps * shared_bytes(cost) / a.shared_bytes,
+            "shared": at_once * sharing * shared_bytes(cost) / a.shared_bytes,
             "memory": at_once * bytes_moved / rate,
         }
 
     tiled = launch.tiles.count > launch.tiles.groups
-    of_tile = bounds(looked.tile, launch.tiles.bytes if tiled else 0)
-    of_rest = bounds(looked.rest, 0 if tiled else launch.tiles.bytes if launch.tiles.count else moved / ctas)
+    of_tile = bounds(looked.tile, launch.tiles.bytes if tiled else 0, True)
+    of_rest = bounds(looked.rest, 0 if tiled else launch.tiles.bytes if launch.tiles.count else moved / ctas, False)
     one, rest = together(of_tile, a.sharpness), together(of_rest, a.sharpness)
     each = -(-launch.tiles.count // launch.tiles.groups) if tiled else 0
     waves = ctas / (looked.per_sm * sms)
@@ -257,7 +276,7 @@ def predicted(looked: Looked, gpu: Gpu, a: Assumptions, moved: float) -> Predict
         plan,
         us,
         max(main, key=lambda name: main[name]),
-        looked.tile.instructions[-1] if tiled else looked.rest.instructions[-1],
+        looked.tile.instructions[0] if tiled else looked.rest.instructions[0],
         main["alone"],
         one if tiled else rest,
         main,

@@ -206,8 +206,8 @@ __device__ __forceinline__ void arrivals_wait(Arrivals* a, int parity) {
       : "memory");
 #endif
 }
-// A barrier over the CTA's first `Threads` threads.
-template <int Threads>
+// A barrier over `Threads` of the CTA's threads from the `From`-th on: of a kernel always the same.
+template <int Threads, int From = 0>
 __device__ __forceinline__ void barrier_of() {
   asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
 }

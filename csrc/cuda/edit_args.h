@@ -30,7 +30,7 @@ struct Pass {
   void* gp = nullptr;      // [n, r] backward: written, or read where nothing is shrunk; none where act is the identity
   void* gz = nullptr;      // [n, r] likewise
   void* packed = nullptr;  // [n, packed_pitch] of the rows' type: z, gp, gz; backward on tensor cores, or none
-  int packed_depth = 0;
+  int packed_depth = 0, packed_parts = 3;
   int copy_rows = 0;  // rows a copying CTA owns (edit_copy.cuh); 0: none, all rows are edited or `out` is `in`
 };
 
@@ -70,6 +70,7 @@ struct Gradient {
   const void* gp = nullptr;           // [n, r]; none where act is the identity (gp = gz)
   const void* gz = nullptr;           // [n, r]
   const void* coordinates = nullptr;  // [n, packed_pitch] T: z, gp, gz padded with zeros; tensor cores only
+  bool three = false;                 // whether gz is asked for apart from gp; likewise
   int slot[3] = {-1, -1, -1};
   int slots = 0;
   void* partial = nullptr;  // [splits, slots, r, d] accumulation type

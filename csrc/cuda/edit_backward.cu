@@ -22,6 +22,7 @@ struct Plan {
   int splits = 0, vector_splits = 0;  // partial sums
   int slot[3] = {-1, -1, -1};
   int slots = 0;
+  bool three = false;  // gz is asked for apart from gp
   int64_t gz = 0, gp = 0, packed = 0, partial = 0, vectors = 0, bytes = 0;
 };
 
@@ -49,11 +50,12 @@ Plan make_plan(const EditGradArgs& args, const Pass& p, const Device& device) {
   if (!linear(args) && third) plan.slot[2] = plan.slots++;
 
   const int depth = both_depth(padded_rank(args.r));
+  plan.three = plan.slot[2] >= 0 || (!linear(args) && args.dc != nullptr);
   const bool needs_h = plan.slot[1] >= 0 || plan.slot[2] >= 0;
   const bool tensor_cores = plan.fused.fits && (!needs_h || vector_rows(args.h, args.type));
   plan.road = tensor_cores ? Road::two_passes : Road::cuda_cores;
   // gp and gz are one, or gz is not asked for; and the sums of a slice fit in registers.
-  if (tensor_cores && (linear(args) || (plan.slot[2] < 0 && args.dc == nullptr))) {
+  if (tensor_cores && !plan.three) {
     const FusedPlan both = plan_both(p.n, p.d, p.r, present(p.expand), device);
     if (both.fits) {
       plan.fused = both;
@@ -65,8 +67,8 @@ Plan make_plan(const EditGradArgs& args, const Pass& p, const Device& device) {
   switch (plan.road) {
     case Road::one_pass: plan.splits = static_cast<int>(plan.fused.clusters); break;
     case Road::two_passes:
-      plan.grad = plan_grad(args.n, args.d, args.r, sums_columns(depth, plan.slot[2] >= 0), args.r, 1, device);
-      plan.partial = round_up(args.n * packed_pitch(depth) * 2, 256);
+      plan.grad = plan_grad(args.n, args.d, args.r, sums_columns(depth, plan.three), args.r, 1, device);
+      plan.partial = round_up(args.n * packed_pitch(depth, packed_parts(depth, plan.three)) * 2, 256);
       break;
     default:
       plan.grad = plan_grad(args.n, args.d, args.r, kGradThreads, kGradChunk, kGradPerSm, device);
@@ -121,11 +123,11 @@ int run_sums(const Pass& p, const EditGradArgs& args, const Plan& plan, const De
   grid.y = plan.grad.splits;
   grid.z = plan.grad.chunks;
   if (plan.road == Road::two_passes) {
-    const int columns = sums_columns(p.packed_depth, plan.slot[2] >= 0);
-    s.stages = sums_stages(p.packed_depth, columns, device);
+    s.three = plan.three;
+    s.stages = sums_stages(p.packed_depth, plan.three, device);
     grid.threads = kSumsThreads;
     grid.early = device.major >= 9;
-    grid.shared = sums_shared(p.packed_depth, columns, s.stages);
+    grid.shared = sums_shared(p.packed_depth, plan.three, s.stages);
     return sums_on_tensor_cores(s, p.packed_depth, args.type, grid, args.stream);
   }
   grid.threads = kGradThreads;
@@ -192,6 +194,7 @@ int edit_backward_cuda(const EditGradArgs& args) {
   if (plan.road == Road::two_passes) {
     first.packed = scratch + plan.packed;
     first.packed_depth = both_depth(plan.fused.shape.rank);
+    first.packed_parts = packed_parts(first.packed_depth, plan.three);
   } else {
     p.gz = first.gz = scratch + plan.gz;
     p.gp = first.gp = linear(args) ? nullptr : scratch + plan.gp;

@@ -9,16 +9,18 @@
 // cluster leaves one partial sum, and finish_kernel (edit_simple.cuh) adds those in order.
 #pragma once
 #include "edit_mover.cuh"
+#include "edit_owner.cuh"
 
 namespace fastreft {
 
 template <typename T, int Rank>
-__global__ void __launch_bounds__(kMovedThreads, 1) both_kernel(const __grid_constant__ Both both) {
-  constexpr int Depth = both_depth(Rank), Pairs = kBothColumns / kFusedWarps / 16;
+__global__ void __launch_bounds__(kTeamThreads, 1) both_kernel(const __grid_constant__ Both both) {
+  using Owners = Owner<T, Rank, kOwnerWarps>;
+  constexpr int Depth = both_depth(Rank), Pairs = both_columns(Rank) / kFusedWarps / 16;
   const Pass& p = both.f.pass;
   const FusedShape& s = both.f.shape;
   if (blockIdx.x >= both.f.clusters * s.cluster)
-    return wait_for_launch_before(), copy_unlisted<T, 8, kMovedThreads>(p, blockIdx.x - both.f.clusters * s.cluster);
+    return wait_for_launch_before(), copy_unlisted<T, 8, kTeamThreads>(p, blockIdx.x - both.f.clusters * s.cluster);
   const Cta<T, Rank> cta(both.f, static_cast<int>(blockIdx.x % s.cluster));
   const int pitch = cta.pitch, coordinate_pitch = cta.coordinate_pitch;
   const int64_t cluster = blockIdx.x / s.cluster, clusters = both.f.clusters;
@@ -26,7 +28,7 @@ __global__ void __launch_bounds__(kMovedThreads, 1) both_kernel(const __grid_con
   const bool wants_second = both.h.p != nullptr, writes = p.out.p != nullptr;
   // Of Rank coordinates that a row is sent: those of the expand, z and gx.
   const int chunks = s.expands + 2;
-  if (cta.warp == kFusedWarps) {
+  if (cta.warp == kMoverWarp) {
     const Mover<T, Rank> mover{cta, slice, both.h, writes};
     mover.begin();
     wait_for_launch_before();
@@ -34,22 +36,36 @@ __global__ void __launch_bounds__(kMovedThreads, 1) both_kernel(const __grid_con
     cluster_sync(s.cluster);
     return mover.run(cluster, clusters, both.f.tiles);
   }
-  cta.begin(chunks);
+  if (cta.warp > kMoverWarp) {
+    const Owners owner(cta, cta.warp - kMoverWarp - 1);
+    wait_for_launch_before();
+    cluster_sync(s.cluster);
+    float vector = 0;  // sum gx of this lane's coordinate
+    owner.template run<true, true>(cluster, clusters, both.f.tiles, vector);
+    // The lanes' vectors, in one order; nobody is sent sums any more.
+    barrier_of<kOwnerWarps * 32, (kMoverWarp + 1) * 32>();
+    float* vectors = cta.received(0);
+    vectors[owner.member * 32 + cta.lane] = vector;
+    barrier_of<kOwnerWarps * 32, (kMoverWarp + 1) * 32>();
+    const int k = owner.member * 32 + cta.lane;
+    if (k >= p.r) return;
+    float total = 0;
+#pragma unroll
+    for (int lane = 0; lane < kOwnerWarps * 32; lane += Rank) total += vectors[lane + k];
+    both.vectors[2 * blockIdx.x * p.r + k] = both.vectors[(2 * blockIdx.x + 1) * p.r + k] = total;
+    return;
+  }
+  cta.begin(chunks, Owners::at_work(cta));
   wait_for_launch_before();
   cta.load_slices(true, writes, slice);
   cluster_sync(s.cluster);  // as in fused_kernel
 
   float first_sum[Depth / 16][2 * Pairs][4] = {}, second_sum[Depth / 16][2 * Pairs][4] = {};
-  float vector = 0;  // sum gx of coordinate k of the rows whose coordinates this lane works out
   const bool ahead = cta.at.sets > 1;
   Turn at, before;
   arrivals_wait(cta.filled(0), 0);
   cta.shrink_and_send(cta.whole(0), 0);
-  Known known = cta.template known<true>(cluster * s.rows, cta.first_unit(at), true);
   for (int64_t tile = cluster; tile < both.f.tiles; tile += clusters) {  // as in fused_kernel
-    const int64_t first = tile * s.rows;
-    cta.wait_for_sums(at.set, at.phase);
-    cta.template backward_coordinates<true>(at, first, known, vector);
     Turn next = at;
     next.step(s, cta.at);
     const bool more = tile + clusters < both.f.tiles;
@@ -60,7 +76,6 @@ __global__ void __launch_bounds__(kMovedThreads, 1) both_kernel(const __grid_con
         if (!ahead || tile > cluster) cta.wait_for_others(ahead ? before : at);
         arrivals_wait(cta.filled(next.stage), next.filled);
         cta.shrink_and_send(cta.whole(next.stage), next.set);
-        known = cta.template known<true>(first + clusters * s.rows, cta.first_unit(next), true);
         continue;
       }
       cta.wait_for_coordinates(at.set, at.phase, chunks);
@@ -90,17 +105,6 @@ __global__ void __launch_bounds__(kMovedThreads, 1) both_kernel(const __grid_con
   float* to = both.partial + cluster * (both.wants_first + wants_second) * size;
   if (both.wants_first) store_sums<Depth, Pairs>(to, first_sum, p.r, p.d, cta.columns, column);
   if (wants_second) store_sums<Depth, Pairs>(to + both.wants_first * size, second_sum, p.r, p.d, cta.columns, column);
-
-  // The warps' vectors, in one order; nobody is sent sums any more.
-  float* vectors = cta.received(0);
-  if (cta.lane < 8) vectors[cta.warp * 8 + cta.lane] = vector;
-  barrier_of<kFusedThreads>();
-  const int k = static_cast<int>(threadIdx.x);
-  if (k >= p.r) return;
-  float total = 0;
-#pragma unroll
-  for (int warp = k / 8; warp < kFusedWarps; warp += Rank / 8) total += vectors[warp * 8 + k % 8];
-  both.vectors[2 * blockIdx.x * p.r + k] = both.vectors[(2 * blockIdx.x + 1) * p.r + k] = total;
 }
 
 }  // namespace fastreft

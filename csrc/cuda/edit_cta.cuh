@@ -23,23 +23,15 @@ template <int Rank, bool Backward>
 constexpr int kExpandBlocks = Backward && Rank > 8 ? 1 : 2;
 #endif
 
-// What a row's owner needs to know of coordinate k beside its sums.
-struct Known {
-  int live = 0;        // whether the row is there and is edited; a whole register: bytes are put together one by one
-  float z = 0, a = 0;  // of the forward; 0 where they are not needed
-};
-
 // Where a CTA stands among its tiles (edit_fused.cuh).
 struct Turn {
   int stage = 0, filled = 0;  // of the tile, and the phase in which it is filled
   int second = 0, second_filled = 0;
   int set = 0, phase = 0;  // of what is received, likewise
-  int odd = 0;
   __device__ __forceinline__ void step(const FusedShape& s, const FusedLayout& at) {
     go_on(stage, filled, s.stages);
     go_on(second, second_filled, at.second_stages);
     go_on(set, phase, at.sets);
-    odd ^= 1;
   }
   static __device__ __forceinline__ void go_on(int& i, int& phase, int count) {
     if (++i < count) return;
@@ -51,9 +43,6 @@ struct Turn {
 template <typename T, int Rank>
 struct Cta {
   static constexpr int Groups = Rank / 8;  // of 8 coordinates
-  // The rows whose coordinates a rank works out are dealt in units of a row and 8 coordinates. Where there are few, a
-  // warp takes one and each quarter of it a quarter of the ranks' sums; where there are many, 8 lanes take one.
-  static constexpr int UnitLanes = Rank > 16 ? 8 : 32, UnitsAtOnce = kFusedThreads / UnitLanes;
   const Pass& p;
   const FusedShape& s;
   const FusedLayout& at;
@@ -65,7 +54,6 @@ struct Cta {
   int sums, depth;               // of a row: sums of all matrices, coordinates that expand
   int owned;                     // rows of a tile whose coordinates this rank works out
   int shrink_from, expand_from;  // the first matrix that is there
-  int k;                         // the coordinate that this lane adds up and works out, of every row it does
 
   __device__ __forceinline__ Cta(const Fused& f, int rank)
       : p(f.pass), s(f.shape), at(f.at), work(f.shrink), rank(rank) {
@@ -81,7 +69,6 @@ struct Cta {
     owned = left <= 0 ? 0 : left < own ? left : own;
     shrink_from = only_second(p.shrink);
     expand_from = only_second(p.expand);
-    k = threadIdx.x / UnitLanes % Groups * 8 + lane % 8;
   }
 
   // The parts of shared memory, as FusedLayout says.
@@ -142,22 +129,27 @@ struct Cta {
   __device__ __forceinline__ int sums_bytes() const { return (owned * sums * s.cluster * 4) << work.log_parts; }
   __device__ __forceinline__ int coordinates_bytes(int chunks) const { return s.rows * Rank * 2 * chunks; }
 
-  // Before the first tile; a cluster_sync must follow. `chunks`: of Rank coordinates that a row is sent.
-  __device__ __forceinline__ void begin(int chunks) const {
-    // Padding is zeros for as long as the CTA lives.
+  // Padding is zeros for as long as the CTA lives. By the 8 warps that work.
+  __device__ __forceinline__ void clear_coordinates() const {
     const int padded = at.sets * s.rows * coordinate_pitch;
     for (int e = threadIdx.x; e < padded; e += kFusedThreads) coordinates(0)[e] = rounded<T>(0.f);
-    if (threadIdx.x != 0 || s.cluster == 1) return;
+  }
+  // Before the first tile; a cluster_sync must follow. `chunks`: of Rank coordinates that a row is sent; `owners`:
+  // warps that send coordinates.
+  __device__ __forceinline__ void begin(int chunks, int owners) const {
+    clear_coordinates();
+    if (threadIdx.x != 0) return;
     for (int set = 0; set < at.sets; ++set) {
-      arrivals_init(sums_arrivals(set), 1);
-      arrivals_init(coordinates_arrivals(set), 1);
+      arrivals_init(sums_arrivals(set), s.cluster > 1 ? 1 : kFusedWarps);
+      arrivals_init(coordinates_arrivals(set), s.cluster > 1 ? 1 : owners);
       arrivals_init_fence();
+      if (s.cluster == 1) continue;
       arrivals_expect(sums_arrivals(set), sums_bytes());
       arrivals_expect(coordinates_arrivals(set), coordinates_bytes(chunks));
     }
   }
-  // 16 bytes to the same place in the shared memory of a rank. A launch without clusters has no sends (st.async is an
-  // illegal instruction in it): one CTA's threads store and meet.
+  // 16 bytes to the same place in the shared memory of a rank, which counts them. A launch without clusters has no
+  // sends (st.async is an illegal instruction in it): one CTA's warps store, and say when they have (sent).
   __device__ __forceinline__ void send_to(void* to, const uint4& x, Arrivals* a, int other) const {
     if (s.cluster > 1) {
       send(to, x, a, other);
@@ -165,17 +157,15 @@ struct Cta {
       *static_cast<uint4*>(to) = x;
     }
   }
-  // `phase`: how often the set was waited for before, its last bit.
-  __device__ __forceinline__ void wait_for_sums(int set, int phase) const {
-    if (s.cluster == 1) return barrier_of<kFusedThreads>();
-    if (owned == 0) return;
-    arrivals_wait(sums_arrivals(set), phase);
-    if (threadIdx.x == 0) arrivals_expect(sums_arrivals(set), sums_bytes());
+  __device__ __forceinline__ void sent(Arrivals* a) const {
+    if (s.cluster > 1) return;
+    __syncwarp();
+    if (lane == 0) arrive(a);
   }
+  // `phase`: how often the set was waited for before, its last bit.
   __device__ __forceinline__ void wait_for_coordinates(int set, int phase, int chunks) const {
-    if (s.cluster == 1) return barrier_of<kFusedThreads>();
     arrivals_wait(coordinates_arrivals(set), phase);
-    if (threadIdx.x == 0) arrivals_expect(coordinates_arrivals(set), coordinates_bytes(chunks));
+    if (s.cluster > 1 && threadIdx.x == 0) arrivals_expect(coordinates_arrivals(set), coordinates_bytes(chunks));
   }
   // Until all warps are through with the tile that this turn was about: what was received for it may be overwritten.
   __device__ __forceinline__ void wait_for_others(const Turn& turn) const {
@@ -225,19 +215,34 @@ struct Cta {
         }
       }
 #pragma unroll
-      for (int m = 0; m < Blocks; ++m) {
+      for (int e = 0; e < Blocks * Eights * 4; ++e)
+        sum[e / (Eights * 4)][e / 4 % Eights][e % 4] += half[e / (Eights * 4)][e / 4 % Eights][e % 4];
+      deliver_sums(sum, first, group, part, deliver);
+    }
+  }
+  // A warp's sums of rows from `first` on and of the group-th 8 Eights coordinates, as shrink_tile says.
+  template <int Blocks, int Eights, typename F>
+  __device__ __forceinline__ void deliver_sums(const float (&sum)[Blocks][Eights][4], int first, int group, int part,
+                                               const F& deliver) const {
+    // A lane has two neighbours of row g and two of row g + 8; it gives one pair for the other lane's. All exchanges
+    // are on their way before one is waited for.
+    const bool odd = lane % 2 != 0;
+    float x[Blocks][Eights], y[Blocks][Eights];
 #pragma unroll
-        for (int e = 0; e < Eights; ++e) {
-          float c[4];
+    for (int m = 0; m < Blocks; ++m) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) c[i] = sum[m][e][i] + half[m][e][i];
-          // A lane has two neighbours of row g and two of row g + 8; it gives one pair for the other lane's.
-          const bool odd = lane % 2 != 0;
-          const float x = __shfl_xor_sync(0xffffffffu, odd ? c[0] : c[2], 1);
-          const float y = __shfl_xor_sync(0xffffffffu, odd ? c[1] : c[3], 1);
-          const float four[4] = {odd ? x : c[0], odd ? y : c[1], odd ? c[2] : x, odd ? c[3] : y};
-          deliver(first + m * 16 + lane / 4 + (odd ? 8 : 0), (group * Eights + e) * 8 + lane % 4 / 2 * 4, part, four);
-        }
+      for (int e = 0; e < Eights; ++e) {
+        x[m][e] = __shfl_xor_sync(0xffffffffu, odd ? sum[m][e][0] : sum[m][e][2], 1);
+        y[m][e] = __shfl_xor_sync(0xffffffffu, odd ? sum[m][e][1] : sum[m][e][3], 1);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < Blocks; ++m) {
+#pragma unroll
+      for (int e = 0; e < Eights; ++e) {
+        const float (&c)[4] = sum[m][e];
+        const float four[4] = {odd ? x[m][e] : c[0], odd ? y[m][e] : c[1], odd ? c[2] : x[m][e], odd ? c[3] : y[m][e]};
+        deliver(first + m * 16 + lane / 4 + (odd ? 8 : 0), (group * Eights + e) * 8 + lane % 4 / 2 * 4, part, four);
       }
     }
   }
@@ -254,144 +259,7 @@ struct Cta {
     shrink_tile(whole, [&](int row, int coordinate, int part, const float (&four)[4]) {
       send_sums(set, row, coordinate, part, four);
     });
-  }
-
-  // The sum of coordinate k of matrix q for an owned row: ((r0 + r4) + (r1 + r5)) + ((r2 + r6) + (r3 + r7)) of the
-  // ranks'.
-  __device__ __forceinline__ float add_ranks(int set, int own, int q) const {
-    const int next = sums << work.own_shift;  // to the next part
-    const int parts = next << work.log_parts;
-    const float* x = received(set) + own * sums + q * Rank + k;
-    const auto of_rank = [&](int other) {
-      const float* part = x + other * parts;
-      float sum = part[0];
-      if (work.log_parts > 0) sum += part[next];
-      if (work.log_parts > 1) sum += part[2 * next] + part[3 * next];
-      return sum;
-    };
-    if constexpr (UnitLanes == 32) {
-      float total = 0;
-#pragma unroll 2
-      for (int other = lane / 8; other < s.cluster; other += 4) total += of_rank(other);
-      total += __shfl_xor_sync(0xffffffffu, total, 8);
-      return total + __shfl_xor_sync(0xffffffffu, total, 16);
-    } else {
-      float total[4] = {};
-      for (int other = 0; other < s.cluster; other += 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) total[i] += other + i < s.cluster ? of_rank(other + i) : 0.f;
-      }
-      return (total[0] + total[1]) + (total[2] + total[3]);
-    }
-  }
-
-  // Lanes without a unit work on the last row's and keep it to themselves.
-  __device__ __forceinline__ int units() const { return owned * Groups; }
-  // Every other turn the other half of the warps begins: where units are few, some would else have all the work.
-  __device__ __forceinline__ int first_unit(const Turn& turn) const {
-    return (warp ^ turn.odd * (kFusedWarps / 2)) * (32 / UnitLanes);
-  }
-  __device__ __forceinline__ bool takes(int base) const { return base + lane / UnitLanes < units(); }
-  __device__ __forceinline__ int own_row(int base) const {
-    return takes(base) ? (base + lane / UnitLanes) / Groups : owned - 1;
-  }
-  __device__ __forceinline__ int row_of(int own) const { return (rank << work.own_shift) + own; }
-
-  // What is known of a lane's coordinate before its sums have arrived.
-  template <bool Backward>
-  __device__ __forceinline__ Known known(int64_t first, int base, bool wants_z) const {
-    Known it;
-    if (!takes(base)) return it;
-    const int64_t i = first + row_of(own_row(base));
-    it.live = listed_row(p.index, i, p.n, p.total) >= 0 ? 1 : 0;
-    if (!Backward || it.live == 0 || k >= p.r) return it;
-    const bool linear = p.act == Act::identity;
-    const float* z = static_cast<const float*>(p.z) + i * (linear ? p.r : 2 * p.r) + k;
-    if (wants_z) it.z = z[0];
-    if (!linear) it.a = z[p.r];
-    return it;
-  }
-
-  // Eight neighbouring coordinates, one of each of a unit's 8 lanes, in all of them.
-  __device__ __forceinline__ uint4 together(float x) const {
-    const float y = __shfl_xor_sync(0xffffffffu, x, 1);
-    const uint32_t two = lane % 2 == 0 ? pack<T>(x, y) : pack<T>(y, x);
-    const int unit = lane / 8 * 8;
-    return make_uint4(__shfl_sync(0xffffffffu, two, unit), __shfl_sync(0xffffffffu, two, unit + 2),
-                      __shfl_sync(0xffffffffu, two, unit + 4), __shfl_sync(0xffffffffu, two, unit + 6));
-  }
-  // They to every rank, `offset` coordinates into row m's.
-  __device__ __forceinline__ void give(int set, bool takes, int m, int offset, float x) const {
-    const uint4 eight = together(x);
-    if (!takes) return;
-    for (int other = lane % UnitLanes; other < s.cluster; other += UnitLanes)
-      send_to(coordinates(set) + m * coordinate_pitch + offset + k / 8 * 8, eight, coordinates_arrivals(set), other);
-  }
-
-  // The forward's coordinates of the rows that this rank owns, from what the ranks sent, to every rank. `b`, `c`: of
-  // coordinate k; `next`: known of this lane's first unit.
-  __device__ __forceinline__ void forward_coordinates(const Turn& turn, int64_t first, Known next, float b,
-                                                      float c) const {
-    const int set = turn.set;
-    const bool linear = p.act == Act::identity;
-    for (int base = first_unit(turn); base < units(); base += UnitsAtOnce) {
-      const Known it = next;
-      next = known<false>(first, base + UnitsAtOnce, false);
-      const int own = own_row(base), m = row_of(own);
-      const int64_t i = first + m;
-      float s0 = add_ranks(set, own, 0), s1 = s.shrinks > 1 ? add_ranks(set, own, 1) : 0.f;
-      if (shrink_from > 0) {
-        s1 = s0;
-        s0 = 0;
-      }
-      const bool there = k < p.r && it.live != 0;
-      const float a = there ? s0 + b : 0.f;
-      float z = a;
-      if (!linear) z = act_value(p.act, a);
-      z = there ? z - s1 - c : 0.f;
-      if (p.z != nullptr && takes(base) && lane % UnitLanes < 8 && k < p.r && i < p.n) {
-        float* to = static_cast<float*>(p.z) + i * (linear ? p.r : 2 * p.r) + k;
-        to[0] = z;
-        if (!linear) to[p.r] = a;
-      }
-      give(set, takes(base), m, 0, z);
-    }
-  }
-
-  // The backward's likewise. `Extra`: z and gp behind those of the expand, as add_products takes them, and the sum of
-  // gp.
-  template <bool Extra>
-  __device__ __forceinline__ void backward_coordinates(const Turn& turn, int64_t first, Known next,
-                                                       float& vector) const {
-    const int set = turn.set;
-    const bool wants_z = Extra || p.packed != nullptr;
-    for (int base = first_unit(turn); base < units(); base += UnitsAtOnce) {
-      const Known it = next;
-      next = known<true>(first, base + UnitsAtOnce, wants_z);
-      const int own = own_row(base), m = row_of(own);
-      const float sum = add_ranks(set, own, 0);
-      const float gz = it.live != 0 && k < p.r ? sum : 0.f;
-      float gp = gz;
-      if (p.act != Act::identity) gp = gz * act_slope(p.act, it.a);
-      for (int q = 0; q < s.expands; ++q) give(set, takes(base), m, q * Rank, q + expand_from == 1 ? -gz : gp);
-      if constexpr (Extra) {
-        vector += takes(base) ? gp : 0.f;
-        give(set, takes(base), m, depth, it.z);
-        give(set, takes(base), m, depth + both_depth(Rank), gp);
-      } else if (p.packed != nullptr) {
-        keep_packed(takes(base), first + m, it.z, gp, gz);
-      }
-    }
-  }
-
-  // Eight coordinates of row i for sums_kernel, whose depth is 16 at least: zeros follow where Rank is less.
-  __device__ __forceinline__ void keep_packed(bool takes, int64_t i, float z, float gp, float gz) const {
-    const uint4 eights[3] = {together(z), together(gp), together(gz)};
-    const int which = lane % UnitLanes;
-    if (!takes || i >= p.n || which >= 3) return;
-    T* to = static_cast<T*>(p.packed) + i * packed_pitch(p.packed_depth) + which * p.packed_depth + k / 8 * 8;
-    *reinterpret_cast<uint4*>(to) = which == 0 ? eights[0] : which == 1 ? eights[1] : eights[2];
-    if (p.packed_depth > Rank) *reinterpret_cast<uint4*>(to + 8) = make_uint4(0, 0, 0, 0);
+    sent(sums_arrivals(set));
   }
 
   // The coordinates times the matrices' slices, added to the warp's columns of the tile.

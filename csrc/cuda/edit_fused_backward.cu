@@ -7,7 +7,7 @@ namespace fastreft {
 
 int fused_backward(const Fused& f, DType type, const Grid& grid, void* stream) {
   return by_type_and_rank<8, 16, 32, 64>(type, f.shape.rank, [&](auto t, auto rank) {
-    return launch<fused_kernel<decltype(t), rank.value, true>>(grid, stream, f);
+    return launch<fused_kernel<decltype(t), rank.value, true, false>>(grid, stream, f);
   });
 }
 

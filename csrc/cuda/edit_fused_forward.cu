@@ -7,7 +7,7 @@ namespace fastreft {
 
 int fused_forward(const Fused& f, DType type, const Grid& grid, void* stream) {
   return by_type_and_rank<8, 16, 32, 64>(type, f.shape.rank, [&](auto t, auto rank) {
-    return launch<fused_kernel<decltype(t), rank.value, false>>(grid, stream, f);
+    return launch<fused_kernel<decltype(t), rank.value, false, false>>(grid, stream, f);
   });
 }
 

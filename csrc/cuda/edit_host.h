@@ -91,17 +91,21 @@ inline Grid fused_grid(const Pass& p, const FusedPlan& plan, const Device& devic
   Grid grid;
   grid.cluster = plan.shape.cluster;
   grid.x = plan.clusters * grid.cluster + copy_blocks(p.total, p.copy_rows, grid.cluster);
-  grid.threads = plan.shape.pieces > 1 ? kFusedThreads : kMovedThreads;
+  grid.threads = plan.shape.pieces > 1 ? kFusedThreads : kTeamThreads;
   grid.shared = plan.shared;
   grid.early = device.major >= 9 && plan.shape.pieces == 1;
   return grid;
 }
 
+struct Roads {
+  decltype(&fused_forward) fused, held, streamed;
+};
+
 template <bool Backward>
 int fused_pass(const Pass& p, DType type, const FusedPlan& plan, void* stream, const Device& device) {
-  const bool streamed = plan.shape.pieces > 1;
-  const auto start =
-      Backward ? (streamed ? streamed_backward : fused_backward) : (streamed ? streamed_forward : fused_forward);
+  const auto roads = Backward ? Roads{fused_backward, held_backward, streamed_backward}
+                              : Roads{fused_forward, held_forward, streamed_forward};
+  const auto start = plan.shape.pieces > 1 ? roads.streamed : plan.shape.held ? roads.held : roads.fused;
   return start(fused_of(p, plan), type, fused_grid(p, plan, device), stream);
 }
 

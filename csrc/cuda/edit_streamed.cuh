@@ -9,7 +9,7 @@
 // pieces are copied asynchronously, `stages` ahead, over the ends of tiles; a warp copies its own columns alone. See
 // the marks (A) to (D) for what guards the rest.
 #pragma once
-#include "edit_cta.cuh"
+#include "edit_owner.cuh"
 
 namespace fastreft {
 
@@ -36,10 +36,10 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank))
     copy_commit();
   };
   for (int64_t step = 0; step < s.stages; ++step) fetch(step);
-  cta.begin(s.expands);
+  cta.clear_coordinates();
+  Owner<T, Rank, kFusedWarps> owner(cta, cta.warp);
+  if (!Backward) owner.load_vectors();
   const bool wants_z = Backward && p.packed != nullptr;
-  const bool has_b = !Backward && p.b.p != nullptr && cta.k < p.r, has_c = !Backward && p.c.p != nullptr && cta.k < p.r;
-  const float b = has_b ? load_weight<float>(p.b, cta.k) : 0.f, c = has_c ? load_weight<float>(p.c, cta.k) : 0.f;
 
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t first = tile_of(step) * s.rows;
@@ -60,14 +60,14 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank))
       if (!Backward && p.saved != nullptr) cta.store(mine, Rows{p.saved, 1, p.d, 0}, first, true, column);
       __syncthreads();  // (B) nobody reads the slice or the piece any more; with the last, `received` is whole
       if (turn == last) {
-        const Known next = cta.template known<Backward>(first, cta.first_unit(Turn{}), wants_z);
+        const Known next = owner.template known<Backward>(first, owner.first_unit(), wants_z);
         if constexpr (Backward) {
           float none = 0;
-          cta.template backward_coordinates<false>(Turn{}, first, next, none);
+          owner.template backward_coordinates<false>(0, first, next, none);
         } else {
-          cta.forward_coordinates(Turn{}, first, next, b, c);
+          owner.forward_coordinates(0, first, next);
         }
-        cta.wait_for_coordinates(0, 0, s.expands);
+        __syncthreads();  // they are there
       }
     }
     if (writes && turn >= last) {

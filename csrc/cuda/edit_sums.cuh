@@ -11,9 +11,13 @@
 
 namespace fastreft {
 
+// z, gp and gz, as the instance has them: with all three of 64 a CTA has 128 columns.
+FASTREFT_HOST_DEVICE constexpr int sum_parts(int depth, int pairs) { return packed_parts(depth, pairs == 1); }
+
 template <typename T, int Depth, int Pairs>
 struct SumsMover {
-  static constexpr SumsLayout at = sums_layout(Depth, 128 * Pairs);
+  static constexpr int Parts = sum_parts(Depth, Pairs);
+  static constexpr SumsLayout at = sums_layout(Depth, Parts == 3);
   const Gradient& p;
   int64_t block;  // the first column
   int columns;    // there are from it on
@@ -45,7 +49,7 @@ struct SumsMover {
 
  private:
   __device__ __forceinline__ void load(int stage, int64_t first, int64_t end) const {
-    constexpr int Width = 128 * Pairs, Pitch = packed_pitch(Depth);
+    constexpr int Width = 128 * Pairs, Pitch = packed_pitch(Depth, Parts);
     const bool wanted = brings_h ? p.slot[1] >= 0 || p.slot[2] >= 0 : p.slot[0] >= 0;
     const Rows& rows = brings_h ? p.h : p.g;
     const TileRows where = tile_rows({p.index, end, p.total}, rows, first, kSumsRows, brings_h);
@@ -55,7 +59,7 @@ struct SumsMover {
     if (!has_bulk_copies()) {
       if (wanted) load_tile(to, rows.p, where, kSumsRows, at.pitch, Width, block, p.d);
       if (!brings_h)
-        load_tile(z, from, TileRows{0, Pitch, there, false, -1, -1}, kSumsRows, Pitch, 3 * Depth, 0, 3 * Depth);
+        load_tile(z, from, TileRows{0, Pitch, there, false, -1, -1}, kSumsRows, Pitch, Parts * Depth, 0, Parts * Depth);
       arrive_when_copied(filled + stage);
       return;
     }
@@ -88,8 +92,8 @@ __device__ __forceinline__ void store_one_sum(const Gradient& p, const float (&s
 
 template <typename T, int Depth, int Pairs>
 __global__ void __launch_bounds__(kSumsThreads, 1) sums_kernel(const __grid_constant__ Gradient p) {
-  constexpr SumsLayout at = sums_layout(Depth, 128 * Pairs);
-  constexpr int Sums = Depth * Pairs > 64 ? 2 : 3;
+  constexpr int Sums = sum_parts(Depth, Pairs), Pitch = packed_pitch(Depth, Sums);
+  constexpr SumsLayout at = sums_layout(Depth, Sums == 3);
   const int thread = threadIdx.x, lane = thread % 32;
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
   const int64_t block = static_cast<int64_t>(blockIdx.x) * 128 * Pairs, column = block + warp * 16 * Pairs;
@@ -109,7 +113,7 @@ __global__ void __launch_bounds__(kSumsThreads, 1) sums_kernel(const __grid_cons
   wait_for_launch_before();
 
   float sum[Sums][Depth / 16][2 * Pairs][4] = {};
-  float vector = 0;  // first column block, thread k < 2 Depth: sum gp, sum gz
+  float vector = 0;  // first column block, thread k: sum gp, and behind them sum gz
   int stage = 0, phase = 0;
   for (int64_t i0 = begin; i0 < end; i0 += kSumsRows) {
     arrivals_wait(filled + stage, phase);
@@ -118,18 +122,16 @@ __global__ void __launch_bounds__(kSumsThreads, 1) sums_kernel(const __grid_cons
 #pragma unroll
     for (int m = 0; m < kSumsRows; m += 16) {
       const T* tile = g + m * at.pitch + warp * 16 * Pairs;
-      const T* row = z + m * packed_pitch(Depth);
-      if (p.slot[0] >= 0) add_products<T, Depth, Pairs>(sum[0], row, packed_pitch(Depth), tile, at.pitch, 16 * Pairs);
-      if (p.slot[1] >= 0)
-        add_products<T, Depth, Pairs>(sum[1], row + Depth, packed_pitch(Depth), tile + at.h, at.pitch, 16 * Pairs);
+      const T* row = z + m * Pitch;
+      if (p.slot[0] >= 0) add_products<T, Depth, Pairs>(sum[0], row, Pitch, tile, at.pitch, 16 * Pairs);
+      if (p.slot[1] >= 0) add_products<T, Depth, Pairs>(sum[1], row + Depth, Pitch, tile + at.h, at.pitch, 16 * Pairs);
       if constexpr (Sums > 2) {
         if (p.slot[2] >= 0)
-          add_products<T, Depth, Pairs>(sum[2], row + 2 * Depth, packed_pitch(Depth), tile + at.h, at.pitch,
-                                        16 * Pairs);
+          add_products<T, Depth, Pairs>(sum[2], row + 2 * Depth, Pitch, tile + at.h, at.pitch, 16 * Pairs);
       }
     }
-    if (blockIdx.x == 0 && thread < 2 * Depth) {
-      for (int m = 0; m < kSumsRows; ++m) vector += to_float(z[m * packed_pitch(Depth) + Depth + thread]);
+    if (blockIdx.x == 0 && thread < (Sums - 1) * Depth) {
+      for (int m = 0; m < kSumsRows; ++m) vector += to_float(z[m * Pitch + Depth + thread]);
     }
     __syncwarp();  // all lanes have read this stage
     if (lane == 0) arrive(edited + stage);
@@ -140,8 +142,10 @@ __global__ void __launch_bounds__(kSumsThreads, 1) sums_kernel(const __grid_cons
   }
 #pragma unroll
   for (int which = 0; which < Sums; ++which) store_one_sum<T, Depth, Pairs>(p, sum[which], which, column);
-  if (blockIdx.x == 0 && thread < 2 * Depth && thread % Depth < p.r)
-    static_cast<float*>(p.vectors)[(blockIdx.y * 2 + thread / Depth) * p.r + thread % Depth] = vector;
+  if (blockIdx.x > 0 || thread >= (Sums - 1) * Depth || thread % Depth >= p.r) return;
+  float* to = static_cast<float*>(p.vectors) + (blockIdx.y * 2 + thread / Depth) * p.r + thread % Depth;
+  to[0] = vector;
+  if (Sums == 2) to[p.r] = vector;  // gz is gp, or nobody asks
 }
 
 }  // namespace fastreft

@@ -192,13 +192,11 @@ __device__ __forceinline__ void shrink_rows(float (&sums)[Blocks][Eights][4], co
   }
 }
 
-// 16 Blocks rows and 16 Wide columns of the tile += coordinates (a) times the matrices' slices, in place. All of the
-// tile is loaded before any of it is stored. `Half`: of one step's 16 coordinates there are 8.
-template <typename T, int Steps, int Blocks, int Wide, bool Half>
-__device__ __forceinline__ void expand_block(T* tile, const uint32_t (&a)[Blocks][Steps][4], const T* matrices,
-                                             int pitch, int steps) {
+// 16 Blocks rows and 16 Wide columns of a tile as the sums of products are laid out, which is load_matrices' way; and
+// back, when all of them have been loaded.
+template <typename T, int Blocks, int Wide>
+__device__ __forceinline__ void sums_of_tile(float (&sum)[Wide][Blocks][2][4], const T* tile, int pitch) {
   const int lane = threadIdx.x % 32, at = lane % 16 * pitch + lane / 16 * 8;
-  float sum[Wide][Blocks][2][4];  // begins as the tile itself: load_matrices' layout is the products'
 #pragma unroll
   for (int w = 0; w < Wide; ++w) {
 #pragma unroll
@@ -213,6 +211,29 @@ __device__ __forceinline__ void expand_block(T* tile, const uint32_t (&a)[Blocks
       }
     }
   }
+}
+template <typename T, int Blocks, int Wide>
+__device__ __forceinline__ void sums_to_tile(T* tile, const float (&sum)[Wide][Blocks][2][4], int pitch) {
+#pragma unroll
+  for (int w = 0; w < Wide; ++w) {
+#pragma unroll
+    for (int m = 0; m < Blocks; ++m) {
+      uint32_t x[4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) x[q] = pack<T>(sum[w][m][q / 2][q % 2 * 2], sum[w][m][q / 2][q % 2 * 2 + 1]);
+      store_block(tile + m * 16 * pitch + w * 16, pitch, x);
+    }
+  }
+}
+
+// 16 Blocks rows and 16 Wide columns of the tile += coordinates (a) times the matrices' slices, in place. `Half`: of
+// one step's 16 coordinates there are 8.
+template <typename T, int Steps, int Blocks, int Wide, bool Half>
+__device__ __forceinline__ void expand_block(T* tile, const uint32_t (&a)[Blocks][Steps][4], const T* matrices,
+                                             int pitch, int steps) {
+  const int lane = threadIdx.x % 32, at = lane % 16 * pitch + lane / 16 * 8;
+  float sum[Wide][Blocks][2][4];
+  sums_of_tile(sum, tile, pitch);
   if constexpr (Half) {
     uint32_t b[4];  // 8 rows of 16 Wide columns
     load_matrices_transposed(b, matrices + lane % 8 * pitch + lane / 8 % (2 * Wide) * 8);
@@ -239,16 +260,7 @@ __device__ __forceinline__ void expand_block(T* tile, const uint32_t (&a)[Blocks
       }
     }
   }
-#pragma unroll
-  for (int w = 0; w < Wide; ++w) {
-#pragma unroll
-    for (int m = 0; m < Blocks; ++m) {
-      uint32_t x[4];
-#pragma unroll
-      for (int q = 0; q < 4; ++q) x[q] = pack<T>(sum[w][m][q / 2][q % 2 * 2], sum[w][m][q / 2][q % 2 * 2 + 1]);
-      store_block(tile + m * 16 * pitch + w * 16, pitch, x);
-    }
-  }
+  sums_to_tile(tile, sum, pitch);
 }
 
 // The same for all of the warp's columns.

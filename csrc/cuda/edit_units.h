@@ -9,6 +9,8 @@ namespace fastreft {
 // Tensor cores, 16-bit rows.
 int fused_forward(const Fused& f, DType type, const Grid& grid, void* stream);      // edit_fused_forward.cu
 int fused_backward(const Fused& f, DType type, const Grid& grid, void* stream);     // edit_fused_backward.cu
+int held_forward(const Fused& f, DType type, const Grid& grid, void* stream);       // edit_held_forward.cu
+int held_backward(const Fused& f, DType type, const Grid& grid, void* stream);      // edit_held_backward.cu
 int streamed_forward(const Fused& f, DType type, const Grid& grid, void* stream);   // edit_streamed_forward.cu
 int streamed_backward(const Fused& f, DType type, const Grid& grid, void* stream);  // edit_streamed_backward.cu
 int both_at_once(const Both& both, DType type, const Grid& grid, void* stream);     // edit_both.cu

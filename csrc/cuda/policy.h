@@ -33,7 +33,9 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // ---- tensor cores: one pass over rows (edit_fused.cuh) ------------------------------------------------------------
 
 constexpr int kFusedWarps = 8, kFusedThreads = kFusedWarps * 32;
-constexpr int kMovedThreads = kFusedThreads + 32;  // with the warp that moves their tiles (edit_mover.cuh)
+// Beside them the warp that moves their tiles (edit_mover.cuh) and those that work out coordinates (edit_owner.cuh): a
+// multiprocessor's four parts have room for 12 warps where they have room for 9.
+constexpr int kMoverWarp = kFusedWarps, kOwnerWarps = 3, kTeamThreads = (kMoverWarp + 1 + kOwnerWarps) * 32;
 constexpr int kMostStages = 8;
 constexpr int kMaxFusedRank = 64;
 
@@ -71,9 +73,15 @@ struct FusedShape {
   int extra = 0;                 // further coordinates a row, behind those of the expand (the one-pass backward's)
   bool second = false;           // whether another tensor is streamed beside the one that is edited
   int cluster = 1, rows = 16, stages = 2;
-  int width = 0;   // columns a CTA owns, or handles at a time, a multiple of 128: 16 for each warp
-  int pieces = 1;  // of that width; more than one where the matrices are streamed (edit_streamed.cuh)
+  int width = 0;      // columns a CTA owns, or handles at a time, a multiple of 128: 16 for each warp
+  int pieces = 1;     // of that width; more than one where the matrices are streamed (edit_streamed.cuh)
+  bool held = false;  // the matrices' slices are in registers (edit_held.cuh), and only pass through shared memory
 };
+
+// Where the warps of a CTA hold the matrices: 64 columns each of the one that expands, and of the one that shrinks 16
+// coordinates over one of two parts of the slice. Tiles of 64 rows, of which there is room for two, were slower on an
+// H100: turns did not overlap.
+constexpr int kHeldWidth = 64 * kFusedWarps, kHeldRows = 32, kHeldLogParts = 1;
 
 // A shrink's work is cut into items of 16 or 32 rows and 8 or 16 coordinates over one, two or four parts of the
 // columns, so that all 8 warps have one where there are so few. What is added up to what in which order does not depend
@@ -95,6 +103,7 @@ inline ShrinkWork shrink_work(const FusedShape& s) {
   ShrinkWork work;
   work.items = s.rows / shrink_item_rows(s.rank, s.rows) * (s.shrinks * s.rank / shrink_item_coordinates(s.rank));
   while (work.log_parts < 2 && work.items << work.log_parts < kFusedWarps) ++work.log_parts;
+  if (s.held) work.log_parts = kHeldLogParts;
   while ((s.cluster << work.own_shift) < s.rows) ++work.own_shift;
   return work;
 }
@@ -106,12 +115,14 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   const int64_t row = at.pitch * 2;
   const int64_t depth = at.depth = expand_depth(s.expands, s.rank);
   at.coordinate_pitch = depth + s.extra == 8 ? 24 : depth + s.extra + 8;  // no bank conflicts, either
-  at.expand = at.shrink + s.shrinks * s.rank * row;
-  at.tiles = at.expand + depth * row;
+  at.shrink = depth * row;
+  const int64_t matrices = at.shrink + s.shrinks * s.rank * row;
+  at.tiles = s.held ? 0 : matrices;
   at.sets = s.pieces == 1 && s.stages > 2 ? 2 : 1;  // the next tile is shrunk while this one is expanded
   // What is streamed beside a tile is needed when its coordinates are there, and not before: two stages do for it.
   at.second_stages = !s.second ? 0 : s.stages < 2 ? 1 : 2;
-  at.received = at.tiles + (s.stages + at.second_stages) * s.rows * row;
+  const int64_t tiles = at.tiles + (s.stages + at.second_stages) * s.rows * row;
+  at.received = tiles > matrices ? tiles : matrices;
   at.received_set = (static_cast<int64_t>(s.cluster) << (work.log_parts + work.own_shift)) * s.shrinks * s.rank * 4;
   at.coordinates = at.received + at.sets * at.received_set;
   at.coordinates_set = s.rows * at.coordinate_pitch * 2;
@@ -211,8 +222,33 @@ inline FusedPlan plan_fused(int64_t n, int64_t d, int64_t r, int shrinks, int ex
   return best;
 }
 
+// A pass with 32 or 64 coordinates whose matrices are in registers: more than two tiles are on their way then, and
+// turns overlap. For a few tiles a CTA it is not worth its beginning, in which none is.
+inline FusedPlan plan_held(int64_t n, int64_t d, int64_t r, int shrinks, int expands, const Device& device) {
+  constexpr int kHeldTurns = 4, kHeldStages = 3;
+  FusedPlan plan;
+  FusedShape& s = plan.shape;
+  s = fused_shape(n, d, r, shrinks, expands);
+  s.held = true;
+  s.rows = kHeldRows;
+  s.width = kHeldWidth;
+  s.cluster = static_cast<int>(ceil_div(d, kHeldWidth));
+  const bool wasteful = 4 * d < 3 * static_cast<int64_t>(s.cluster) * s.width;  // columns that are not there
+  if (s.rank <= 16 || s.shrinks + s.expands > 2 || wasteful || s.cluster > device.largest_cluster) return plan;
+  plan.clusters = resident_clusters(device, s.cluster, 1);
+  plan.tiles = ceil_div(n, s.rows);
+  if (plan.clusters < 1 || plan.tiles < kHeldTurns * plan.clusters) return plan;
+  s.stages = kMostStages;
+  while (s.stages > kHeldStages && fused_layout(s).bytes > device.shared) --s.stages;
+  plan.shared = fused_layout(s).bytes;
+  plan.fits = plan.shared <= device.shared;
+  return plan;
+}
+
 // A plain pass: the forward, or dh and the coordinates.
 inline FusedPlan plan_pass(int64_t n, int64_t d, int64_t r, int shrinks, int expands, const Device& device) {
+  const FusedPlan held = plan_held(n, d, r, shrinks, expands, device);
+  if (held.fits) return held;
   return plan_fused(n, d, r, shrinks, expands, 0, false, 0, per_sm_of_rank(padded_rank(r)), device);
 }
 
@@ -234,16 +270,18 @@ inline FusedPlan plan_streamed(int64_t n, int64_t d, int64_t r, int shrinks, int
   return plan;
 }
 
-// The one-pass backward (edit_both.cuh): g and h streamed, sums over a slice of kBothColumns at most in registers.
-constexpr int kBothColumns = 512;
+// The one-pass backward (edit_both.cuh): g and h streamed, sums over a slice of so many columns at most in registers.
+FASTREFT_HOST_DEVICE constexpr int both_columns(int rank) { return rank > 16 ? 256 : 512; }
 FASTREFT_HOST_DEVICE constexpr int both_depth(int rank) {
   return rank > 16 ? rank : 16;
 }  // rows of the sums: mma's 16 at least
 
 inline FusedPlan plan_both(int64_t n, int64_t d, int64_t r, int expands, const Device& device) {
   const int rank = padded_rank(r);
-  if (rank > 16) return {};
-  return plan_fused(n, d, r, 1, expands, 2 * both_depth(rank), true, kBothColumns, 1, device);
+  if (rank > 32) return {};
+  Device usual = device;  // clusters of 16, of which fewer run at once than would fill it, were never timed here
+  if (rank > 16 && usual.largest_cluster > 8) usual.largest_cluster = 8;
+  return plan_fused(n, d, r, 1, expands, 2 * both_depth(rank), true, both_columns(rank), 1, usual);
 }
 
 // ---- copying what is not edited (edit_copy.cuh) --------------------------------------------------------------------
@@ -312,11 +350,13 @@ inline GradPlan plan_grad(int64_t n, int64_t d, int64_t r, int64_t columns, int6
 // On tensor cores (edit_sums.cuh), in elements of 2 bytes.
 constexpr int kSumsRows = 32, kSumsStages = 5, kSumsThreads = kFusedThreads + 64;  // two warps move
 
-// Of a CTA: as many as leave registers for a warp's sums, of which there are three with gz.
-constexpr int sums_columns(int depth, bool three) { return depth > 32 && three ? 128 : 256; }
+// Of a CTA: as many as leave registers for a warp's sums, of which there are `three` where gz is not gp.
+FASTREFT_HOST_DEVICE constexpr int sums_columns(int depth, bool three) { return depth > 32 && three ? 128 : 256; }
 
-// Elements from one row's coordinates to the next, z, gp and gz: no bank conflicts, so that a tile is one bulk copy.
-FASTREFT_HOST_DEVICE constexpr int packed_pitch(int depth) { return 3 * depth + 8; }
+// A row's coordinates: z, gp and gz, the last where it may be asked for. Elements from one row's to the next: no bank
+// conflicts, so that a tile is one bulk copy.
+FASTREFT_HOST_DEVICE constexpr int packed_parts(int depth, bool three) { return depth > 32 && !three ? 2 : 3; }
+FASTREFT_HOST_DEVICE constexpr int packed_pitch(int depth, int parts) { return parts * depth + 8; }
 
 struct SumsLayout {
   int pitch = 0;        // of g and h
@@ -324,76 +364,23 @@ struct SumsLayout {
   int coordinates = 0;  // from g to [kSumsRows, packed_pitch]
   int stage = 0;        // elements of one stage
 };
-FASTREFT_HOST_DEVICE constexpr SumsLayout sums_layout(int depth, int columns) {
+FASTREFT_HOST_DEVICE constexpr SumsLayout sums_layout(int depth, bool three) {
+  const int columns = sums_columns(depth, three);
   SumsLayout at;
   at.pitch = columns + 8;
   at.h = kSumsRows * at.pitch;
   at.coordinates = 2 * at.h;
-  at.stage = at.coordinates + kSumsRows * packed_pitch(depth);
+  at.stage = at.coordinates + kSumsRows * packed_pitch(depth, packed_parts(depth, three));
   return at;
 }
 // Bytes: the stages and, of each, two Arrivals.
-constexpr int64_t sums_shared(int depth, int columns, int stages) {
-  return static_cast<int64_t>(stages) * (sums_layout(depth, columns).stage * 2 + 16);
+constexpr int64_t sums_shared(int depth, bool three, int stages) {
+  return static_cast<int64_t>(stages) * (sums_layout(depth, three).stage * 2 + 16);
 }
-constexpr int sums_stages(int depth, int columns, const Device& device) {
+constexpr int sums_stages(int depth, bool three, const Device& device) {
   int stages = kSumsStages;
-  while (stages > 1 && sums_shared(depth, columns, stages) > device.shared) --stages;
+  while (stages > 1 && sums_shared(depth, three, stages) > device.shared) --stages;
   return stages;
-}
-
-// ---- retraction (retract.cu) --------------------------------------------------------------------------------------
-
-constexpr int kRetractCluster = 8;  // CTAs at most
-constexpr int kRetractThreads = 512;
-constexpr int64_t kRetractHead = 128 + kRetractThreads * 8;  // bytes: what a CTA works with, and sums across warps
-
-struct RetractPlan {
-  int cluster = 1;
-  int terms = 1024;            // columns of a chunk
-  int64_t shared_entries = 0;  // r x r entries that shared memory has room for
-  int64_t chunk_bytes = 0;     // of two chunks, [r, pitch] each
-  int64_t room = 0;            // that chunk_bytes may grow to, for a CTA's columns to stay in shared memory
-};
-
-constexpr int64_t retract_shared(int64_t entries, int64_t chunk_bytes) {
-  return kRetractHead + chunk_bytes + 2 * entries * 8;
-}
-
-// Columns of each CTA of a cluster, the last one's fewer: whole quads of every type.
-FASTREFT_HOST_DEVICE constexpr int64_t retract_columns(int64_t d, int cluster) {
-  return cluster > 1 ? ((d + cluster - 1) / cluster + 7) / 8 * 8 : d;
-}
-// Elements of `size` bytes from one row of a chunk to the next: 16 bytes, and 16 more than a multiple of 128 where
-// there are that many, so that the same 16 bytes of 8 neighbouring rows lie in different banks.
-FASTREFT_HOST_DEVICE constexpr int64_t retract_pitch(int64_t columns, int size) {
-  const int64_t bytes = (columns * size + 15) / 16 * 16;
-  return (bytes < 128 ? bytes : (bytes + 127) / 128 * 128 + 16) / size;
-}
-FASTREFT_HOST_DEVICE constexpr int64_t retract_chunks(int64_t r, int64_t columns, int size) {
-  return 2 * r * retract_pitch(columns, size) * size;
-}
-
-// For `matrices` matrices of which the largest have r rows and d columns; `wide`: they are fp64.
-inline RetractPlan plan_retract(int64_t r, int64_t d, int64_t matrices, bool wide, const Device& device) {
-  RetractPlan plan;
-  const int size = wide ? 8 : 4;
-  // Chunks of about 4096 elements: enough for every thread to have several loads on their way.
-  while (plan.terms > 32 && r * plan.terms > (wide ? 2048 : 4096)) plan.terms /= 2;
-  plan.shared_entries = r * r;
-  if (retract_shared(plan.shared_entries, retract_chunks(r, plan.terms, size)) <= device.shared) {
-    // The largest of which all run at once: a second turn of a few clusters takes as long as the first.
-    const int most = kRetractCluster < device.largest_cluster ? kRetractCluster : device.largest_cluster;
-    for (int cluster = 2; cluster <= most && 256 * cluster <= d; ++cluster)
-      if (resident_clusters(device, cluster, 1) >= matrices) plan.cluster = cluster;
-  } else {
-    plan.shared_entries = 0;
-    while (plan.terms > 16 / size && retract_shared(0, retract_chunks(r, plan.terms, size)) > device.shared)
-      plan.terms /= 2;
-  }
-  plan.chunk_bytes = retract_chunks(r, plan.terms, size);
-  plan.room = device.shared - retract_shared(plan.shared_entries, 0);
-  return plan;
 }
 
 }  // namespace fastreft

@@ -8,6 +8,7 @@
 // Precision: products in fp32 over at most kTerms columns (fp64 for fp64), everything that adds those up in fp64.
 #pragma once
 #include "edit_common.cuh"
+#include "policy_retract.h"
 
 namespace fastreft {
 

@@ -1,11 +1,12 @@
-// The launch policy (policy.h) as Python functions, so that tests can look at every decision with no GPU at hand.
+// The launch policy (policy.h, policy_retract.h) as Python functions, so that tests can look at every decision with no
+// GPU at hand.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <vector>
 
-#include "../cuda/policy.h"
+#include "../cuda/policy_retract.h"
 
 namespace fastreft {
 
@@ -44,6 +45,7 @@ inline void bind_policy(pybind11::module_& module) {
         out["stages"] = plan.shape.stages;
         out["width"] = plan.shape.width;
         out["pieces"] = plan.shape.pieces;
+        out["held"] = plan.shape.held;
         out["tiles"] = plan.tiles;
         out["clusters"] = plan.clusters;
         out["shared"] = plan.shared;
@@ -76,7 +78,7 @@ inline void bind_policy(pybind11::module_& module) {
       "sums",
       [](int64_t n, int64_t d, int64_t r, bool tensor_cores, const Device& device, bool three) {
         const int depth = both_depth(padded_rank(r)), columns = sums_columns(depth, three);
-        const int stages = sums_stages(depth, columns, device), per_sm = tensor_cores ? 1 : kGradPerSm;
+        const int stages = sums_stages(depth, three, device), per_sm = tensor_cores ? 1 : kGradPerSm;
         const GradPlan plan = tensor_cores ? plan_grad(n, d, r, columns, r, per_sm, device)
                                            : plan_grad(n, d, r, kGradThreads, kGradChunk, per_sm, device);
         py::dict out;
@@ -87,7 +89,7 @@ inline void bind_policy(pybind11::module_& module) {
         out["chunks"] = plan.chunks;
         out["per_sm"] = per_sm;
         out["coordinates"] = tensor_cores ? r : kGradChunk;
-        out["shared"] = tensor_cores ? sums_shared(depth, columns, stages) : grad_shared(8);
+        out["shared"] = tensor_cores ? sums_shared(depth, three, stages) : grad_shared(8);
         return out;
       },
       py::arg("n"), py::arg("d"), py::arg("r"), py::arg("tensor_cores"), py::arg("device"), py::arg("three") = false,

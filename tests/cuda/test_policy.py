@@ -95,7 +95,23 @@ def test_one_pass_backward(expands, device):
         plan = policy.fused(n, d, r, 1, expands, True, device)
         if plan["fits"]:
             check_fused(plan, n, d, r, device)
-            assert plan["width"] <= 512 and plan["rank"] <= 16 and plan["per_sm"] == 1  # its sums are in registers
+            # Its sums are in registers.
+            assert plan["rank"] <= 32 and plan["width"] <= (256 if plan["rank"] > 16 else 512) and plan["per_sm"] == 1
+            assert plan["rank"] <= 16 or plan["cluster"] <= 8
+
+
+@pytest.mark.parametrize(("shrinks", "expands"), MATRICES)
+def test_matrices_in_registers(shrinks, expands, device):
+    """One of each sort, with many coordinates, for at least four tiles a cluster, of which three are on their way."""
+    found = 0
+    for n, d, r in itertools.product(ROWS, WIDTHS, RANKS):
+        plan = policy.fused(n, d, r, shrinks, expands, False, device)
+        if plan["fits"] and plan["held"]:
+            found += 1
+            assert plan["rank"] > 16 and 2 not in (shrinks, expands)
+            assert (plan["rows"], plan["width"], plan["per_sm"]) == (32, 512, 1) and 3 <= plan["stages"] <= 8
+            assert plan["tiles"] >= 4 * plan["clusters"] and 4 * d >= 3 * plan["cluster"] * 512
+    assert found > 0 or 2 in (shrinks, expands) or device.shared < 110_000
 
 
 def test_a_device_that_was_asked_gets_no_more_clusters_than_it_runs():
@@ -126,12 +142,13 @@ def test_what_tensor_cores_must_take():
     for n, r in itertools.product(ROWS, RANKS):
         for d in (768, 896, 1024, 1536, 2048, 2304, 2560, 3072, 3584, 4096, 5120, 8192):
             assert policy.fused(n, d, r, 1, 1, False, h200)["fits"]
-            assert policy.fused(n, d, r, 1, 1, True, h200)["fits"] == (r <= 16)
-    for r, cluster, per_sm, elements in ((8, 4, 2, 32768), (16, 8, 2, 32768), (32, 8, 1, 32768), (64, 8, 1, 16384)):
+            assert policy.fused(n, d, r, 1, 1, True, h200)["fits"] == (r <= 16 or (r <= 32 and d <= 2048))
+    for r, cluster, per_sm, elements in ((8, 4, 2, 32768), (16, 8, 2, 32768), (32, 8, 1, 16384), (64, 8, 1, 16384)):
         dense = policy.fused(32768, 4096, r, 1, 1, False, h200)
         assert (dense["cluster"], dense["per_sm"]) == (cluster, per_sm) and dense["clusters"] * cluster >= 120 * per_sm
-        # 64 KB, where the matrices leave room for two of them
+        # 64 KB at work; with many coordinates 32, the matrices in registers, so that the next tiles are on their way
         assert per_sm * dense["rows"] * dense["width"] == elements
+        assert dense["held"] == (r > 16) and dense["stages"] >= (3 if r > 16 else 2)
     rows = policy.fused(160, 4096, 8, 1, 1, False, h200)
     assert rows["rows"] == 16 and rows["clusters"] == 10 and rows["cluster"] == 8  # few rows: more CTAs share the work
 
@@ -195,7 +212,8 @@ def test_retraction(device):
         plan = policy.retract(r, d, matrices, wide, device)
         assert plan["shared"] <= device.shared and plan["terms"] >= 1
         assert 1 <= plan["cluster"] <= (8 if device.major >= 9 and plan["in_shared"] else 1)
-        assert plan["cluster"] == 1 or matrices * plan["cluster"] <= device.multiprocessors  # all at once
+        # All at once; or the smallest cluster whose columns stay.
+        assert plan["cluster"] == 1 or plan["resident"] or matrices * plan["cluster"] <= device.multiprocessors
         assert -(-d // plan["cluster"]) * (plan["cluster"] - 1) < d  # every CTA owns columns
         assert plan["in_shared"] or r > 32
 
@@ -206,5 +224,7 @@ def test_a_retraction_whose_columns_stay_in_shared_memory():
     h200 = policy.Device(9, 0, *DEVICES[9, 0])
     plan = policy.retract(8, 4096, 64, False, h200)
     assert plan["cluster"] == 2 and plan["resident"]
+    more = policy.retract(8, 4096, 80, False, h200)  # than run at once: two turns of the same
+    assert more["cluster"] == 2 and more["resident"]
     assert not policy.retract(64, 8192, 80, False, h200)["resident"]
     assert not policy.retract(8, 4096, 64, False, policy.Device(8, 9, *DEVICES[8, 9]))["resident"]

@@ -58,8 +58,26 @@ TENSOR_CORES = [
     dict(dtype=BF16, d=1024, r=50, rows=ROWS, total=20),  # two passes, dh in place of g
     dict(dtype=F16, d=5120, r=16, n=20),  # slices too wide for one pass
     dict(dtype=BF16, d=512, r=20, n=50, frozen="U"),
+    dict(dtype=BF16, d=1000, r=32, n=70),  # one pass with 32 coordinates
+    dict(dtype=F16, d=1024, r=24, n=40, method="noreft", rows=ROWS, total=20),
+    dict(dtype=BF16, d=512, r=40, n=50, act="gelu", method="untied"),  # sums of z, gp and gz
+    dict(dtype=BF16, d=512, r=40, n=50, act="gelu", method="untied", frozen="P"),  # and of gz the vector's alone
     dict(dtype=BF16, d=512, r=20, n=50, frozen="VP", act="silu", method="direft"),
     dict(dtype=BF16, d=512, r=20, n=50, method="lobireft", want_dh=False),
+]
+
+
+# Matrices in registers: many tiles for a cluster, of one CTA, two or four, and three to five stages.
+HELD = dict(dtype=BF16, d=1024, r=64, n=210, device=(9, 0, 2, 180_000, 8))
+HELD_32 = dict(dtype=F16, d=2048, r=32, n=333, device=(9, 0, 4, 232448, 8))
+HELDS = [
+    HELD,
+    HELD_32,
+    dict(HELD, d=512, n=390, method="noreft"),
+    dict(HELD_32, d=1000, r=20, n=200, device=(9, 0, 2, 140_000, 8), method="direft", act="silu"),
+    dict(HELD, r=50, rows=[*range(3, 250), -1, 260], total=260),
+    dict(HELD, frozen="UVPbc"),
+    dict(HELD, d=512, r=24, n=270, device=(8, 0, 2, 166912, 1)),
 ]
 
 
@@ -71,6 +89,13 @@ def test_edit_on_cuda_cores(kwargs, runner, tmp_path):
 @pytest.mark.parametrize("kwargs", TENSOR_CORES, ids=str)
 def test_edit_on_tensor_cores(kwargs, runner, tmp_path):
     check(Edit(**kwargs), runner, tmp_path)
+
+
+@pytest.mark.parametrize("kwargs", HELDS, ids=str)
+def test_edit_on_tensor_cores_with_matrices_in_registers(kwargs, runner, tmp_path):
+    edit = Edit(**kwargs)
+    assert policy.fused(edit.n, edit.d, edit.r, 1, 1, False, policy.Device(*edit.device))["held"]
+    check(edit, runner, tmp_path)
 
 
 # Where the matrices do not stay in shared memory.
@@ -166,6 +191,21 @@ def test_a_row_does_not_depend_on_its_batch(runner, tmp_path):
     assert torch.equal(check(some, runner, tmp_path / "some")["out"], all_rows[5:9])
 
 
+SAME_SLICES = [dict(HELD, device=(9, 0, 2, 180_000, 2)), dict(HELD_32, n=210, device=(9, 0, 4, 140_000, 4))]
+
+
+@pytest.mark.parametrize("kwargs", SAME_SLICES, ids=str)
+def test_a_row_does_not_depend_on_where_the_matrices_are(kwargs, runner, tmp_path):
+    """Of few rows they are in shared memory."""
+    some, device = Edit(**kwargs), policy.Device(*kwargs["device"])
+    few, many = (policy.fused(n, some.d, some.r, 1, 1, False, device) for n in (40, some.n))
+    assert (few["held"], many["held"]) == (False, True) and few["width"] == many["width"]
+    all_rows = check(Edit(**kwargs), runner, tmp_path / "all")
+    some.state, some.grad, some.n, some.total = some.state[5:45], some.grad[5:45], 40, 40
+    got = check(some, runner, tmp_path / "some")
+    assert all(torch.equal(got[name], all_rows[name][5:45]) for name in ("out", "dh", "z"))
+
+
 def test_skipped_rows_are_not_touched(runner, tmp_path):
     edit = Edit(dtype=BF16, d=64, r=4, rows=ROWS, total=20)
     got = check(edit, runner, tmp_path)
@@ -177,6 +217,9 @@ def test_skipped_rows_are_not_touched(runner, tmp_path):
 # Faults on purpose: what is left out must be noticed, in some order of the threads.
 TILED = dict(dtype=BF16, d=512, r=8, n=70, device=(9, 0, 2, 40_000, 8))  # clusters of 4, two stages; one pass: four
 AHEAD = dict(dtype=BF16, d=512, r=32, n=70, device=(9, 0, 2, 52_000, 8))  # three stages: the next tile is shrunk first
+ALONE = dict(dtype=BF16, d=128, r=32, n=90, device=(9, 0, 2, 232448, 8))  # a cluster is one CTA
+ALONE_16 = dict(dtype=BF16, d=128, r=16, n=24, device=(9, 0, 1, 232448, 8))
+WORKERS, MOVER, OWNERS = "0 7", "8 8", "9 11"  # warps
 COPY = dict(dtype=BF16, d=64, r=4, rows=ROWS, total=20, apart=True)
 SUMS = dict(dtype=BF16, d=128, r=8, n=300, act="gelu", method="untied", device=(9, 0, 1, 232448, 8))
 
@@ -188,14 +231,14 @@ def fails(edit: Edit, runner, folder) -> bool:
         return True
 
 
-def noticed(kwargs: dict, runner, folder, plant: str = "") -> bool:
-    return any(fails(Edit(**kwargs, order=order, plant=plant), runner, folder) for order in range(1, 6))
+def noticed(kwargs: dict, runner, folder, plant: str = "", orders: int = 5) -> bool:
+    return any(fails(Edit(**kwargs, order=order, plant=plant), runner, folder) for order in range(1, orders + 1))
 
 
 @pytest.mark.parametrize(
     "kwargs",
-    [TILED, AHEAD, STREAM, STREAM_12, SUMS, COPY, {}],
-    ids="clusters ahead streamed streamed_12 sums copy cores".split(),
+    [TILED, AHEAD, HELD, ALONE, STREAM, STREAM_12, SUMS, COPY, {}],
+    ids="clusters ahead held alone streamed streamed_12 sums copy cores".split(),
 )
 def test_without_faults_all_is_well(kwargs, runner, tmp_path):
     assert not noticed(kwargs, runner, tmp_path)
@@ -205,30 +248,41 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
     ("plant", "kwargs"),
     [
         pytest.param("cluster 0 0", TILED, id="the cluster barrier"),
-        pytest.param("arrival 0 0", TILED, id="the wait for the first tile"),
-        pytest.param("arrival 1 0", TILED, id="the first wait for sums"),
-        pytest.param("arrival 2 0", TILED, id="the first wait for coordinates"),
-        pytest.param("arrival 3 0", TILED, id="the first wait for the CTA's other warps"),
-        pytest.param("arrival 4 0", TILED, id="the wait for the second tile"),
-        pytest.param("arrival 5 0", TILED, id="the second wait for sums"),
-        pytest.param("arrival 6 0", TILED, id="the second wait for coordinates"),
+        pytest.param(f"arrival 0 0 {WORKERS}", TILED, id="the wait for the first tile"),
+        pytest.param(f"arrival 1 0 {WORKERS}", TILED, id="the first wait for coordinates"),
+        pytest.param(f"arrival 3 0 {WORKERS}", TILED, id="the wait for the second tile"),
+        pytest.param(f"arrival 4 0 {WORKERS}", TILED, id="the second wait for coordinates"),
+        pytest.param(f"arrival 6 0 {WORKERS}", TILED, id="the wait for the third tile"),
+        pytest.param(f"arrival 0 0 {OWNERS}", TILED, id="the first wait for sums"),
+        pytest.param(f"arrival 1 0 {OWNERS}", TILED, id="the second wait for sums"),
+        pytest.param(f"arrival 0 0 {MOVER}", TILED, id="the wait for the first tile to be given back"),
         pytest.param("copy 0 0", TILED, id="the wait before a stage is filled again"),
-        pytest.param("arrival 2 0", AHEAD, id="ahead: the wait for the second tile"),
-        pytest.param("arrival 3 0", AHEAD, id="ahead: the first wait for coordinates"),
-        pytest.param("arrival 4 0", AHEAD, id="ahead: the second wait for sums"),
-        pytest.param(
-            "warp 0 0", TILED, id="a warp's lanes have read what it gives back; the mover's have made its arrivals"
-        ),
-        pytest.param("warp 1 0", TILED, id="the same of the next tile; the mover's have written zeros"),
+        pytest.param(f"warp 0 0 {WORKERS}", TILED, id="a warp's lanes have read what it gives back"),
+        pytest.param(f"warp 1 0 {WORKERS}", TILED, id="the same of the next tile"),
+        pytest.param(f"arrival 1 0 {WORKERS}", AHEAD, id="ahead: the wait for the second tile"),
+        pytest.param(f"arrival 2 0 {WORKERS}", AHEAD, id="ahead: the first wait for coordinates"),
+        pytest.param(f"arrival 1 0 {OWNERS}", AHEAD, id="ahead: the second wait for sums"),
+        pytest.param(f"block 0 0 {WORKERS}", HELD, id="in registers: the barrier before the matrices are read"),
+        pytest.param("cluster 0 0", HELD, id="in registers: the barrier before tiles come where the matrices were"),
+        pytest.param(f"arrival 0 0 {WORKERS}", HELD, id="in registers: the wait for the first tile"),
+        pytest.param(f"arrival 1 0 {WORKERS}", HELD, id="in registers: the wait for the second tile"),
+        pytest.param(f"arrival 2 0 {WORKERS}", HELD, id="in registers: the first wait for coordinates"),
+        pytest.param(f"arrival 0 0 {OWNERS}", HELD, id="in registers: the first wait for sums"),
+        pytest.param(f"arrival 1 0 {OWNERS}", HELD, id="in registers: the second wait for sums"),
+        pytest.param(f"warp 0 0 {WORKERS}", ALONE, id="no cluster: a warp's lanes have stored their sums"),
+        pytest.param(f"warp 0 0 {OWNERS}", ALONE_16, id="no cluster: a warp's lanes have stored their coordinates"),
         pytest.param("cluster 0 1", TILED, id="one pass: the cluster barrier"),
-        pytest.param("arrival 0 1", TILED, id="one pass: the wait for the first tile"),
-        pytest.param("arrival 1 1", TILED, id="one pass: the first wait for sums"),
-        pytest.param("arrival 3 1", TILED, id="one pass: the first wait for coordinates"),
-        pytest.param("arrival 4 1", TILED, id="one pass: the wait for the second input"),
-        pytest.param("arrival 6 1", TILED, id="one pass: the wait for the CTA's other warps"),
+        pytest.param(f"arrival 0 1 {WORKERS}", TILED, id="one pass: the wait for the first tile"),
+        pytest.param(f"arrival 2 1 {WORKERS}", TILED, id="one pass: the first wait for coordinates"),
+        pytest.param(f"arrival 4 1 {WORKERS}", TILED, id="one pass: the first wait for the CTA's other warps"),
+        pytest.param(f"arrival 11 1 {WORKERS}", TILED, id="one pass: the third wait for the second input"),
+        pytest.param(f"arrival 0 1 {OWNERS}", TILED, id="one pass: the first wait for sums"),
         pytest.param("copy 0 1", TILED, id="one pass: the wait before a stage is filled again"),
-        pytest.param("block 0 1", TILED, id="one pass: the CTA barrier before the vectors are added"),
-        pytest.param("warp 1 1", TILED, id="one pass: a warp's lanes have read what it gives back"),
+        pytest.param(
+            f"block 0 1 {OWNERS}", TILED, id="one pass: all sums have been read before the vectors come there"
+        ),
+        pytest.param(f"block 1 1 {OWNERS}", TILED, id="one pass: the barrier before the vectors are added"),
+        pytest.param(f"warp 1 1 {WORKERS}", TILED, id="one pass: a warp's lanes have read what it gives back"),
         pytest.param("block 0 0", STREAM, id="streamed: the CTA barrier (A)"),
         pytest.param("block 1 0", STREAM, id="streamed: the CTA barrier (B)"),
         pytest.param("block 13 0", STREAM, id="streamed: the CTA barrier (B) of the last piece"),
@@ -244,7 +298,7 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
     ],
 )
 def test_a_barrier_or_wait_left_out_is_noticed(plant, kwargs, runner, tmp_path):
-    assert noticed(kwargs, runner, tmp_path, plant)
+    assert noticed(kwargs, runner, tmp_path, plant, orders=8)
 
 
 @pytest.mark.parametrize(
@@ -265,8 +319,8 @@ def test_a_patch_reaches_the_units_that_are_made_of_its_file_and_no_others(runne
         return {listing.stem for listing in runner.parent.glob("*.d") if name in harness.made_of(listing)}
 
     assert units("edit_streamed.cuh") == {"edit_streamed_forward", "edit_streamed_backward"}
-    fused = {"edit_fused_forward", "edit_fused_backward", "edit_both", "edit_sums"}
-    assert units("edit_cta.cuh") == units("edit_streamed.cuh") | fused
+    fused = {f"edit_{road}_{way}" for road in ("fused", "held") for way in ("forward", "backward")}
+    assert units("edit_cta.cuh") == units("edit_streamed.cuh") | fused | {"edit_both", "edit_sums"}
     assert "runner" not in units("policy.h") >= units("edit_args.h") | {"retract", "launch"}
 
 

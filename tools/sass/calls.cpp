@@ -27,20 +27,20 @@ void append(std::vector<unsigned char>& bytes, const Arg& arg) {
 }
 
 struct Tiles {
-  int64_t rows = 0, bytes = 0, tiles = 0, groups = 0, pieces = 1;
+  int64_t rows = 0, bytes = 0, tiles = 0, groups = 0, pieces = 1, sets = 0;
 };
 Tiles tiles_of(const Fused& f) {
   const FusedShape& shape = f.shape;
   const int moved = 1 + shape.second + (f.pass.out.p != nullptr);
   const int64_t columns = int64_t{shape.width} * shape.pieces;
   const int64_t bytes = 2 * shape.rows * (columns < f.pass.d ? columns : f.pass.d) * moved;
-  return {shape.rows, bytes, f.tiles, f.clusters, shape.pieces};
+  return {shape.rows, bytes, f.tiles, f.clusters, shape.pieces, shape.pieces > 1 ? 0 : f.at.sets};
 }
 Tiles tiles_of(const Both& both) { return tiles_of(both.f); }
 Tiles tiles_of(const Gradient& s) {
   const int depth = both_depth(padded_rank(s.r));
-  const int columns = sums_columns(depth, s.slot[2] >= 0);
-  return {kSumsRows, int64_t{2} * kSumsRows * (2 * columns + packed_pitch(depth)), ceil_div(s.n, kSumsRows), s.splits};
+  const int of_a_row = 2 * sums_columns(depth, s.three) + packed_pitch(depth, packed_parts(depth, s.three));
+  return {kSumsRows, int64_t{2} * kSumsRows * of_a_row, ceil_div(s.n, kSumsRows), s.splits};
 }
 template <typename Arg>
 Tiles tiles_of(const Arg&) {
@@ -53,7 +53,8 @@ int recorded(const Grid& grid, void*, const First& first, const Args&... args) {
   printf("%s | %lld %d %d %d %d %lld | ", __PRETTY_FUNCTION__, wide(grid.x), grid.y, grid.z, grid.threads, grid.cluster,
          wide(grid.shared));
   const Tiles t = tiles_of(first);
-  printf("%lld %lld %lld %lld %lld | ", wide(t.rows), wide(t.bytes), wide(t.tiles), wide(t.groups), wide(t.pieces));
+  printf("%lld %lld %lld %lld %lld %lld | ", wide(t.rows), wide(t.bytes), wide(t.tiles), wide(t.groups), wide(t.pieces),
+         wide(t.sets));
   std::vector<unsigned char> bytes;
   append(bytes, first);
   (append(bytes, args), ...);

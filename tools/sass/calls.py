@@ -56,6 +56,7 @@ class Tiles:
     count: int = 0
     groups: int = 0  # clusters, or CTAs, that share them
     pieces: int = 1  # of a tile, one after the other
+    sets: int = 0  # tiles whose sums and coordinates may be on their way at once, which warps of their own add up
 
 
 @dataclass(frozen=True)

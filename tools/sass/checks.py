@@ -20,7 +20,9 @@ LOADS = ("LDG", "LD")
 NEAR = 4  # instructions: a load waited for sooner than that hides nothing
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor of cc 8.0, 9.0 or 10.0
 RESERVED = 1024  # bytes of shared memory that the system takes of each CTA
-WORKERS = 8  # warps of a CTA that edit tiles
+# Of a CTA whose coordinates are worked out by warps of their own: 8 warps edit, the ninth moves the tiles, three own rows.
+WORKERS, OWNERS = 8, 3
+TEAM = (0, WORKERS, WORKERS + 1)  # one of each
 LINE = 128  # bytes of code that are fetched together
 
 
@@ -147,9 +149,10 @@ def look(program: Path, budgets: list[Budget], device: Device, latency: Latency,
         launch = launches(program, budget.call, device)[budget.which]
         kernel = kernel or compiled(launch.kernel, folder)
         tiled = launch.tiles.count > 0
-        warps = (0, WORKERS) if launch.threads // 32 == WORKERS + 1 else (0,)  # the ninth moves the tiles
-        cost = costs(program, budget.call, device, budget.which, kernel, latency, warps)
-        vectors = launch.tiles.bytes / launch.threads / 16 if tiled else budget.vectors
-        instructions = (cost.tile if tiled else cost.rest).instructions[0]
-        seen.append(found(kernel, launch, device, cost.whole, instructions / vectors))
+        team = launch.tiles.sets > 0
+        cost = costs(program, budget.call, device, budget.which, kernel, latency, TEAM if team else (0,))
+        each = (cost.tile if tiled else cost.rest).instructions
+        all_warps = WORKERS * each[0] + each[1] + OWNERS * each[2] if team else each[0] * launch.threads / 32
+        vectors = launch.tiles.bytes / 512 if tiled else budget.vectors * launch.threads / 32
+        seen.append(found(kernel, launch, device, cost.whole, all_warps / vectors))
     return seen

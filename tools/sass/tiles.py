@@ -28,6 +28,8 @@ class Cost:
     """What each of some warps of a CTA does, for a tile or besides."""
 
     instructions: tuple[float, ...]  # a warp
+    cycles: tuple[float, ...]  # likewise, no wait taking any
+    behind: tuple[float, ...]  # of these, from the warp's first wait for arrivals on
     critical: float  # cycles of the slowest warp from barrier to barrier, added up
     counts: Counter[str]  # the first warp's instructions, by opcode with modifiers
 
@@ -99,6 +101,12 @@ def segments(trace: Trace) -> list[float]:
     return [b - a for a, b in zip(cuts, [*cuts[1:], trace.end], strict=True)]
 
 
+def behind_first_wait(trace: Trace) -> float:
+    """Cycles from a warp's first wait for arrivals on; 0 where it has none."""
+    waits = (step.time for step in trace.steps if "TRYWAIT" in trace.kernel.code[step.index].op)
+    return trace.end - next(waits, trace.end)
+
+
 def critical(traces: list[Trace]) -> float:
     """Cycles of the slowest warp between barriers, where all meet the same ones; else of the slowest warp."""
     parts = [segments(trace) for trace in traces]
@@ -118,19 +126,23 @@ def with_tiles(program: Path, call: Call, device: Device, which: int, each: int)
 
 
 def cost_of(traces: list[Trace]) -> Cost:
-    return Cost(tuple(float(len(trace.steps)) for trace in traces), critical(traces), traces[0].counts())
+    instructions = tuple(float(len(trace.steps)) for trace in traces)
+    ends, behind = tuple(trace.end for trace in traces), tuple(map(behind_first_wait, traces))
+    return Cost(instructions, ends, behind, critical(traces), traces[0].counts())
 
 
 def times(cost: Cost, factor: float) -> Cost:
     counts = Counter({op: factor * count for op, count in cost.counts.items()})
-    return Cost(tuple(factor * n for n in cost.instructions), factor * cost.critical, counts)
+    each = (tuple(factor * n for n in some) for some in (cost.instructions, cost.cycles, cost.behind))
+    return Cost(*each, factor * cost.critical, counts)
 
 
 def less(a: Cost, b: Cost) -> Cost:
     counts = Counter(a.counts)
     counts.subtract(b.counts)
-    instructions = tuple(x - y for x, y in zip(a.instructions, b.instructions, strict=True))
-    return Cost(instructions, a.critical - b.critical, Counter({op: n for op, n in counts.items() if n}))
+    pairs = ((a.instructions, b.instructions), (a.cycles, b.cycles), (a.behind, b.behind))
+    each = (tuple(x - y for x, y in zip(*pair, strict=True)) for pair in pairs)
+    return Cost(*each, a.critical - b.critical, Counter({op: n for op, n in counts.items() if n}))
 
 
 def costs(

@@ -168,7 +168,7 @@ std::unique_ptr<Cluster> start(int64_t first_x, int y, int z, int threads, int s
     block.shared = static_cast<char*>(shared);
     memset(block.shared, 0xff, static_cast<size_t>(machine.shared));
     block.running = threads;
-    block.meeting = block.first_threads = {threads, 0, 0};
+    block.meeting = block.some_threads = {threads, 0, 0};
     block.warps.resize(static_cast<size_t>((threads + 31) / 32));
     for (Warp& warp : block.warps) warp.meeting = {32, 0, 0};
     if (threads % 32 != 0) fail("a CTA is not a whole number of warps");
@@ -198,6 +198,7 @@ std::unique_ptr<Cluster> start(int64_t first_x, int y, int z, int threads, int s
   cluster->greedy = machine.random() % 2 == 0;
   cluster->ragged = machine.random() % 2 == 0;
   cluster->late_moves = machine.random() % 2 == 0;
+  cluster->late_loads = machine.random() % 2 == 0;
   if (machine.random() % 2 == 0) {
     Block& block = cluster->blocks[machine.random() % cluster->blocks.size()];
     cluster->lazy = &block.warps[machine.random() % block.warps.size()];
@@ -208,7 +209,7 @@ std::unique_ptr<Cluster> start(int64_t first_x, int y, int z, int threads, int s
 [[noreturn]] void fail_of_deadlock(const Cluster& cluster) {
   for (const auto& thread : cluster.threads) {
     if (thread->done) continue;
-    const char* at = thread->waits == &thread->block->meeting || thread->waits == &thread->block->first_threads
+    const char* at = thread->waits == &thread->block->meeting || thread->waits == &thread->block->some_threads
                          ? "a CTA barrier"
                      : thread->waits == &cluster.meeting ? "a cluster barrier"
                      : thread->gate != nullptr           ? "what is sent to it"
@@ -303,14 +304,17 @@ const dim3& grid_size() { return machine.grid; }
 char* shared_memory() { return current->block->shared; }
 bool planted(int& met, int fault) {
   const bool here = plant.launch < 0 || plant.launch == machine.launch;
-  return met++ == fault && here;
+  const int warp = static_cast<int>(current->index.x) / 32;
+  const bool mine = warp >= plant.warps[0] && warp <= plant.warps[1];
+  return met++ == fault && here && mine;
 }
 void block_barrier() {
   if (!planted(current->block_barriers, plant.block_barrier)) arrive(current->block->meeting);
 }
-void barrier_of(int threads) {
-  Meeting& meeting = current->block->first_threads;
-  if (static_cast<int>(current->index.x) >= threads) fail("a thread at a barrier that is not for it");
+void barrier_of(int threads, int from) {
+  Meeting& meeting = current->block->some_threads;
+  const int thread = static_cast<int>(current->index.x);
+  if (thread < from || thread >= from + threads) fail("a thread at a barrier that is not for it");
   meeting.expected = threads;
   if (!planted(current->block_barriers, plant.block_barrier)) arrive(meeting);
 }

@@ -41,10 +41,14 @@ struct float2 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 namespace simt {
@@ -56,10 +60,11 @@ struct Device {
 };
 extern Device device;
 
-// Faults on purpose, to see that they are noticed: the n-th barrier or wait of every thread is left out (-1: none), in
-// the launch of that number (-1: in all).
+// Faults on purpose, to see that they are noticed: the n-th barrier or wait of every thread of some warps, the first
+// and the last, is left out (-1: none), in the launch of that number (-1: in all).
 struct Plant {
   int block_barrier = -1, cluster_barrier = -1, copy_wait = -1, arrival_wait = -1, warp_barrier = -1, launch = -1;
+  int warps[2] = {0, 31};
 };
 extern Plant plant;
 
@@ -84,7 +89,7 @@ void warp_barrier();
 int cluster_rank();
 int64_t shared_of_own(const void* p);
 char* shared_of_rank(const void* p, int rank);
-void barrier_of(int threads);
+void barrier_of(int threads, int from);
 void arrivals_init(const void* a, int threads);
 void arrive(const void* a);
 void arrive_when_copied(const void* a);
@@ -191,9 +196,9 @@ inline void arrive(Arrivals* a) { simt::arrive(a); }
 inline void arrive_when_copied(Arrivals* a) { simt::arrive_when_copied(a); }
 inline void arrivals_expect(Arrivals* a, int bytes) { simt::arrivals_expect(a, bytes); }
 inline void arrivals_wait(Arrivals* a, int parity) { simt::arrivals_wait(a, parity); }
-template <int Threads>
+template <int Threads, int From = 0>
 void barrier_of() {
-  simt::barrier_of(Threads);
+  simt::barrier_of(Threads, From);
 }
 inline void send(void* to, const uint4& x, Arrivals* a, int rank) { simt::send(to, &x, a, rank); }
 inline void wait_for_launch_before() {}

@@ -46,7 +46,7 @@ struct Block {
   int rank = 0;
   char* shared = nullptr;
   int running = 0;
-  Meeting meeting, first_threads;  // of all, and of those that a barrier_of names
+  Meeting meeting, some_threads;  // of all, and of those that a barrier_of names
   int any[2] = {0, 0};
   std::vector<Warp> warps;
 };
@@ -73,6 +73,7 @@ struct Move {
   Counter* counter;
   int bytes;     // that it counts
   bool arrives;  // as a thread does
+  bool load = false;  // from global memory
 };
 
 // Bytes on their way out of shared memory, read when issued or when the thread waits.
@@ -113,6 +114,7 @@ struct Cluster {
   bool greedy = false;
   bool ragged = false;         // a warp's lanes go on when they like
   bool late_moves = false;     // what is on its way arrives when nobody can go on without it
+  bool late_loads = false;     // of what is on its way, loads from global memory arrive last
   const Warp* lazy = nullptr;  // goes on when nobody else can
   std::map<const void*, Counter> counters;
   std::vector<Move> under_way;

@@ -101,7 +101,7 @@ void arrive_when_copied(const void* a) {
            [copies] {
              for (const Copy& copy : copies) land(copy);
            },
-           &counter_at(a, block), 0, true});
+           &counter_at(a, block), 0, true, true});
 }
 
 void arrivals_wait(const void* a, int parity) {
@@ -142,7 +142,7 @@ void bulk_load(void* to, const void* from, int bytes, const void* a) {
   memset(to, 0xff, size);
   const auto land = [=] { memcpy(to, early ? then.data() : from, size); };
   Block& block = *current->block;
-  set_out({&block, land, &counter_at(a, block), bytes, false});
+  set_out({&block, land, &counter_at(a, block), bytes, false, true});
 }
 
 void bulk_store(void* to, const void* from, int bytes) {
@@ -168,10 +168,14 @@ void bulk_wait() {
 }
 
 bool arrive_one(Cluster& cluster) {
-  if (cluster.under_way.empty()) return false;
-  std::swap(cluster.under_way[machine.random() % cluster.under_way.size()], cluster.under_way.back());
-  const Move move = cluster.under_way.back();
-  cluster.under_way.pop_back();
+  std::vector<Move>& moves = cluster.under_way;
+  if (moves.empty()) return false;
+  const auto loads =
+      std::partition(moves.begin(), moves.end(), [&](const Move& m) { return !(m.load && cluster.late_loads); });
+  const auto choices = static_cast<size_t>((loads == moves.begin() ? moves.end() : loads) - moves.begin());
+  std::swap(moves[machine.random() % choices], moves.back());
+  const Move move = moves.back();
+  moves.pop_back();
   move.land();
   move.counter->missing -= move.bytes;
   if (move.arrives) {

@@ -1,7 +1,9 @@
 // Runs the project's host entry points on the simulated device. Reads commands from the standard input, a line each:
 //     device MAJOR MINOR MULTIPROCESSORS SHARED LARGEST_CLUSTER          seed N
-//     plant WHAT N [LAUNCH]      the N-th (WHAT: block, cluster, warp) barrier, copy wait (copy) or wait for arrivals
-//                                (arrival) of every thread is left out, in that launch or in all
+//     plant WHAT N [LAUNCH [FIRST LAST]]
+//                                the N-th (WHAT: block, cluster, warp) barrier, copy wait (copy) or wait for arrivals
+//                                (arrival) of every thread, or of those of some warps, is left out, in that launch or
+//                                in all
 //     load NAME FILE [SKEW]      a heap block of exactly the file's bytes (SKEW bytes past a 16-byte boundary)
 //     make NAME BYTES            likewise, poisoned
 //     save NAME FILE
@@ -197,6 +199,8 @@ int main() {
       in >> word;
       if (!faults.count(word) || !(in >> *faults.at(word))) fail("no such fault: " + line);
       if (!(in >> simt::plant.launch)) simt::plant.launch = -1;
+      for (int end = 0; end < 2; ++end)
+        if (!(in >> simt::plant.warps[end])) simt::plant.warps[end] = end == 0 ? 0 : 31;
     } else if (word == "load") {
       size_t skew = 0;
       in >> a >> b >> skew;
