@@ -15,12 +15,12 @@ NATIVE := $(CPP) setup.py
 # files among them, anew: some 15 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test suite attack arches test-harness test-vllm soak test-pyreft check format clean
+.PHONY: demo test suite attack arches test-harness test-vllm soak test-pyreft check style format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastreft demo
 
-test: check suite
+test: style suite
 
 suite: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(TESTERS) --dist worksteal
@@ -73,12 +73,14 @@ test-pyreft: .venv-pyreft/.installed
 	.venv-pyreft/bin/python -m pip install --quiet --disable-pip-version-check --no-deps pyreft==0.1.0 pyvene==0.1.8
 	touch $@
 
-# What needs no model: style, types.
-check: $(VENV)/.installed
+# What needs no model: style, and types, which are a test of the suite, too (tests/test_types.py).
+check: style
+	$(BIN)/mypy
+
+style: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
-	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

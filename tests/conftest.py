@@ -38,7 +38,7 @@ def pytest_report_header() -> list[str]:
     return [f"NOT RUN, there is no {name} here: {' '.join(NEEDS[name])}" for name in ABSENT]
 
 
-LONG = ("cuda/", "tasks/test_processes.py", "attack/", "tasks/test_demo.py", "ops/test_build.py")
+LONG = ("cuda/", "test_types.py", "tasks/test_processes.py", "attack/", "tasks/test_demo.py", "ops/test_build.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

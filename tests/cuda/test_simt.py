@@ -67,17 +67,16 @@ TENSOR_CORES = [
 ]
 
 
-# Matrices in registers: many tiles for a cluster, of one CTA, two or four, and three to five stages.
-HELD = dict(dtype=BF16, d=1024, r=64, n=210, device=(9, 0, 2, 180_000, 8))
-HELD_32 = dict(dtype=F16, d=2048, r=32, n=333, device=(9, 0, 4, 232448, 8))
+# Matrices in registers: four tiles or more for a cluster, of one CTA or two, and three to five stages.
+HELD = dict(dtype=BF16, d=1024, r=32, n=130, device=(9, 0, 2, 180_000, 8))
+HELD_64, HELD_FORWARD = dict(HELD, r=64), dict(HELD, n=98, frozen="UVPbc", want_dh=False)
 HELDS = [
     HELD,
-    HELD_32,
-    dict(HELD, d=512, n=390, method="noreft"),
-    dict(HELD_32, d=1000, r=20, n=200, device=(9, 0, 2, 140_000, 8), method="direft", act="silu"),
-    dict(HELD, r=50, rows=[*range(3, 250), -1, 260], total=260),
-    dict(HELD, frozen="UVPbc"),
-    dict(HELD, d=512, r=24, n=270, device=(8, 0, 2, 166912, 1)),
+    dict(HELD_64, d=512, n=250, method="noreft"),
+    dict(HELD, dtype=F16, d=1000, r=20, device=(9, 0, 2, 140_000, 8), method="direft", act="silu"),
+    dict(HELD_64, r=50, rows=[*range(3, 102), -1, 109], total=109),
+    dict(HELD_64, frozen="UVPbc"),
+    dict(HELD, d=512, r=24, n=250, device=(8, 0, 2, 166912, 1)),
 ]
 
 
@@ -191,19 +190,17 @@ def test_a_row_does_not_depend_on_its_batch(runner, tmp_path):
     assert torch.equal(check(some, runner, tmp_path / "some")["out"], all_rows[5:9])
 
 
-SAME_SLICES = [dict(HELD, device=(9, 0, 2, 180_000, 2)), dict(HELD_32, n=210, device=(9, 0, 4, 140_000, 4))]
-
-
-@pytest.mark.parametrize("kwargs", SAME_SLICES, ids=str)
-def test_a_row_does_not_depend_on_where_the_matrices_are(kwargs, runner, tmp_path):
+@pytest.mark.parametrize("r", [32, 64])
+def test_a_row_does_not_depend_on_where_the_matrices_are(r, runner, tmp_path):
     """Of few rows they are in shared memory."""
+    kwargs = dict(HELD, r=r, device=(9, 0, 2, 180_000, 2), frozen="UVPbc")
     some, device = Edit(**kwargs), policy.Device(*kwargs["device"])
     few, many = (policy.fused(n, some.d, some.r, 1, 1, False, device) for n in (40, some.n))
     assert (few["held"], many["held"]) == (False, True) and few["width"] == many["width"]
     all_rows = check(Edit(**kwargs), runner, tmp_path / "all")
     some.state, some.grad, some.n, some.total = some.state[5:45], some.grad[5:45], 40, 40
     got = check(some, runner, tmp_path / "some")
-    assert all(torch.equal(got[name], all_rows[name][5:45]) for name in ("out", "dh", "z"))
+    assert all(torch.equal(got[name], all_rows[name][5:45]) for name in ("out", "dh"))
 
 
 def test_skipped_rows_are_not_touched(runner, tmp_path):
@@ -237,7 +234,7 @@ def noticed(kwargs: dict, runner, folder, plant: str = "", orders: int = 5) -> b
 
 @pytest.mark.parametrize(
     "kwargs",
-    [TILED, AHEAD, HELD, ALONE, STREAM, STREAM_12, SUMS, COPY, {}],
+    [TILED, AHEAD, HELD_FORWARD, ALONE, STREAM, STREAM_12, SUMS, COPY, {}],
     ids="clusters ahead held alone streamed streamed_12 sums copy cores".split(),
 )
 def test_without_faults_all_is_well(kwargs, runner, tmp_path):
@@ -262,13 +259,15 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
         pytest.param(f"arrival 1 0 {WORKERS}", AHEAD, id="ahead: the wait for the second tile"),
         pytest.param(f"arrival 2 0 {WORKERS}", AHEAD, id="ahead: the first wait for coordinates"),
         pytest.param(f"arrival 1 0 {OWNERS}", AHEAD, id="ahead: the second wait for sums"),
-        pytest.param(f"block 0 0 {WORKERS}", HELD, id="in registers: the barrier before the matrices are read"),
-        pytest.param("cluster 0 0", HELD, id="in registers: the barrier before tiles come where the matrices were"),
-        pytest.param(f"arrival 0 0 {WORKERS}", HELD, id="in registers: the wait for the first tile"),
-        pytest.param(f"arrival 1 0 {WORKERS}", HELD, id="in registers: the wait for the second tile"),
-        pytest.param(f"arrival 2 0 {WORKERS}", HELD, id="in registers: the first wait for coordinates"),
-        pytest.param(f"arrival 0 0 {OWNERS}", HELD, id="in registers: the first wait for sums"),
-        pytest.param(f"arrival 1 0 {OWNERS}", HELD, id="in registers: the second wait for sums"),
+        pytest.param(f"block 0 0 {WORKERS}", HELD_FORWARD, id="in registers: the barrier before the matrices are read"),
+        pytest.param(
+            "cluster 0 0", HELD_FORWARD, id="in registers: the barrier before tiles come where the matrices were"
+        ),
+        pytest.param(f"arrival 0 0 {WORKERS}", HELD_FORWARD, id="in registers: the wait for the first tile"),
+        pytest.param(f"arrival 1 0 {WORKERS}", HELD_FORWARD, id="in registers: the wait for the second tile"),
+        pytest.param(f"arrival 2 0 {WORKERS}", HELD_FORWARD, id="in registers: the first wait for coordinates"),
+        pytest.param(f"arrival 0 0 {OWNERS}", HELD_FORWARD, id="in registers: the first wait for sums"),
+        pytest.param(f"arrival 1 0 {OWNERS}", HELD_FORWARD, id="in registers: the second wait for sums"),
         pytest.param(f"warp 0 0 {WORKERS}", ALONE, id="no cluster: a warp's lanes have stored their sums"),
         pytest.param(f"warp 0 0 {OWNERS}", ALONE_16, id="no cluster: a warp's lanes have stored their coordinates"),
         pytest.param("cluster 0 1", TILED, id="one pass: the cluster barrier"),

@@ -39,7 +39,9 @@ Tiles tiles_of(const Fused& f) {
 Tiles tiles_of(const Both& both) { return tiles_of(both.f); }
 Tiles tiles_of(const Gradient& s) {
   const int depth = both_depth(padded_rank(s.r));
-  const int of_a_row = 2 * sums_columns(depth, s.three) + packed_pitch(depth, packed_parts(depth, s.three));
+  // A row's coordinates are read once from memory, and by the other CTAs with columns of that row from L2.
+  const int columns = sums_columns(depth, s.three), pitch = packed_pitch(depth, packed_parts(depth, s.three));
+  const int of_a_row = 2 * columns + static_cast<int>(ceil_div(pitch, ceil_div(s.d, columns)));
   return {kSumsRows, int64_t{2} * kSumsRows * of_a_row, ceil_div(s.n, kSumsRows), s.splits};
 }
 template <typename Arg>
