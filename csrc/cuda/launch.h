@@ -76,12 +76,18 @@ int launch(const Grid& grid, void* stream, const Args&... args) {
 
 #endif
 
-// f(T{}, integral_constant<int, Rank>{}) of the 16-bit type and of the rank among `Ranks` that are meant.
+// f(T{}, integral_constant<int, Rank>{}) of the 16-bit type and of the rank among `Ranks` that are meant. The two
+// types' kernels differ in their conversions alone: FASTREFT_BF16_ALONE leaves the other's out, for who only looks at
+// code.
 template <int... Ranks, typename F>
 int by_type_and_rank(DType type, int rank, const F& f) {
   int error = kInvalidValue;
   const auto of = [&](auto chosen) {
-    if (chosen.value == rank) error = type == DType::bf16 ? f(bf16{}, chosen) : f(f16{}, chosen);
+    if (chosen.value != rank) return;
+    if (type == DType::bf16) error = f(bf16{}, chosen);
+#ifndef FASTREFT_BF16_ALONE
+    if (type == DType::f16) error = f(f16{}, chosen);
+#endif
   };
   (of(std::integral_constant<int, Ranks>{}), ...);
   return error;

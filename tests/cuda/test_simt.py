@@ -69,7 +69,7 @@ TENSOR_CORES = [
 
 # Matrices in registers: four tiles or more for a cluster, of one CTA or two, and three to five stages.
 HELD = dict(dtype=BF16, d=1024, r=32, n=130, device=(9, 0, 2, 180_000, 8))
-HELD_64, HELD_FORWARD = dict(HELD, r=64), dict(HELD, n=98, frozen="UVPbc", want_dh=False)
+HELD_64 = dict(HELD, r=64)
 HELDS = [
     HELD,
     dict(HELD_64, d=512, n=250, method="noreft"),
@@ -214,6 +214,8 @@ def test_skipped_rows_are_not_touched(runner, tmp_path):
 # Faults on purpose: what is left out must be noticed, in some order of the threads.
 TILED = dict(dtype=BF16, d=512, r=8, n=70, device=(9, 0, 2, 40_000, 8))  # clusters of 4, two stages; one pass: four
 AHEAD = dict(dtype=BF16, d=512, r=32, n=70, device=(9, 0, 2, 52_000, 8))  # three stages: the next tile is shrunk first
+FORWARD = dict(frozen="UVPbc", want_dh=False)  # alone
+HELD_FORWARD = dict(HELD, n=98) | FORWARD
 ALONE = dict(dtype=BF16, d=128, r=32, n=90, device=(9, 0, 2, 232448, 8))  # a cluster is one CTA
 ALONE_16 = dict(dtype=BF16, d=128, r=16, n=24, device=(9, 0, 1, 232448, 8))
 WORKERS, MOVER, OWNERS = "0 7", "8 8", "9 11"  # warps
@@ -234,7 +236,7 @@ def noticed(kwargs: dict, runner, folder, plant: str = "", orders: int = 5) -> b
 
 @pytest.mark.parametrize(
     "kwargs",
-    [TILED, AHEAD, HELD_FORWARD, ALONE, STREAM, STREAM_12, SUMS, COPY, {}],
+    [TILED, AHEAD | FORWARD, HELD_FORWARD, ALONE, STREAM, STREAM_12, SUMS, COPY, {}],
     ids="clusters ahead held alone streamed streamed_12 sums copy cores".split(),
 )
 def test_without_faults_all_is_well(kwargs, runner, tmp_path):
@@ -244,21 +246,21 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
 @pytest.mark.parametrize(
     ("plant", "kwargs"),
     [
-        pytest.param("cluster 0 0", TILED, id="the cluster barrier"),
-        pytest.param(f"arrival 0 0 {WORKERS}", TILED, id="the wait for the first tile"),
-        pytest.param(f"arrival 1 0 {WORKERS}", TILED, id="the first wait for coordinates"),
-        pytest.param(f"arrival 3 0 {WORKERS}", TILED, id="the wait for the second tile"),
-        pytest.param(f"arrival 4 0 {WORKERS}", TILED, id="the second wait for coordinates"),
-        pytest.param(f"arrival 6 0 {WORKERS}", TILED, id="the wait for the third tile"),
-        pytest.param(f"arrival 0 0 {OWNERS}", TILED, id="the first wait for sums"),
-        pytest.param(f"arrival 1 0 {OWNERS}", TILED, id="the second wait for sums"),
-        pytest.param(f"arrival 0 0 {MOVER}", TILED, id="the wait for the first tile to be given back"),
-        pytest.param("copy 0 0", TILED, id="the wait before a stage is filled again"),
-        pytest.param(f"warp 0 0 {WORKERS}", TILED, id="a warp's lanes have read what it gives back"),
-        pytest.param(f"warp 1 0 {WORKERS}", TILED, id="the same of the next tile"),
-        pytest.param(f"arrival 1 0 {WORKERS}", AHEAD, id="ahead: the wait for the second tile"),
-        pytest.param(f"arrival 2 0 {WORKERS}", AHEAD, id="ahead: the first wait for coordinates"),
-        pytest.param(f"arrival 1 0 {OWNERS}", AHEAD, id="ahead: the second wait for sums"),
+        pytest.param("cluster 0 0", TILED | FORWARD, id="the cluster barrier"),
+        pytest.param(f"arrival 0 0 {WORKERS}", TILED | FORWARD, id="the wait for the first tile"),
+        pytest.param(f"arrival 1 0 {WORKERS}", TILED | FORWARD, id="the first wait for coordinates"),
+        pytest.param(f"arrival 3 0 {WORKERS}", TILED | FORWARD, id="the wait for the second tile"),
+        pytest.param(f"arrival 4 0 {WORKERS}", TILED | FORWARD, id="the second wait for coordinates"),
+        pytest.param(f"arrival 6 0 {WORKERS}", TILED | FORWARD, id="the wait for the third tile"),
+        pytest.param(f"arrival 0 0 {OWNERS}", TILED | FORWARD, id="the first wait for sums"),
+        pytest.param(f"arrival 1 0 {OWNERS}", TILED | FORWARD, id="the second wait for sums"),
+        pytest.param(f"arrival 0 0 {MOVER}", TILED | FORWARD, id="the wait for the first tile to be given back"),
+        pytest.param("copy 0 0", TILED | FORWARD, id="the wait before a stage is filled again"),
+        pytest.param(f"warp 0 0 {WORKERS}", TILED | FORWARD, id="a warp's lanes have read what it gives back"),
+        pytest.param(f"warp 1 0 {WORKERS}", TILED | FORWARD, id="the same of the next tile"),
+        pytest.param(f"arrival 1 0 {WORKERS}", AHEAD | FORWARD, id="ahead: the wait for the second tile"),
+        pytest.param(f"arrival 2 0 {WORKERS}", AHEAD | FORWARD, id="ahead: the first wait for coordinates"),
+        pytest.param(f"arrival 1 0 {OWNERS}", AHEAD | FORWARD, id="ahead: the second wait for sums"),
         pytest.param(f"block 0 0 {WORKERS}", HELD_FORWARD, id="in registers: the barrier before the matrices are read"),
         pytest.param(
             "cluster 0 0", HELD_FORWARD, id="in registers: the barrier before tiles come where the matrices were"
@@ -268,8 +270,10 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
         pytest.param(f"arrival 2 0 {WORKERS}", HELD_FORWARD, id="in registers: the first wait for coordinates"),
         pytest.param(f"arrival 0 0 {OWNERS}", HELD_FORWARD, id="in registers: the first wait for sums"),
         pytest.param(f"arrival 1 0 {OWNERS}", HELD_FORWARD, id="in registers: the second wait for sums"),
-        pytest.param(f"warp 0 0 {WORKERS}", ALONE, id="no cluster: a warp's lanes have stored their sums"),
-        pytest.param(f"warp 0 0 {OWNERS}", ALONE_16, id="no cluster: a warp's lanes have stored their coordinates"),
+        pytest.param(f"warp 0 0 {WORKERS}", ALONE | FORWARD, id="no cluster: a warp's lanes have stored their sums"),
+        pytest.param(
+            f"warp 0 0 {OWNERS}", ALONE_16 | FORWARD, id="no cluster: a warp's lanes have stored their coordinates"
+        ),
         pytest.param("cluster 0 1", TILED, id="one pass: the cluster barrier"),
         pytest.param(f"arrival 0 1 {WORKERS}", TILED, id="one pass: the wait for the first tile"),
         pytest.param(f"arrival 2 1 {WORKERS}", TILED, id="one pass: the first wait for coordinates"),
@@ -282,13 +286,13 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
         ),
         pytest.param(f"block 1 1 {OWNERS}", TILED, id="one pass: the barrier before the vectors are added"),
         pytest.param(f"warp 1 1 {WORKERS}", TILED, id="one pass: a warp's lanes have read what it gives back"),
-        pytest.param("block 0 0", STREAM, id="streamed: the CTA barrier (A)"),
-        pytest.param("block 1 0", STREAM, id="streamed: the CTA barrier (B)"),
-        pytest.param("block 13 0", STREAM, id="streamed: the CTA barrier (B) of the last piece"),
-        pytest.param("block 15 0", STREAM, id="streamed: the CTA barrier (C)"),
-        pytest.param("block 16 0", STREAM, id="streamed: the CTA barrier (D)"),
-        pytest.param("warp 0 0", STREAM, id="streamed: a warp's lanes have edited what it stores"),
-        pytest.param("copy 0 0", STREAM, id="streamed: the first wait for a copy"),
+        pytest.param("block 0 0", STREAM | FORWARD, id="streamed: the CTA barrier (A)"),
+        pytest.param("block 1 0", STREAM | FORWARD, id="streamed: the CTA barrier (B)"),
+        pytest.param("block 13 0", STREAM | FORWARD, id="streamed: the CTA barrier (B) of the last piece"),
+        pytest.param("block 15 0", STREAM | FORWARD, id="streamed: the CTA barrier (C)"),
+        pytest.param("block 16 0", STREAM | FORWARD, id="streamed: the CTA barrier (D)"),
+        pytest.param("warp 0 0", STREAM | FORWARD, id="streamed: a warp's lanes have edited what it stores"),
+        pytest.param("copy 0 0", STREAM | FORWARD, id="streamed: the first wait for a copy"),
         pytest.param("block 0 2", SUMS, id="sums: the CTA barrier after the arrivals are made"),
         pytest.param("arrival 0 2", SUMS, id="sums: the first waits, for a tile and for a stage to be free"),
         pytest.param("arrival 1 2", SUMS, id="sums: the second waits"),
