@@ -230,14 +230,14 @@ def fails(edit: Edit, runner, folder) -> bool:
         return True
 
 
-def noticed(kwargs: dict, runner, folder, plant: str = "", orders: int = 5) -> bool:
-    return any(fails(Edit(**kwargs, order=order, plant=plant), runner, folder) for order in range(1, orders + 1))
+def noticed(kwargs: dict, runner, folder, plant: str = "") -> bool:
+    return any(fails(Edit(**kwargs, order=order, plant=plant), runner, folder) for order in range(1, 9))
 
 
 @pytest.mark.parametrize(
     "kwargs",
-    [TILED, AHEAD | FORWARD, HELD_FORWARD, ALONE, STREAM, STREAM_12, SUMS, COPY, {}],
-    ids="clusters ahead held alone streamed streamed_12 sums copy cores".split(),
+    [TILED, AHEAD | FORWARD, HELD_FORWARD, ALONE, ALONE_16, STREAM, STREAM_12 | FORWARD, SUMS, COPY, {}],
+    ids="clusters ahead held alone alone_16 streamed streamed_12 sums copy cores".split(),
 )
 def test_without_faults_all_is_well(kwargs, runner, tmp_path):
     assert not noticed(kwargs, runner, tmp_path)
@@ -301,7 +301,7 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
     ],
 )
 def test_a_barrier_or_wait_left_out_is_noticed(plant, kwargs, runner, tmp_path):
-    assert noticed(kwargs, runner, tmp_path, plant, orders=8)
+    assert noticed(kwargs, runner, tmp_path, plant)
 
 
 @pytest.mark.parametrize(
