@@ -32,7 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from sass import calls, toolkit
 from sass.calls import Call, Device, Launch
-from sass.checks import OWNERS, TEAM, WORKERS, per_sm
+from sass.checks import per_sm, team_of
 from sass.tiles import PIECES, Cost, costs
 from sass.warp import Latency
 
@@ -85,7 +85,6 @@ GPUS = {
         1.965, 6.5, 100, "the latencies of cc 9.0; clusters at once assumed",
     ),
 }  # fmt: skip
-WARPS = (0, 7)  # the others are taken to be like the last
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,14 @@ class Looked:
     per_sm: int  # CTAs that a multiprocessor has room for
 
 
+def looked_at(launch: Launch) -> dict[int, int]:
+    """As team_of; of a CTA whose warps do the same, the first and one that is taken to be like all others."""
+    team = team_of(launch)
+    if len(team) > 1 or launch.tiles.pieces >= PIECES:
+        return team
+    return {0: 1, 7: team[0] - 1}
+
+
 def look(
     program: Path, folder: Path, gpu: Gpu, kernel: str, asked: list[tuple[Call, int]], a: Assumptions
 ) -> list[Looked | str]:
@@ -133,8 +140,7 @@ def look(
         load = a.far_load if call.what == "step" else a.near_load
         latency = Latency({**a.latencies, "LDG": load, "LD": a.near_load})
         try:
-            warps = WARPS[:1] if launch.tiles.pieces >= PIECES else TEAM if launch.tiles.sets > 0 else WARPS
-            cost = costs(program, call, gpu.device, which, code, latency, warps)
+            cost = costs(program, call, gpu.device, which, code, latency, tuple(looked_at(launch)))
         except RuntimeError as error:
             found.append(f"{kernel} cannot be followed: {str(error).split(': ', 1)[-1]}")
             continue
@@ -245,11 +251,9 @@ def predicted(looked: Looked, gpu: Gpu, a: Assumptions, moved: float) -> Predict
     warps = launch.threads / 32
 
     def bounds(cost: Cost, bytes_moved: float, overlap: bool) -> dict[str, float]:
-        each = cost.instructions
-        if launch.tiles.sets > 0:
-            issued, sharing = WORKERS * each[0] + each[1] + OWNERS * each[2], WORKERS
-        else:
-            issued, sharing = each[0] + (warps - 1) * each[-1], warps
+        team = looked_at(launch)
+        issued = sum(n * of_one for n, of_one in zip(team.values(), cost.instructions, strict=True))
+        sharing = team[0] if launch.tiles.sets > 0 else warps
         return {
             "alone": alone(cost, launch, a, overlap),
             "issue": at_once * issued / a.schedulers,

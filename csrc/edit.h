@@ -152,7 +152,8 @@ struct StepItem {
 struct StepArgs {
   double lr = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
   double correction1 = 1, correction2 = 1;  // 1 - beta^t
-  Weight live_lr;  // fp32 or fp64, in the parameters' memory: what lr is multiplied by; or none
+  Weight live_lr;         // fp32 or fp64, in the parameters' memory: what lr is multiplied by; or none
+  double r_lr_scale = 1;  // what the lr of orthonormal parameters is multiplied by
 };
 
 // A product rounded by itself: nvcc may make one instruction, with one rounding, of a product and what is added to it.
@@ -174,6 +175,7 @@ FASTREFT_HOST_DEVICE inline double bias_correction(double beta, int64_t t) {
 
 // The step of one item: what lies in memory, which a captured graph reads anew at each replay, in its place.
 FASTREFT_HOST_DEVICE inline StepArgs step_of(StepArgs step, const StepItem& item) {
+  if (item.orthonormal) step.lr *= step.r_lr_scale;
   if (step.live_lr.p != nullptr)
     step.lr *= step.live_lr.type == DType::f64 ? *static_cast<const double*>(step.live_lr.p)
                                                : static_cast<double>(*static_cast<const float*>(step.live_lr.p));

@@ -211,6 +211,18 @@ template <int Threads, int From = 0>
 __device__ __forceinline__ void barrier_of() {
   asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
 }
+// The same over the first `Threads`, which tells each of them whether any came with true.
+template <int Threads>
+__device__ __forceinline__ bool any_of(bool mine) {
+  uint32_t any;
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbar.red.or.pred q, 1, %2, p;\nselp.u32 %0, 1, 0, q;\n}"
+               : "=r"(any)
+               : "r"(static_cast<uint32_t>(mine)), "n"(Threads)
+               : "memory");
+  return any != 0;
+}
+// A hint that the 128 bytes there will be read: L2 fetches them.
+__device__ __forceinline__ void fetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Clusters, and what their CTAs send each other. A send is a store of 16 bytes to the same place in the shared memory
 // of a rank, whose Arrivals count its bytes; the rank says how many it expects, once a phase, and waits for them. That

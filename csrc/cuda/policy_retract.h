@@ -6,18 +6,25 @@ namespace fastreft {
 
 constexpr int kRetractCluster = 8;  // CTAs at most
 constexpr int kRetractThreads = 512;
-constexpr int64_t kRetractHead = 128 + kRetractThreads * 8;  // bytes: what a CTA works with, and sums across warps
+constexpr int kBesideThreads = 128;                          // of the same CTA that step plain parameters meanwhile
+constexpr int64_t kRetractHead = 192 + kRetractThreads * 8;  // bytes: what a CTA works with, and sums across warps
 
 struct RetractPlan {
   int cluster = 1;
   int terms = 1024;            // columns of a chunk
-  int64_t shared_entries = 0;  // r x r entries that shared memory has room for
+  int64_t shared_entries = 0;  // retract_entries() of the largest matrix, or 0: its r x r matrices lie in scratch
   int64_t chunk_bytes = 0;     // of two chunks, [r, pitch] each
   int64_t room = 0;            // that chunk_bytes may grow to, for a CTA's columns to stay in shared memory
 };
 
+// Doubles of a CTA for its r x r matrices, rounded up to pairs: a sum over columns, the sum of those of a cluster, and,
+// where there is one, what its other CTAs send of theirs.
+FASTREFT_HOST_DEVICE constexpr int64_t retract_pairs(int64_t r) { return (r * r + 1) / 2; }
+constexpr int64_t retract_entries(int64_t r, int cluster) {
+  return 4 * retract_pairs(r) + (cluster > 1 ? 2 * (retract_pairs(r) + kRetractCluster) : 0);
+}
 constexpr int64_t retract_shared(int64_t entries, int64_t chunk_bytes) {
-  return kRetractHead + chunk_bytes + 2 * entries * 8;
+  return kRetractHead + chunk_bytes + entries * 8;
 }
 
 // Columns of each CTA of a cluster, the last one's fewer: whole quads of every type.
@@ -40,20 +47,22 @@ inline RetractPlan plan_retract(int64_t r, int64_t d, int64_t matrices, bool wid
   const int size = wide ? 8 : 4;
   // Chunks of about 4096 elements: enough for every thread to have several loads on their way.
   while (plan.terms > 32 && r * plan.terms > (wide ? 2048 : 4096)) plan.terms /= 2;
-  plan.shared_entries = r * r;
-  if (retract_shared(plan.shared_entries, retract_chunks(r, plan.terms, size)) <= device.shared) {
+  const auto room = [&](int cluster) { return device.shared - retract_shared(retract_entries(r, cluster), 0); };
+  const int64_t least = retract_chunks(r, plan.terms, size);
+  if (room(1) >= least) {
     // The largest of which all run at once: a second turn of a few clusters takes as long as the first. Where no
     // cluster does, the smallest whose columns stay in shared memory, turn after turn: chunks that come anew for every
     // pass take longer than two.
-    const int64_t room = device.shared - retract_shared(plan.shared_entries, 0);
     const int most = kRetractCluster < device.largest_cluster ? kRetractCluster : device.largest_cluster;
-    const auto stays = [&](int cluster) { return retract_chunks(r, retract_columns(d, cluster), size) <= room; };
-    for (int cluster = 2; cluster <= most && 256 * cluster <= d; ++cluster) {
+    const auto stays = [&](int cluster) {
+      return retract_chunks(r, retract_columns(d, cluster), size) <= room(cluster);
+    };
+    for (int cluster = 2; cluster <= most && 256 * cluster <= d && room(cluster) >= least; ++cluster) {
       const bool at_once = resident_clusters(device, cluster, 1) >= matrices;
       if (at_once || (!stays(plan.cluster) && stays(cluster))) plan.cluster = cluster;
     }
+    plan.shared_entries = retract_entries(r, plan.cluster);
   } else {
-    plan.shared_entries = 0;
     while (plan.terms > 16 / size && retract_shared(0, retract_chunks(r, plan.terms, size)) > device.shared)
       plan.terms /= 2;
   }

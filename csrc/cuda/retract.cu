@@ -1,8 +1,11 @@
-// Retraction, and AdamW with retraction, of a list of matrices in one launch; plain AdamW of others in another.
+// Retraction of a list of matrices, and AdamW of a list of parameters, with retraction of the orthonormal ones, in one
+// launch.
 //
-// An orthonormal matrix has a cluster to itself (its CTAs split the columns), a plain parameter is cut into pieces of
-// kPiece elements, a CTA each. The list travels as a kernel parameter: nothing is copied to the device beforehand, and
-// a captured graph holds it.
+// An orthonormal matrix has a cluster to itself (its CTAs split the columns). Plain parameters are cut into pieces of
+// kPiece elements; all CTAs share them, by warps of their own that have no barrier with the others, which wait for
+// memory and each other most of the time. Where there is too much that is plain, or nothing else, it has a launch to
+// itself. The list travels as a kernel parameter: nothing is copied to the device beforehand, and a captured graph
+// holds it.
 //
 // The step of an orthonormal R (r, d), see retract_common.cuh and retract_chunk.cuh for the pieces:
 //     A = G R^T; g = G - 1/2 (A + A^T) R; Adam; Y = R - lr U; S = Y Y^T = L L^T; R = L^-1 Y; polish where S was skewed
@@ -13,6 +16,7 @@
 #include "../kernels.h"
 #include "launch.h"
 #include "retract_common.cuh"
+#include "retract_list.h"
 #include "retract_step.cuh"
 
 namespace fastreft {
@@ -20,25 +24,7 @@ namespace {
 
 static_assert(sizeof(Place) + kRetractThreads * sizeof(double) <= kRetractHead && sizeof(Place) % 8 == 0);
 
-constexpr int kItems = 128;       // a launch's list: 19 KB of kernel parameters, of 32 there are from CUDA 12.1 on
-constexpr int64_t kPiece = 8192;  // elements of a plain parameter that a CTA takes
-constexpr int64_t kAlign = 256;
 constexpr int kShortenings = 8;  // halvings of a step before Gram-Schmidt
-
-struct List {
-  StepItem item[kItems];
-  int first[kItems + 1];    // first CTA of each plain item
-  int64_t columns[kItems];  // of each CTA of a matrix's cluster
-  int place[kItems];        // of each item among the caller's
-  int64_t scratch[kItems];  // bytes into `scratch`, or -1
-  int count = 0;
-  int cluster = 1, terms = 32;
-  int64_t shared_entries = 0;  // r x r doubles that shared memory has room for, each of S and part
-  int64_t chunk_bytes = 0;
-  char* scratch_base = nullptr;
-  int* status = nullptr;  // of all the caller's items
-  StepArgs step;
-};
 
 template <typename C>
 __device__ __forceinline__ double least_pivot() {
@@ -50,12 +36,11 @@ enum class Turn { tangent, factor, polish };
 
 // The step Y = R - lr U had dependent rows: Y <- Y + by U, back towards R.
 template <typename C>
-__device__ __forceinline__ void shorten(const Place& at, const StepItem& item, const StepArgs& a, C* Y, int64_t pitch,
-                                        double by) {
-  const Adam<C> adam(a);
+__device__ __forceinline__ void shorten(const Place& at, const StepItem& item, C* Y, int64_t pitch, double by) {
+  const Adam<C> adam(at.adam);
   const int r = at.r;
   const int64_t d = at.d;
-  __syncthreads();
+  meet();
 #pragma unroll 1
   for (Walk walk(r, static_cast<int>(at.end - at.begin)); walk.there(); walk.next()) {
     const int64_t e = walk.row * d + at.begin + walk.column;
@@ -70,25 +55,26 @@ __device__ __forceinline__ bool finite_matrix(const Place& at, const C* Y) {
   C worst = 0;
 #pragma unroll 1
   for (int64_t e = threadIdx.x; e < at.r * at.d; e += kRetractThreads) worst += Y[e] - Y[e];  // 0, or NaN
-  return __syncthreads_or(!(worst == 0)) == 0;
+  return !any_of<kRetractThreads>(!(worst == 0));
 }
 
 // The whole treatment of one matrix by its cluster; returns what was found, the same in every thread. Each turn goes
 // over the columns twice: for a Gram matrix, and to multiply with what was made of it.
 template <typename C, bool Step>
-__device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepItem& item, const Place& at) {
+__device__ __forceinline__ Found orthonormal(const StepItem& item, Place& at) {
   const double least = least_pivot<C>();
   const double floor = Step ? 1 : 0;  // a step starts from rows of length 1: one that all but vanished is noise
 
-  bool swapped = false;  // which of the two chunks is the matrix as it is
-  bool moved = false;    // the matrix in memory, for chunks that do not stay, is Y
   Found found = Found::fine;
   Turn turn = Step ? Turn::tangent : Turn::factor;
-  bool multiply = false, last = false, here = false;  // here: the chunk that stays has been fetched
-  bool overflowed = false;                            // the Gram matrix of what may be finite itself
-  int shortenings = 0;
+  bool multiply = false, last = false;
+  bool overflowed = false;  // the Gram matrix of what may be finite itself
+  int shortenings = 0, sums = 0;
   while (true) {
     const bool tangent = Step && turn == Turn::tangent;
+    const bool moved = Step && !tangent;  // the matrix in memory, for chunks that do not stay, is Y
+    // Which of the two chunks is the matrix as it is: they change places with every product, where they stay.
+    const bool swapped = at.resident && turn == (Step ? Turn::factor : Turn::polish);
     C* const chunks = reinterpret_cast<C*>(shared_memory() + kRetractHead);
     C* const now = chunks + (swapped ? at.r * at.pitch : 0);
     C* const other = chunks + (swapped ? 0 : at.r * at.pitch);  // the gradient, then what comes out of a product
@@ -98,22 +84,21 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
 #pragma unroll 1
     for (int64_t j0 = at.begin; j0 < at.end; j0 += at.terms) {
       const int valid = static_cast<int>(at.end - j0 < at.terms ? at.end - j0 : at.terms);
-      __syncthreads();  // nobody uses the chunks any more, and what others have worked out is there
-      if (!here) {
+      meet();  // nobody uses the chunks any more, and what others have worked out is there
+      if (!at.resident || sums == 0) {
         fill<C>(at, j0, valid, moved ? (sizeof(C) == 8 ? DType::f64 : DType::f32) : type, moved ? Y : item.param.p,
                 tangent ? item.g : nullptr, now, other);
-        here = at.resident;
-        __syncthreads();
+        meet();
       }
       if (!multiply) {
         gram_of_chunk<C>(at, valid, tangent ? other : now, now, j0 == at.begin);
         continue;
       }
       product(at, valid, now, other, tangent);
-      __syncthreads();
+      meet();
       const Walk walk = walk_memory<C>(at, valid);
       if (tangent) {
-        const Adam<C> adam(step_of(given, item));
+        const Adam<C> adam(at.adam);
         C* const to = at.resident ? nullptr : Y + j0;
         at.vector ? chunk_step<kVector<C>>(at.pitch, walk, adam, item, j0, at.d, now, other, to)
                   : chunk_step<1>(at.pitch, walk, adam, item, j0, at.d, now, other, to);
@@ -129,13 +114,11 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
 
     if (multiply) {
       if (last) return found;
-      if (at.resident) swapped = !swapped;
-      if (tangent) moved = true;
       turn = tangent ? Turn::factor : Turn::polish;
       multiply = false;
       continue;
     }
-    sum_over_cluster(at);
+    sum_over_cluster(at, sums++);
     multiply = true;
     if (shortenings == 0 && !all_finite(at)) {
       if (Step || turn != Turn::factor) return Found::not_finite;
@@ -150,10 +133,9 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
       last = true;
       continue;
     }
-    const Pivots pivots = overflowed ? Pivots{false, 1} : cholesky(at, least, floor);
+    const Pivots pivots = overflowed ? Pivots{false, 1} : inverse_factor<C>(at, least, floor);
     if (pivots.full_rank) {
       last = pivots.spread <= 4 || apart;
-      invert<C>(at);
       continue;
     }
     found = overflowed ? Found::fine : Found::deficient;
@@ -161,8 +143,7 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
     const int64_t pitch = at.resident ? at.pitch : at.d;
     if (Step && shortenings < kShortenings) {  // go half way back, again and again
       ++shortenings;
-      const StepArgs a = step_of(given, item);
-      shorten(at, item, a, y, pitch, a.lr / static_cast<double>(1 << shortenings));
+      shorten(at, item, y, pitch, at.adam.lr / static_cast<double>(1 << shortenings));
       multiply = false;
       continue;
     }
@@ -173,7 +154,9 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
         Y[e] = at.resident ? y[walk.row * pitch + walk.column] : load_weight<C>({item.param.p, type}, e);
       }
     }
-    cluster_sync(at.cluster);
+    __threadfence();
+    sum_over_cluster(at, sums);  // of no use but that all CTAs have come so far
+    __threadfence();
     if (at.rank == 0) {
       if (overflowed && !finite_matrix<C>(at, Y)) return Found::not_finite;
       gram_schmidt<C>(at.r, at.d, Y, sizeof(C) == 8 ? 1e-12 : 1e-5);
@@ -185,8 +168,6 @@ __device__ __forceinline__ Found orthonormal(const StepArgs& given, const StepIt
   }
 }
 
-FASTREFT_HOST_DEVICE inline bool is_narrow(DType type) { return type == DType::bf16 || type == DType::f16; }
-
 // Whether all of an item's memory can be accessed in quads.
 __device__ __forceinline__ bool in_quads(const StepItem& item, bool narrow) {
   const uintptr_t quad = narrow ? 8 : 16;  // bytes of a quad of the parameter's type
@@ -194,37 +175,77 @@ __device__ __forceinline__ bool in_quads(const StepItem& item, bool narrow) {
   return aligned(item.param.p, quad) && aligned(item.g, quad) && aligned(item.m, 16) && aligned(item.v, 16);
 }
 
-template <typename C>
-__global__ void __launch_bounds__(kPlainThreads, sizeof(C) == 8 ? 2 : 4)
-    plain_kernel(const __grid_constant__ List list) {
-  const int which = static_cast<int>(blockIdx.x);
-  int low = 0, high = list.count;  // the last item that starts at or before `which`
+// A CTA's share of the list's plain pieces, by `Threads` of its threads.
+template <typename C, int Threads>
+__device__ __forceinline__ void plain_share(const StepList& list, int thread) {
+  const int pieces = list.first[list.plain];
+  int64_t piece = static_cast<int64_t>(blockIdx.x) * list.share;
+  const int64_t end = piece + list.share < pieces ? piece + list.share : pieces;
+  int low = 0, high = list.plain;  // the last item that starts at or before `piece`
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (list.first[middle] <= which) {
+    if (list.first[middle] <= piece) {
       low = middle;
     } else {
       high = middle;
     }
   }
-  const StepItem& item = list.item[low];
-  const int64_t begin = (which - list.first[low]) * kPiece, elements = item.param.r * item.param.d;
-  const bool quads = in_quads(item, is_narrow(item.param.type));
-  plain_step<C>(step_of(list.step, item), item, begin, begin + kPiece < elements ? begin + kPiece : elements, quads);
-  if (begin == 0 && threadIdx.x == 0) list.status[list.place[low]] = 0;
+#pragma unroll 1
+  for (; piece < end; ++low) {
+    const int64_t first = list.first[low], next = list.first[low + 1] < end ? list.first[low + 1] : end;
+    const StepItem& item = list.item[list.matrices + low];
+    const int64_t elements = item.param.r * item.param.d, begin = (piece - first) * kPiece;
+    const int64_t stop = (next - first) * kPiece < elements ? (next - first) * kPiece : elements;
+    const bool quads = in_quads(item, is_narrow(item.param.type));
+    plain_step<C, Threads>(step_of(list.step, item), item, begin, stop, quads, thread);
+    if (begin == 0 && thread == 0) list.status[list.place[list.matrices + low]] = 0;
+    piece = next;
+  }
 }
 
+template <typename C>
+__global__ void __launch_bounds__(kPlainThreads, sizeof(C) == 8 ? 2 : 4)
+    plain_kernel(const __grid_constant__ StepList list) {
+  plain_share<C, kPlainThreads>(list, static_cast<int>(threadIdx.x));
+}
+
+// The moments of a CTA's columns, to where their turn finds them sooner.
+template <typename C>
+__device__ __forceinline__ void fetch_moments(const Place& at, const StepItem& item, int thread) {
+  constexpr int kLine = 128 / static_cast<int>(sizeof(C));
+  const int columns = static_cast<int>(at.end - at.begin), lines = (columns + kLine - 1) / kLine;
+  if (!at.resident) return;
+#pragma unroll 1
+  for (int i = thread; i < at.r * lines; i += kBesideThreads) {
+    const int64_t e = i / lines * at.d + at.begin + i % lines * kLine;
+    fetch_to_l2(static_cast<const C*>(item.m) + e);
+    fetch_to_l2(static_cast<const C*>(item.v) + e);
+  }
+}
+
+// What the threads beside a retraction do.
+template <typename C>
+__device__ __forceinline__ void beside(const StepList& list, const Place& at) {
+  const int thread = static_cast<int>(threadIdx.x) - kRetractThreads;
+  fetch_moments<C>(at, list.item[at.item], thread);
+  plain_share<C, kBesideThreads>(list, thread);
+}
+
+// Threads of a CTA that steps matrices. fp64's retraction takes the registers that others beside it would need.
 template <typename C, bool Step>
-__global__ void __launch_bounds__(kRetractThreads, 1) step_kernel(const __grid_constant__ List list) {
+constexpr int kStepThreads = kRetractThreads + (Step && sizeof(C) == 4 ? kBesideThreads : 0);
+
+template <typename C, bool Step>
+__global__ void __launch_bounds__(kStepThreads<C, Step>, 1) step_kernel(const __grid_constant__ StepList list) {
   const int rank = list.cluster > 1 ? cluster_rank() : 0;
   const int low = static_cast<int>(blockIdx.x) / list.cluster;
   const StepItem& item = list.item[low];
-  const bool narrow = is_narrow(item.param.type), quads = in_quads(item, narrow);
-  char* scratch = list.scratch[low] >= 0 ? list.scratch_base + list.scratch[low] : nullptr;
-  const int64_t entries = item.param.r * item.param.r, columns = list.columns[low];
-  Place& at = *reinterpret_cast<Place*>(shared_memory());
   char* const chunk = shared_memory() + kRetractHead;
+  Place& at = *reinterpret_cast<Place*>(shared_memory());
   if (threadIdx.x == 0) {
+    const bool narrow = is_narrow(item.param.type), quads = in_quads(item, narrow);
+    char* scratch = list.scratch[low] >= 0 ? list.scratch_base + list.scratch[low] : nullptr;
+    const int64_t pairs = retract_pairs(item.param.r), columns = retract_columns(item.param.d, list.cluster);
     at.cluster = list.cluster;
     at.rank = rank;
     at.r = static_cast<int>(item.param.r);
@@ -235,76 +256,24 @@ __global__ void __launch_bounds__(kRetractThreads, 1) step_kernel(const __grid_c
     at.terms = at.resident ? static_cast<int>(columns) : list.terms;
     at.pitch = static_cast<int>(retract_pitch(at.terms, sizeof(C)));
     at.vector = quads && item.param.d % kVector<C> == 0;
-    at.S = reinterpret_cast<double*>(entries <= list.shared_entries ? chunk + list.chunk_bytes : scratch);
-    at.part = at.S + entries;
-    if (entries > list.shared_entries) scratch += 2 * entries * static_cast<int64_t>(sizeof(double));
+    at.S = reinterpret_cast<double*>(list.shared_entries > 0 ? chunk + list.chunk_bytes : scratch);
+    at.part = at.S + 2 * pairs;
+    at.received = at.part + 2 * pairs;
+    if (list.shared_entries == 0) scratch += 4 * pairs * static_cast<int64_t>(sizeof(double));
     at.Y = narrow ? static_cast<void*>(scratch) : item.param.p;
     at.item = low;
+    arrivals_init(&at.parts, 1);
+    arrivals_init(&at.sums, 1);
+    arrivals_init_fence();
   }
-  __syncthreads();
-  const Found found = orthonormal<C, Step>(list.step, list.item[at.item], at);
-  if (at.rank == 0 && threadIdx.x == 0) list.status[list.place[at.item]] = static_cast<int>(found);
-}
-
-// Where each plain item begins among the CTAs; one of no elements has one, too, for its status.
-void plan_pieces(List& list) {
-  int64_t ctas = 0;
-  for (int i = 0; i < list.count; ++i) {
-    list.first[i] = static_cast<int>(ctas);
-    const int64_t pieces = ceil_div(list.item[i].param.r * list.item[i].param.d, kPiece);
-    ctas += pieces > 0 ? pieces : 1;
+  if (Step && threadIdx.x == 32) at.adam = Adam<double>(step_of(list.step, item));
+  cluster_sync(list.cluster);
+  if (threadIdx.x < kRetractThreads) {
+    const Found found = orthonormal<C, Step>(list.item[at.item], at);
+    if (at.rank == 0 && threadIdx.x == 0) list.status[list.place[at.item]] = static_cast<int>(found);
+  } else if constexpr (kStepThreads<C, Step> > kRetractThreads) {
+    beside<C>(list, at);
   }
-  list.first[list.count] = static_cast<int>(ctas);
-}
-
-// What is in one launch: items that are fp64 or are not, matrices or plain.
-struct Sort {
-  bool wide, orthonormal;
-};
-
-constexpr Sort kSorts[] = {{false, true}, {true, true}, {false, false}, {true, false}};
-
-// One launch's list: the items of a sort from `next` on, up to kItems of them; `next` moves past them. Returns the
-// scratch bytes the list needs, statuses aside.
-int64_t plan(List& list, const StepItem* items, int count, const Sort& sort, int& next, const Device& device) {
-  int64_t r = 1, d = 1;
-  list.count = 0;
-  for (; next < count && list.count < kItems; ++next) {
-    const StepItem& item = items[next];
-    if ((item.param.type == DType::f64) != sort.wide || item.orthonormal != sort.orthonormal) continue;
-    list.place[list.count] = next;
-    list.item[list.count++] = item;
-    r = item.param.r > r ? item.param.r : r;
-    d = item.param.d > d ? item.param.d : d;
-  }
-  if (!sort.orthonormal) {
-    plan_pieces(list);
-    return 0;
-  }
-  const bool wide = sort.wide;
-  const RetractPlan policy = plan_retract(r, d, list.count, wide, device);
-  list.cluster = policy.cluster;
-  list.terms = policy.terms;
-  list.shared_entries = policy.shared_entries;
-  list.chunk_bytes = policy.chunk_bytes;
-  for (int i = 0; i < list.count; ++i) {  // the largest of those whose columns may stay in shared memory
-    const Matrix& matrix = list.item[i].param;
-    list.columns[i] = retract_columns(matrix.d, list.cluster);
-    const int64_t stays = retract_chunks(matrix.r, list.columns[i], wide ? 8 : 4);
-    if (stays <= policy.room && stays > list.chunk_bytes) list.chunk_bytes = stays;
-  }
-  int64_t bytes = 0;
-  for (int i = 0; i < list.count; ++i) {
-    const Matrix& matrix = list.item[i].param;
-    list.scratch[i] = -1;
-    int64_t need = 0;
-    if (matrix.r * matrix.r > list.shared_entries) need += 2 * matrix.r * matrix.r * 8;
-    if (is_narrow(matrix.type)) need += matrix.r * matrix.d * 4;
-    if (need == 0) continue;
-    list.scratch[i] = bytes;
-    bytes += round_up(need, kAlign);
-  }
-  return bytes;
 }
 
 int64_t status_bytes(int count) { return round_up(static_cast<int64_t>(sizeof(int)) * count, kAlign); }
@@ -313,11 +282,28 @@ int64_t scratch_bytes(const StepItem* items, int count) {
   Device device;
   if (current_device(device)) return -1;
   int64_t bytes = status_bytes(count);
-  List list;
-  for (const Sort& sort : kSorts) {
-    for (int next = 0; next < count;) bytes += plan(list, items, count, sort, next, device);
+  StepList list;
+  for (const bool wide : {false, true}) {
+    Turns turns{wide};
+    do bytes += plan(list, items, count, turns, device);
+    while (list.matrices + list.plain > 0);
   }
   return bytes;
+}
+
+template <typename C, bool Step>
+int launch_list(const StepList& list, void* stream) {
+  Grid grid;
+  if (list.matrices > 0) {
+    grid.x = static_cast<int64_t>(list.matrices) * list.cluster;
+    grid.threads = kStepThreads<C, Step>;
+    grid.cluster = list.cluster;
+    grid.shared = retract_shared(list.shared_entries, list.chunk_bytes);
+    return launch<step_kernel<C, Step>>(grid, stream, list);
+  }
+  grid.x = ceil_div(list.first[list.plain], kPlainPieces);
+  grid.threads = kPlainThreads;
+  return launch<plain_kernel<C>>(grid, stream, list);
 }
 
 template <bool Step>
@@ -325,30 +311,16 @@ int step_all(const StepItem* items, int count, const StepArgs& args, void* scrat
   Device device;
   if (int error = current_device(device)) return error;
   int64_t used = status_bytes(count);
-  List list;
+  StepList list;
   list.status = static_cast<int*>(scratch);
   list.step = args;
-  for (const Sort& sort : kSorts) {
-    for (int next = 0; next < count;) {
-      const int64_t bytes = plan(list, items, count, sort, next, device);
-      if (list.count == 0) continue;
+  for (const bool wide : {false, true}) {
+    for (Turns turns{wide};;) {
+      const int64_t bytes = plan(list, items, count, turns, device);
+      if (list.matrices + list.plain == 0) break;
       list.scratch_base = static_cast<char*>(scratch) + used;
       used += bytes;
-      Grid grid;
-      int error = 0;
-      if (sort.orthonormal) {
-        grid.x = static_cast<int64_t>(list.count) * list.cluster;
-        grid.threads = kRetractThreads;
-        grid.cluster = list.cluster;
-        grid.shared = retract_shared(list.shared_entries, list.chunk_bytes);
-        error = sort.wide ? launch<step_kernel<double, Step>>(grid, stream, list)
-                          : launch<step_kernel<float, Step>>(grid, stream, list);
-      } else {
-        grid.x = list.first[list.count];
-        grid.threads = kPlainThreads;
-        error = sort.wide ? launch<plain_kernel<double>>(grid, stream, list)
-                          : launch<plain_kernel<float>>(grid, stream, list);
-      }
+      const int error = wide ? launch_list<double, Step>(list, stream) : launch_list<float, Step>(list, stream);
       if (error) return error;
     }
   }

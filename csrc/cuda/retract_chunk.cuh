@@ -7,6 +7,7 @@
 //
 // Precision: products in fp32 over at most kTerms columns (fp64 for fp64), everything that adds those up in fp64.
 #pragma once
+#include "adam.cuh"
 #include "edit_common.cuh"
 #include "policy_retract.h"
 
@@ -18,18 +19,23 @@ constexpr int kFetches = 4;  // loads of a thread that are on their way together
 // What a CTA of the cluster works with; in shared memory, in order not to take every thread's registers.
 struct Place {
   int rank, cluster;
-  int r;               // rows
-  int64_t d;           // columns
-  int64_t begin, end;  // its columns
-  int terms;           // columns of a chunk
-  int pitch;           // elements from one row of a chunk to the next: no bank conflicts between 8 rows' quads
-  bool resident;       // one chunk has all of the CTA's columns, and stays
-  bool vector;         // all of the item's memory can be accessed in quads
-  double* S;           // [r, r] the sum over the cluster, then its factor; in every CTA
-  double* part;        // [r, r] the sum over this CTA's columns; later the matrix that is applied, as the sums' type
-  void* Y;             // the matrix in memory, as the sums' type, between the step and the retraction
-  int item;            // which of the list it is
+  int r;                 // rows
+  int64_t d;             // columns
+  int64_t begin, end;    // its columns
+  int terms;             // columns of a chunk
+  int pitch;             // elements from one row of a chunk to the next: no bank conflicts between 8 rows' quads
+  bool resident;         // one chunk has all of the CTA's columns, and stays
+  bool vector;           // all of the item's memory can be accessed in quads
+  double* S;             // [r, r] the sum over the cluster, then its factor; in every CTA
+  double* part;          // [r, r] the sum over this CTA's columns; later the matrix that is applied, as the sums' type
+  double* received;      // [cluster, share] the parts of the sum that this CTA adds up, from all of the cluster
+  Arrivals parts, sums;  // count what is received, and what comes to S
+  void* Y;               // the matrix in memory, as the sums' type, between the step and the retraction
+  int item;              // which of the list it is
+  Adam<double> adam;     // of a step
 };
+// A barrier over the threads of a CTA that retract: others may be at work beside them.
+__device__ __forceinline__ void meet() { barrier_of<kRetractThreads>(); }
 // [kRetractThreads] for sums across warps, behind the place.
 __device__ __forceinline__ double* warp_sums() { return reinterpret_cast<double*>(shared_memory() + sizeof(Place)); }
 
@@ -198,7 +204,7 @@ __device__ __forceinline__ void gram_of_chunk(const Place& at, int valid, const 
     }
   }
   if (groups <= 32) return;
-  __syncthreads();
+  meet();
   if (thread < r * r) {  // r is 8 at most
     const int i = thread / r, k = thread % r, warps = groups / 32;
     const double* of_tile = warp_sums() + (i % down * across + k % across) * warps * A * B + i / down * B + k / across;

@@ -1,36 +1,60 @@
 // The r x r part of a retraction: Gram matrices summed over the cluster, Cholesky, the inverse factor; and Gram-Schmidt
-// for rows that are dependent. Sums over columns cross the cluster through distributed shared memory in the order of
-// the ranks, so every CTA holds the same bits and factors them redundantly, in fp64. Right for every r: the r x r
+// for rows that are dependent. Sums over columns are added up in the order of the ranks, by one of the cluster's CTAs
+// each, so every CTA holds the same bits and factors them redundantly, in fp64. Right for every r: the r x r
 // matrices lie in shared memory while they fit and in scratch beyond, where a cluster is one CTA.
 #pragma once
 #include "retract_chunk.cuh"
 
 namespace fastreft {
 
-// S = the sum of the parts of all CTAs of the cluster.
-__device__ __forceinline__ void sum_over_cluster(const Place& at) {
-  const int r = at.r;
+// S = the sum of the parts of all CTAs of the cluster, the `round`-th. Each rank adds up its share of the entries, in
+// the order of the ranks, and sends the sums to all: two ways through the cluster, and no barrier of it, which would
+// wait for the threads that do not retract, too. Nobody sends what another still reads: a part comes from a rank that
+// has all sums of the round before, and a sum from one that has all parts of this one.
+__device__ __forceinline__ void sum_over_cluster(Place& at, int round) {
+  const int r = at.r, pairs = static_cast<int>(retract_pairs(r)), cluster = at.cluster;
   if (at.begin == at.end) {  // without columns, and so without a chunk
-    __syncthreads();         // what was multiplied with last lies in the same memory
+    meet();                  // what was multiplied with last lies in the same memory
 #pragma unroll 1
     for (int e = threadIdx.x; e < r * r; e += kRetractThreads) at.part[e] = 0;
   }
-  cluster_sync(at.cluster);
+  meet();
+  if (cluster == 1) {
 #pragma unroll 1
-  for (int e = threadIdx.x; e < r * r; e += kRetractThreads) {
-    double part[kRetractCluster] = {};  // all on their way together
-#pragma unroll
-    for (int rank = 0; rank < kRetractCluster; ++rank) {
-      if (rank < at.cluster) part[rank] = at.cluster > 1 ? of_rank(at.part, rank)[e] : at.part[e];
-    }
-    double total = 0;
-#pragma unroll
-    for (int rank = 0; rank < kRetractCluster; ++rank) {
-      if (rank < at.cluster) total += part[rank];
-    }
-    at.S[e] = total;
+    for (int e = threadIdx.x; e < r * r; e += kRetractThreads) at.S[e] = at.part[e];
+    meet();
+    return;
   }
-  cluster_sync(at.cluster);  // nobody overwrites a part that others still read
+  struct alignas(16) Pair {
+    double x[2];
+  };
+  const int share = (pairs + cluster - 1) / cluster, first = share * at.rank;
+  const int own = pairs - first < share ? (pairs > first ? pairs - first : 0) : share;
+  if (threadIdx.x == 0) {
+    arrivals_expect(&at.parts, own * cluster * static_cast<int>(sizeof(Pair)));
+    arrivals_expect(&at.sums, pairs * static_cast<int>(sizeof(Pair)));
+  }
+  Pair* const received = reinterpret_cast<Pair*>(at.received);
+#pragma unroll 1
+  for (int q = threadIdx.x; q < pairs; q += kRetractThreads) {
+    const int owner = q / share;
+    const uint4 part = reinterpret_cast<const uint4*>(at.part)[q];
+    send(received + at.rank * share + q - owner * share, part, &at.parts, owner);
+  }
+  if (static_cast<int>(threadIdx.x) / 32 * 32 < own) arrivals_wait(&at.parts, round & 1);
+#pragma unroll 1
+  for (int q = threadIdx.x; q < own; q += kRetractThreads) {
+    Pair total = received[q];
+#pragma unroll 1
+    for (int rank = 1; rank < cluster; ++rank) {
+      total.x[0] += received[rank * share + q].x[0];
+      total.x[1] += received[rank * share + q].x[1];
+    }
+#pragma unroll 1
+    for (int rank = 0; rank < cluster; ++rank)
+      send(reinterpret_cast<Pair*>(at.S) + first + q, *reinterpret_cast<const uint4*>(&total), &at.sums, rank);
+  }
+  arrivals_wait(&at.sums, round & 1);
 }
 
 // Whether every entry of S is finite; the same answer in all threads, since all hold the same S.
@@ -39,62 +63,52 @@ __device__ __forceinline__ bool all_finite(const Place& at) {
   double worst = 0;
 #pragma unroll 1
   for (int e = threadIdx.x; e < r * r; e += kRetractThreads) worst += at.S[e] - at.S[e];  // 0, or NaN
-  return __syncthreads_or(!(worst == 0)) == 0;
+  return !any_of<kRetractThreads>(!(worst == 0));
 }
 
-constexpr int kWarpRows = 16;  // of a matrix that one warp factors
+constexpr int kWarpRows = 16;  // of a matrix that one warp inverts
+constexpr int kFactors = 8;    // of its elimination that are on their way together
 
-// How a Cholesky factorisation went.
+// How a factorisation went.
 struct Pivots {
   bool full_rank;
   double spread;  // the largest diagonal entry over its pivot
 };
 
-// S = L L^T, L in S's lower triangle, by the `threads` first of a CTA, which meet by meet(). Stops at a pivot that is
-// not above `least` times its diagonal entry, or times `floor` where that is more.
-template <typename F>
-__device__ __forceinline__ Pivots factor(const Place& at, double least, double floor, int threads, const F& meet) {
+// A pivot has to be above `least` times its diagonal entry, or times `floor` where that is more.
+__device__ __forceinline__ bool is_pivot(double pivot, double diagonal, double least, double floor) {
+  return pivot > least * (diagonal > floor ? diagonal : floor);
+}
+
+// S = L L^T, L in S's lower triangle but for its diagonal, whose place has 1 / L; by all threads. Stops where there is
+// no pivot.
+__device__ __forceinline__ Pivots factor(const Place& at, double least, double floor) {
   const int r = at.r;
   double spread = 1;
   const int thread = threadIdx.x;
   double* S = at.S;
 #pragma unroll 1
-  for (int k = thread; k < r; k += threads) at.part[k] = S[k * r + k];
+  for (int k = thread; k < r; k += kRetractThreads) at.part[k] = S[k * r + k];
   meet();
 #pragma unroll 1
   for (int k = 0; k < r; ++k) {
     const double pivot = S[k * r + k], diagonal = at.part[k];
-    if (!(pivot > least * (diagonal > floor ? diagonal : floor))) return {false, spread};
+    if (!is_pivot(pivot, diagonal, least, floor)) return {false, spread};
     spread = diagonal / pivot > spread ? diagonal / pivot : spread;
-    const double root = sqrt(pivot);
+    const double inverse = rsqrt(pivot);
     meet();
 #pragma unroll 1
-    for (int i = k + thread; i < r; i += threads) S[i * r + k] = i == k ? root : S[i * r + k] / root;
+    for (int i = k + thread; i < r; i += kRetractThreads) S[i * r + k] = i == k ? inverse : S[i * r + k] * inverse;
     meet();
     const int rest = r - k - 1;
 #pragma unroll 1
-    for (int e = thread; e < rest * rest; e += threads) {
+    for (int e = thread; e < rest * rest; e += kRetractThreads) {
       const int i = k + 1 + e / rest, j = k + 1 + e % rest;
       if (j <= i) S[i * r + j] -= S[i * r + k] * S[j * r + k];
     }
     meet();
   }
   return {true, spread};
-}
-
-// The same for the whole CTA: a small S by one warp, whose barriers are cheap.
-__device__ __forceinline__ Pivots cholesky(const Place& at, double least, double floor) {
-  if (at.r > kWarpRows) return factor(at, least, floor, kRetractThreads, [] { __syncthreads(); });
-  double* const told = warp_sums();
-  if (threadIdx.x < 32) {
-    const Pivots found = factor(at, least, floor, 32, [] { __syncwarp(); });
-    if (threadIdx.x == 0) {
-      told[0] = !found.full_rank;
-      told[1] = found.spread;
-    }
-  }
-  __syncthreads();
-  return {told[0] == 0, told[1]};
 }
 
 // part <- L^-1 as C, zeros above the diagonal. A thread a column; the sums run in fp64 over the columns done so far,
@@ -106,21 +120,75 @@ __device__ __forceinline__ void invert(const Place& at) {
   C* T = reinterpret_cast<C*>(at.part);
 #pragma unroll 1
   for (int j = threadIdx.x; j < r; j += kRetractThreads) {
-    const double head = 1 / S[j * r + j];
+    const double head = S[j * r + j];
 #pragma unroll 1
     for (int i = j + 1; i < r; ++i) {
       double sum = S[i * r + j] * head;
 #pragma unroll 1
       for (int k = j + 1; k < i; ++k) sum += S[i * r + k] * S[j * r + k];
-      S[j * r + i] = -sum / S[i * r + i];
+      S[j * r + i] = -sum * S[i * r + i];
     }
   }
-  __syncthreads();
+  meet();
 #pragma unroll 1
   for (int e = threadIdx.x; e < r * r; e += kRetractThreads) {
     const int i = e / r, j = e % r;
-    T[e] = static_cast<C>(i > j ? S[j * r + i] : (i == j ? 1 / S[i * r + i] : 0.0));
+    T[e] = static_cast<C>(i > j ? S[j * r + i] : (i == j ? S[i * r + i] : 0.0));
   }
+}
+
+// Both for an S of `Rows` rows at most, by one warp: Gauss's elimination of [S | I] leaves [L^T | L^-1]. A lane has a
+// column of either half. With each row that is done those below it move up a place, so that the one in hand is always
+// the first: which registers are meant has to be known when this is compiled.
+template <typename C, int Rows>
+__device__ __forceinline__ Pivots eliminate(const Place& at, double least, double floor) {
+  const int r = at.r, lane = threadIdx.x, column = lane % Rows;
+  const bool left = lane < Rows, right = lane / Rows == 1 && column < r;
+  C* T = reinterpret_cast<C*>(at.part);
+  double a[Rows], spread = 1;
+#pragma unroll
+  for (int i = 0; i < Rows; ++i)
+    a[i] = left ? (i < r && column < r ? at.S[i * r + column] : 0.0) : (i == column ? 1.0 : 0.0);
+  const double own = left && column < r ? at.S[column * r + column] : 0.0;
+#pragma unroll 1
+  for (int k = 0; k < r; ++k) {
+    const double pivot = __shfl_sync(0xffffffffu, a[0], k), diagonal = __shfl_sync(0xffffffffu, own, k);
+    if (!is_pivot(pivot, diagonal, least, floor)) return {false, spread};
+    const double inverse = rsqrt(pivot), over = diagonal * inverse * inverse;
+    spread = over > spread ? over : spread;
+    const double row = a[0] * inverse;
+    if (right) T[k * r + column] = static_cast<C>(row);
+#pragma unroll
+    for (int i = 1; i < Rows; i += kFactors) {
+      double factor[kFactors];
+#pragma unroll
+      for (int q = 0; q < kFactors && i + q < Rows; ++q) factor[q] = __shfl_sync(0xffffffffu, a[i + q], k);
+#pragma unroll
+      for (int q = 0; q < kFactors && i + q < Rows; ++q) a[i + q - 1] = a[i + q] - factor[q] * inverse * row;
+    }
+  }
+  return {true, spread};
+}
+
+// part <- L^-1 as C, where S = L L^T.
+template <typename C>
+__device__ __forceinline__ Pivots inverse_factor(const Place& at, double least, double floor) {
+  if (at.r > kWarpRows) {
+    const Pivots found = factor(at, least, floor);
+    if (found.full_rank) invert<C>(at);
+    return found;
+  }
+  double* const told = warp_sums();
+  if (threadIdx.x < 32) {
+    const Pivots found = at.r <= kWarpRows / 2 ? eliminate<C, kWarpRows / 2>(at, least, floor)
+                                               : eliminate<C, kWarpRows>(at, least, floor);
+    if (threadIdx.x == 0) {
+      told[0] = found.full_rank;
+      told[1] = found.spread;
+    }
+  }
+  meet();
+  return {told[0] == 1, told[1]};
 }
 
 // part <- 3/2 I - 1/2 S as C: one Newton-Schulz step towards the nearest orthonormal matrix.
@@ -149,15 +217,15 @@ __device__ __forceinline__ double block_sum(double x) {
   double* const group = warp_sums();
   constexpr int Some = 16;
   const int thread = threadIdx.x;
-  __syncthreads();
+  meet();
   group[thread] = x;
-  __syncthreads();
+  meet();
   double total = 0;
 #pragma unroll 1
   for (int i = 0; i < kRetractThreads / Some; ++i) total += group[thread % Some + i * Some];
-  __syncthreads();
+  meet();
   if (thread < Some) group[thread] = total;
-  __syncthreads();
+  meet();
   total = 0;
 #pragma unroll 1
   for (int i = 0; i < Some; ++i) total += group[i];
@@ -214,9 +282,9 @@ __device__ __forceinline__ void gram_schmidt(int r, int64_t d, C* Y, double leas
           column = j;
         }
       }
-      __syncthreads();
+      meet();
       group[thread] = best;
-      __syncthreads();
+      meet();
 #pragma unroll 1
       for (int other = 0; other < kRetractThreads; ++other) best = group[other] < best ? group[other] : best;
       int winner = 0;
@@ -227,7 +295,7 @@ __device__ __forceinline__ void gram_schmidt(int r, int64_t d, C* Y, double leas
       replaced = true;
     }
   }
-  __syncthreads();
+  meet();
 }
 
 }  // namespace fastreft

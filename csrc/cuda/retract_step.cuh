@@ -4,83 +4,73 @@
 
 namespace fastreft {
 
-// What one AdamW element is worked out with, as C.
-template <typename C>
-struct Adam {
-  C rest1, beta2, rest2, correction1, root2, eps, lr, decay;
-
-  __device__ __forceinline__ explicit Adam(const StepArgs& a)
-      : rest1(static_cast<C>(1 - a.beta1)),
-        beta2(static_cast<C>(a.beta2)),
-        rest2(static_cast<C>(1 - a.beta2)),
-        correction1(static_cast<C>(a.correction1)),
-        root2(static_cast<C>(sqrt(a.correction2))),
-        eps(static_cast<C>(a.eps)),
-        lr(static_cast<C>(a.lr)),
-        decay(static_cast<C>(1 - a.lr * a.weight_decay)) {}
-
-  // The direction U (before the learning rate) that moments m and v give.
-  __device__ __forceinline__ C direction(C m, C v) const { return m / correction1 / (sqrt(v) / root2 + eps); }
-  // The moments move; returns the direction.
-  __device__ __forceinline__ C move(C& m, C& v, C g) const {
-    m = m + (g - m) * rest1;
-    v = beta2 * v + rest2 * g * g;
-    return direction(m, v);
-  }
-};
-
 constexpr int kPlainThreads = 256;
 
-// What an element of a plain parameter reads.
-template <typename T, typename C, int V>
-struct Elements {
-  Pack<T, V> p, g;
-  Pack<C, V> m, v;
-};
-
-// A plain step of elements [begin, end), V at a time; what comes next is on its way while one is worked on.
-template <typename T, int V, typename C>
-__device__ __forceinline__ void plain_elements(const Adam<C>& adam, const StepItem& item, int64_t begin, int64_t end) {
-  T* const p = static_cast<T*>(item.param.p);
-  const T* const g = static_cast<const T*>(item.g);
+// A plain step of elements [begin, end) by `Threads` of a CTA, of which this is the `thread`-th, V at a time, two of
+// those on their way together. Not the next while one is worked on: beside a retraction that has registers spilled.
+template <int V, int Threads, typename C>
+__device__ __forceinline__ void plain_elements(const Adam<C>& adam, const StepItem& item, int64_t begin, int64_t end,
+                                               int thread) {
+  constexpr int kTogether = V > 1 ? 2 : 1;  // one by one is for what is left, or not aligned
   C* const m = static_cast<C*>(item.m);
   C* const v = static_cast<C*>(item.v);
-  const auto load = [&](int64_t e, Elements<T, C, V>& x) {
-    if (e >= end) return;
-    x.p = *reinterpret_cast<const Pack<T, V>*>(p + e);
-    x.g = *reinterpret_cast<const Pack<T, V>*>(g + e);
-    x.m = *reinterpret_cast<const Pack<C, V>*>(m + e);
-    x.v = *reinterpret_cast<const Pack<C, V>*>(v + e);
-  };
-  int64_t e = begin + static_cast<int64_t>(threadIdx.x) * V;
-  Elements<T, C, V> next = {};
-  load(e, next);
 #pragma unroll 1
-  for (; e < end; e += kPlainThreads * V) {
-    Elements<T, C, V> x = next;
-    load(e + kPlainThreads * V, next);
+  for (int64_t first = begin + static_cast<int64_t>(thread) * V; first < end; first += kTogether * Threads * V) {
+    Pack<C, V> x[kTogether], g[kTogether], old_m[kTogether] = {}, old_v[kTogether] = {};
+    const auto each = [&](const auto& f) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const C u = adam.move(x.m.x[i], x.v.x[i], to_float(x.g.x[i]));
-      x.p.x[i] = rounded<T>(to_float(x.p.x[i]) * adam.decay - adam.lr * u);
-    }
-    // Not by assignment: worked out one by one, the elements of a pack would be stored one by one.
-    store_streaming(m + e, x.m);
-    store_streaming(v + e, x.v);
-    store_streaming(p + e, x.p);
+      for (int q = 0; q < kTogether; ++q) {
+        const int64_t e = first + q * Threads * V;
+        if (e < end) f(q, e);
+      }
+    };
+    each([&](int q, int64_t e) {
+      old_m[q] = *reinterpret_cast<const Pack<C, V>*>(m + e);
+      old_v[q] = *reinterpret_cast<const Pack<C, V>*>(v + e);
+    });
+    by_stored<C>(item.param.type, [&](auto type) {  // what takes most of the code is there once for all types
+      using T = decltype(type);
+      Pack<T, V> stored_x[kTogether] = {}, stored_g[kTogether] = {};
+      each([&](int q, int64_t e) {
+        stored_x[q] = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(item.param.p) + e);
+        stored_g[q] = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(item.g) + e);
+      });
+#pragma unroll
+      for (int i = 0; i < kTogether * V; ++i) {
+        x[i / V].x[i % V] = to_float(stored_x[i / V].x[i % V]);
+        g[i / V].x[i % V] = to_float(stored_g[i / V].x[i % V]);
+      }
+    });
+    each([&](int q, int64_t e) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const C u = adam.move(old_m[q].x[i], old_v[q].x[i], g[q].x[i]);
+        x[q].x[i] = x[q].x[i] * adam.decay - adam.lr * u;
+      }
+      // Not by assignment: worked out one by one, the elements of a pack would be stored one by one.
+      store_streaming(m + e, old_m[q]);
+      store_streaming(v + e, old_v[q]);
+    });
+    by_stored<C>(item.param.type, [&](auto type) {
+      using T = decltype(type);
+      each([&](int q, int64_t e) {
+        Pack<T, V> y;
+#pragma unroll
+        for (int i = 0; i < V; ++i) y.x[i] = rounded<T>(x[q].x[i]);
+        store_streaming(static_cast<T*>(item.param.p) + e, y);
+      });
+    });
   }
 }
 
-// The same for all of a piece: quads, and what is left one by one; everything one by one where nothing is aligned.
-template <typename C>
+// The same for any of them: quads, and what is left one by one; everything one by one where nothing is aligned.
+template <typename C, int Threads>
 __device__ __forceinline__ void plain_step(const StepArgs& a, const StepItem& item, int64_t begin, int64_t end,
-                                           bool vector) {
+                                           bool vector, int thread) {
   const Adam<C> adam(a);
   const int64_t quads = vector ? begin + (end - begin) / kVector<C> * kVector<C> : begin;
-  by_stored<C>(item.param.type, [&](auto type) {
-    plain_elements<decltype(type), kVector<C>>(adam, item, begin, quads);
-    plain_elements<decltype(type), 1>(adam, item, quads, end);
-  });
+  plain_elements<kVector<C>, Threads>(adam, item, begin, quads, thread);
+  plain_elements<1, Threads>(adam, item, quads, end, thread);
 }
 
 // Y = R - lr U for a chunk from column j0 on, with R and the gradient given as chunks; Y takes the gradient's place, or

@@ -101,7 +101,7 @@ inline void bind_policy(pybind11::module_& module) {
         py::dict out;
         out["cluster"] = plan.cluster;
         out["terms"] = plan.terms;
-        out["in_shared"] = plan.shared_entries >= r * r;
+        out["in_shared"] = plan.shared_entries > 0;
         const int64_t slice = retract_chunks(r, retract_columns(d, plan.cluster), wide ? 8 : 4);
         out["resident"] = slice <= plan.room;
         const int64_t chunks = slice <= plan.room && slice > plan.chunk_bytes ? slice : plan.chunk_bytes;

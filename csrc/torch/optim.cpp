@@ -62,7 +62,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastreft, m) {
   m.def("retract_(Tensor(a!)[] matrices) -> Tensor");
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] v, Tensor[] ages, Tensor? live_lr, "
-      "bool orthonormal, float lr, float beta1, float beta2, float eps, float weight_decay, int age) -> Tensor");
+      "int rotations, float lr, float beta1, float beta2, float eps, float weight_decay, float r_lr_scale, int age) -> "
+      "Tensor");
 }
 
 static void implement(torch::stable::detail::StableLibrary& m) {

@@ -37,15 +37,18 @@ inline Weight live_lr_of(const MaybeTensor& lr, const Tensor& on) {
   return w;
 }
 
-// One AdamW step of every parameter; with `orthonormal` each is an R: projected gradient, no decay, retraction. `ages`
-// is empty, all being of age `age`, or one fp32 a parameter; `live_lr` is what `lr` is multiplied by.
+// One AdamW step of every parameter; the first `rotations` of them are Rs: projected gradient, no decay, retraction,
+// and `r_lr_scale` times the rate. `ages` is empty, all being of age `age`, or one fp32 a parameter; `live_lr` is what
+// `lr` is multiplied by.
 inline Tensor step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> m, std::vector<Tensor> v,
-                    std::vector<Tensor> ages, MaybeTensor live_lr, bool orthonormal, double lr, double beta1,
-                    double beta2, double eps, double weight_decay, int64_t age) {
+                    std::vector<Tensor> ages, MaybeTensor live_lr, int64_t rotations, double lr, double beta1,
+                    double beta2, double eps, double weight_decay, double r_lr_scale, int64_t age) {
   STD_TORCH_CHECK(
       !params.empty() && params.size() == grads.size() && params.size() == m.size() && params.size() == v.size(),
       "params, grads, m and v must be lists of one length, 1 or more");
   STD_TORCH_CHECK(ages.empty() || ages.size() == params.size(), "ages must be empty or as long as params");
+  STD_TORCH_CHECK(0 <= rotations && rotations <= static_cast<int64_t>(params.size()),
+                  "rotations must be how many of params are orthonormal, not ", rotations);
   for (const auto* list : {&params, &grads, &m, &v, &ages})
     check_one_device(*list, params[0], "params, grads, m, v and ages");
   std::vector<StepItem> items;
@@ -59,7 +62,8 @@ inline Tensor step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::
           "m and v must be contiguous, of the parameter's shape, fp32 (fp64 for fp64)");
     StepItem item;
     item.param = matrix(params[i], "params");
-    STD_TORCH_CHECK(!orthonormal || (params[i].dim() == 2 && item.param.r <= item.param.d),
+    item.orthonormal = static_cast<int64_t>(i) < rotations;
+    STD_TORCH_CHECK(!item.orthonormal || (params[i].dim() == 2 && item.param.r <= item.param.d),
                     "an orthonormal parameter must be (r, d) with r <= d");
     item.g = grads[i].data_ptr();
     item.m = m[i].data_ptr();
@@ -69,11 +73,11 @@ inline Tensor step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                       "] must be one float32");
       item.age = static_cast<const float*>(ages[i].data_ptr());
     }
-    item.orthonormal = orthonormal;
     items.push_back(item);
   }
   StepArgs step{lr, beta1, beta2, eps, weight_decay, bias_correction(beta1, age), bias_correction(beta2, age)};
   step.live_lr = live_lr_of(live_lr, params[0]);
+  step.r_lr_scale = r_lr_scale;
   return run(items, step, params[0]);
 }
 

@@ -64,10 +64,9 @@ def retract_(matrices: list[Tensor]) -> None:
             R.copy_(target)
 
 
-def step_(
-    params, grads, m, v, ages: list[Tensor], live_lr: Tensor | None, orthonormal: bool, settings
-) -> Tensor | None:
-    """One optimizer step. On a GPU: what became of each parameter, int32 [len(params)], 2 = left alone as not finite."""
+def step_(params, grads, m, v, ages: list[Tensor], live_lr: Tensor | None, rotations: int, settings) -> Tensor | None:
+    """One optimizer step, of which the first ``rotations`` parameters are Rs. On a GPU: what became of each parameter, int32
+    [len(params)], 2 = left alone as not finite."""
     if not ages and capturing(params[0]):
         raise RuntimeError(
             "an optimizer step is being captured in a CUDA graph, which would repeat its learning rate and its age for ever; "
@@ -75,11 +74,11 @@ def step_(
         )
     try:
         if not ages and live_lr is None:
-            numbers = (settings[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "age"))
-            if native.quick.step_(params, grads, m, v, orthonormal, *numbers) is not NotImplemented:
+            numbers = (settings[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "r_lr_scale", "age"))
+            if native.quick.step_(params, grads, m, v, rotations, *numbers) is not NotImplemented:
                 return None
         with torch._C._AutoDispatchBelowAutograd():
-            status = torch.ops.fastreft.step_.default(params, grads, m, v, ages, live_lr, orthonormal, **settings)
+            status = torch.ops.fastreft.step_.default(params, grads, m, v, ages, live_lr, rotations, **settings)
     except RuntimeError as error:
         if "not finite" not in str(error):
             raise

@@ -12,7 +12,8 @@ Source: Riemannian optimisation on the Stiefel manifold with a Cholesky-QR retra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,6 +56,18 @@ def check_settings(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {value!r}; it must be {wanted}")
 
 
+@dataclass
+class _Call:
+    """Parameters that are stepped together, those of a group's settings; an item is a parameter with its gradient, its two
+    moments and its age."""
+
+    group: dict[str, Any]
+    age: int
+    in_shards: bool
+    rotations: list[tuple[Any, ...]] = field(default_factory=list)
+    others: list[tuple[Any, ...]] = field(default_factory=list)
+
+
 def param_groups(model: nn.Module, *, lr: float | Tensor, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """The trainable parameters of a model for :class:`ReftAdamW`: all but the Rs, then the Rs.
 
@@ -74,11 +87,12 @@ def param_groups(model: nn.Module, *, lr: float | Tensor, weight_decay: float = 
 
 
 class ReftAdamW(torch.optim.Optimizer):
-    """AdamW for W, b and whatever else trains, projected Adam and a retraction for every R, in one native call a group.
+    """AdamW for W, b and whatever else trains, projected Adam and a retraction for every R, in one native call for all groups
+    of the same settings (of the Rs, those beside the decay).
 
     An R is recognised by its module, in whatever group it is. ``r_lr_scale`` times the group's lr is R's. Moments are fp32
     (fp64 for fp64). ``ValueError`` for a hyperparameter out of range; ``FloatingPointError`` naming the parameter, with no
-    parameter of its group changed, for a gradient that is not finite. On a GPU, where that would need a sync, an R with
+    parameter of its call changed, for a gradient that is not finite. On a GPU, where that would need a sync, an R with
     such a gradient is left as it was, and :meth:`skipped` counts them. Survives deepcopy, pickling and state_dict.
     Takes FSDP2's shards: every rank steps the same whole R, and of W and b its own part, whose gradient it alone looks at;
     Rows of an R with a gradient of exactly 0, as those of ``subspaces`` that no sample of the step had, stay as they are.
@@ -138,9 +152,29 @@ class ReftAdamW(torch.optim.Optimizer):
         self._status: list[Tensor | None] = []
         if not any(id(p) in Rs for group in self.param_groups for p in group["params"]):
             shards.refuse_parts(Rs.values())
+        for call in self._calls(Rs):
+            if not call.in_shards:
+                self._update(call, call.rotations + call.others, len(call.rotations))
+            else:
+                self._update_shards(call)
+            if not call.group["capturable"]:  # a step that was refused is none
+                for p, *_ in call.rotations + call.others:
+                    self.state[p]["step"] = call.age
+        return loss
+
+    def _calls(self, Rs: Container[int]) -> list[_Call]:
+        """The parameters with gradients, of all groups, by what one call can step: one device, age and settings, all of them
+        in shards or none. No setting of theirs but the decay, which no R has, keeps an R from those beside it."""
+        rotations: dict[tuple[Any, ...], _Call] = {}
+        others: dict[tuple[Any, ...], _Call] = {}
         for group in self.param_groups:
-            # One call takes parameters of one kind, device and age, all of them in shards or none.
-            calls: dict[tuple[bool, torch.device, int, bool], list[tuple[Any, ...]]] = {}
+            lr, capturable = group["lr"], group["capturable"]
+            settings = (
+                lr if not isinstance(lr, Tensor) else id(lr),
+                *group["betas"],
+                group["eps"],
+                group["r_lr_scale"],
+            )
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
@@ -148,7 +182,7 @@ class ReftAdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     self._begin(p, state)
-                if not group["capturable"]:
+                if not capturable:
                     age = int(state["step"]) + 1
                 else:
                     age = 0  # which the device knows
@@ -156,17 +190,17 @@ class ReftAdamW(torch.optim.Optimizer):
                         state["step"] = torch.tensor(float(state["step"]), device=p.device)
                 if not grad.is_contiguous():
                     grad = grad.contiguous()
-                call = (id(p) in Rs, p.device, age, shards.is_dtensor(p))
-                calls.setdefault(call, []).append((p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
-            for (orthonormal, _, age, in_shards), items in calls.items():
-                if not in_shards:
-                    self._update(items, orthonormal, age, group)
+                item = (p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+                key = (p.device, age, shards.is_dtensor(p), capturable, *settings)
+                made = _Call(group, age, shards.is_dtensor(p))
+                if id(p) in Rs:
+                    rotations.setdefault(key, made).rotations.append(item)
                 else:
-                    self._update_shards(items, orthonormal, age, group)
-                if not group["capturable"]:  # a step that was refused is none
-                    for p, *_ in items:
-                        self.state[p]["step"] = age
-        return loss
+                    others.setdefault((*key, group["weight_decay"]), made).others.append(item)
+        for key, call in others.items():
+            if alone := rotations.pop(key[:-1], None):
+                call.rotations = alone.rotations
+        return [*others.values(), *rotations.values()]
 
     def skipped(self) -> int:
         """How many Rs the last step left as they were, their gradient not being finite: waits for the GPU. 0 on a CPU."""
@@ -184,26 +218,27 @@ class ReftAdamW(torch.optim.Optimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(p, dtype=_wide(p), memory_format=torch.contiguous_format)
 
-    def _update_shards(self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any]) -> None:
+    def _update_shards(self, call: _Call) -> None:
         """The step of FSDP2's parameters: an R whole on every rank, else each rank its own elements, where it has any."""
-        if not orthonormal:
-            own = [tuple(map(shards.local, item)) for item in items]
-            if own := [item for item in own if item[0].numel()]:
-                self._update(own, orthonormal, age, group)
+        own = [tuple(map(shards.local, item)) for item in call.others]
+        if own := [item for item in own if item[0].numel()]:
+            self._update(call, own, 0)
+        if not call.rotations:
             return
-        wholes = [tuple(map(shards.whole, item)) for item in items]
-        self._update(wholes, orthonormal, age, group, [p for p, *_ in items])
-        for (p, _, m, v, _), (whole_p, _, whole_m, whole_v, _) in zip(items, wholes, strict=True):
+        wholes = [tuple(map(shards.whole, item)) for item in call.rotations]
+        self._update(call, wholes, len(wholes))
+        for (p, _, m, v, _), (whole_p, _, whole_m, whole_v, _) in zip(call.rotations, wholes, strict=True):
             shards.keep(p, whole_p)
             shards.keep(m, whole_m)
             shards.keep(v, whole_v)
 
-    def _update(
-        self, items: list[tuple[Any, ...]], orthonormal: bool, age: int, group: dict[str, Any], known_as: Any = None
-    ) -> None:
+    def _update(self, call: _Call, items: list[tuple[Any, ...]], rotations: int) -> None:
+        """The step of items, of which the first ``rotations`` are the call's."""
+        group = call.group
         params, grads, m, v, ages = (list(column) for column in zip(*items, strict=True))
-        by_rows = edited_by_rows() if orthonormal else set()
-        found = zip(known_as or params, grads, params, m, v, strict=True) if by_rows else ()
+        by_rows = edited_by_rows() if rotations else set()
+        known_as = [p for p, *_ in call.rotations[:rotations]]
+        found = zip(known_as, grads, params, m, v, strict=False) if by_rows else ()
         untouched = [each for some in found if (each := idle.of(by_rows, *some)) is not None]
         lr: Any = group["lr"]
         live_lr: Tensor | None = None
@@ -217,7 +252,7 @@ class ReftAdamW(torch.optim.Optimizer):
         if group["capturable"]:
             torch._foreach_add_(ages, 1)
         try:
-            self._run(params, grads, m, v, ages, live_lr, float(lr), age, orthonormal, group)
+            self._run(call, params, grads, m, v, ages, live_lr, float(lr), rotations)
         except FloatingPointError:
             if group["capturable"]:
                 torch._foreach_sub_(ages, 1)
@@ -227,6 +262,7 @@ class ReftAdamW(torch.optim.Optimizer):
 
     def _run(
         self,
+        call: _Call,
         params: list[Tensor],
         grads: list[Tensor],
         m: list[Tensor],
@@ -234,35 +270,34 @@ class ReftAdamW(torch.optim.Optimizer):
         ages: list[Any],
         live_lr: Tensor | None,
         lr: float,
-        age: int,
-        orthonormal: bool,
-        group: dict[str, Any],
+        rotations: int,
     ) -> None:
+        group, age = call.group, call.age
         beta1, beta2 = group["betas"]
         settings = {
-            "lr": lr * (group["r_lr_scale"] if orthonormal else 1.0),
+            "lr": lr,
             "beta1": beta1,
             "beta2": beta2,
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
         }
-        if orthonormal:
-            for p in params:
-                shards.refuse_flattened(p)
+        for R in params[:rotations]:
+            shards.refuse_flattened(R)
         if native.runs(params[0]) and all(p.is_contiguous() for p in params):
-            settings["age"] = age
             given_ages = ages if group["capturable"] else []
-            self._status.append(native_step.step_(params, grads, m, v, given_ages, live_lr, orthonormal, settings))
+            settings |= {"r_lr_scale": group["r_lr_scale"], "age": age}
+            self._status.append(native_step.step_(params, grads, m, v, given_ages, live_lr, rotations, settings))
             return
         for i, g in enumerate(grads):
             if not bool(torch.isfinite(g).all()):
                 raise FloatingPointError(f"the gradient of params[{i}] {tuple(g.shape)} is not finite")
         if live_lr is not None:
             settings["lr"] *= float(live_lr)
-        for p, g, m_, v_, step in zip(params, grads, m, v, ages, strict=True):
+        for i, (p, g, m_, v_, step) in enumerate(zip(params, grads, m, v, ages, strict=True)):
             steps = int(step) if group["capturable"] else age
             corrections = {"correction1": 1 - beta1**steps, "correction2": 1 - beta2**steps}
-            reference.step_(p, g, m_, v_, orthonormal=orthonormal, **settings, **corrections)
+            its = settings if i >= rotations else settings | {"lr": settings["lr"] * group["r_lr_scale"]}
+            reference.step_(p, g, m_, v_, orthonormal=i < rotations, **its, **corrections)
 
 
 def _wide(p: Tensor) -> torch.dtype:

@@ -207,7 +207,7 @@ def test_opcheck():
     opcheck(ops.retract_, ([torch.randn(2, 8), torch.randn(3, 5)],))
     lists = ([torch.randn(2, 8)], [torch.randn(2, 8)], [torch.zeros(2, 8)], [torch.zeros(2, 8)])
     for ages, live_lr in (([], None), ([torch.tensor(3.0)], torch.tensor(0.1))):
-        opcheck(ops.step_, (*lists, ages, live_lr, False, *(0.1,) * 5, 1))
+        opcheck(ops.step_, (*lists, ages, live_lr, 0, *(0.1,) * 6, 1))
     mask, labels = torch.ones(2, 7, dtype=torch.int64), torch.full((2, 7), -100)
     opcheck(ops.prompt_rows, (mask, labels, 2, 7, 3, 2, False))
     opcheck(ops.prompt_rows, (None, None, 2, 7, 3, 2, True))

@@ -74,7 +74,7 @@ def test_every_step_of_training_takes_it(monkeypatch):
     model(**batch(), labels=batch()["input_ids"].masked_fill(torch.arange(9) < 8, -100)).loss.backward()
     optimizer.step()
     layers = len(blocks(model))
-    assert names == ["hidden_sample", "prompt_rows", *["edit_rows_"] * layers, "step_", "step_"]
+    assert names == ["hidden_sample", "prompt_rows", *["edit_rows_"] * layers, "step_"]
 
 
 def test_parameters_and_moments_are_those_of_the_dispatched_step(monkeypatch):

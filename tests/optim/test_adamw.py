@@ -256,6 +256,34 @@ def test_weight_decay_reaches_W_and_never_R():
     torch.testing.assert_close(model.W.detach(), W * (1 - 1e-2 * 0.5))
 
 
+def test_groups_of_the_same_settings_are_one_call(monkeypatch):
+    """Of all but the decay, which no R has; and of one call or several the parameters are the same."""
+    calls = []
+    step = native_step.step_
+
+    def counted(params, *rest):
+        calls.append((len(params), rest[5], rest[6]["weight_decay"]))
+        return step(params, *rest)
+
+    monkeypatch.setattr(native_step, "step_", counted)
+
+    def trained(groups):
+        torch.manual_seed(0)
+        model = LoreftIntervention(embed_dim=32, low_rank_dimension=3)
+        x, y = torch.randn(4, 32), torch.randn(4, 32)
+        train(model, O.ReftAdamW(groups(model), lr=1e-2, weight_decay=0.1), x, y, 3)
+        made = calls.copy()
+        calls.clear()
+        return list(model.parameters()), made
+
+    named = lambda m: {"params": [m.R]}, lambda m: {"params": [m.W], "weight_decay": 0.3}, lambda m: {"params": [m.b]}
+    together, made = trained(lambda m: [group(m) for group in named])
+    assert made == 3 * [(2, 1, 0.3), (1, 0, 0.1)]
+    apart, made = trained(lambda m: [{**group(m), "eps": 1e-8 * (1 + 1e-9 * i)} for i, group in enumerate(named)])
+    assert made == 3 * [(1, 0, 0.3), (1, 0, 0.1), (1, 1, 0.1)]
+    assert all(map(torch.equal, together, apart))
+
+
 def test_a_step_of_length_zero_moves_the_moments_alone():
     """The first step of a warm-up."""
     torch.manual_seed(0)

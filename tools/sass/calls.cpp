@@ -163,8 +163,8 @@ int main(int count, char** words) {
     args.most_r = r;
     return edit_pooled_cuda(args);
   }
-  // As ReftAdamW steps: all rotations in one call, all other parameters in another.
-  std::vector<StepItem> rotations, others;
+  // As ReftAdamW steps: all rotations before all other parameters.
+  std::vector<StepItem> items;
   const auto item = [](int64_t rows, int64_t columns, bool orthonormal) {
     StepItem made;
     made.param = {somewhere(), rows, columns, DType::f32};
@@ -174,13 +174,12 @@ int main(int count, char** words) {
     made.orthonormal = orthonormal;
     return made;
   };
+  for (int64_t i = 0; i < n; ++i) items.push_back(item(r, d, true));
   for (int64_t i = 0; i < n; ++i) {
-    rotations.push_back(item(r, d, true));
-    others.push_back(item(r, d, false));
-    others.push_back(item(1, r, false));
+    items.push_back(item(r, d, false));
+    items.push_back(item(1, r, false));
   }
   StepArgs step;
   step.lr = 1e-3;
-  const int error = adamw_step_cuda(rotations.data(), static_cast<int>(n), step, somewhere(), nullptr);
-  return error ? error : adamw_step_cuda(others.data(), static_cast<int>(2 * n), step, somewhere(), nullptr);
+  return adamw_step_cuda(items.data(), static_cast<int>(items.size()), step, somewhere(), nullptr);
 }

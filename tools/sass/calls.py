@@ -72,6 +72,7 @@ class Launch:
     adapter: int = 0  # the same of the rows' adapters
     table: int = 0  # and of their table, each line of which is of rank
     r: int = 0
+    reserved: int = 0  # bytes of shared memory that are the system's, before the CTA's own
 
 
 def build(folder: Path) -> Path:
@@ -118,6 +119,7 @@ def launches(program: Path, call: Call, device: Device) -> list[Launch]:
                 bytes.fromhex(match[4]),
                 *(int(word) for word in first.split()[1:]),
                 call.r,
+                1024 if device.major >= 9 else 0,
             )
         )
     return found

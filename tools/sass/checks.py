@@ -20,10 +20,18 @@ LOADS = ("LDG", "LD")
 NEAR = 4  # instructions: a load waited for sooner than that hides nothing
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor of cc 8.0, 9.0 or 10.0
 RESERVED = 1024  # bytes of shared memory that the system takes of each CTA
-# Of a CTA whose coordinates are worked out by warps of their own: 8 warps edit, the ninth moves the tiles, three own rows.
-WORKERS, OWNERS = 8, 3
-TEAM = (0, WORKERS, WORKERS + 1)  # one of each
 LINE = 128  # bytes of code that are fetched together
+RETRACTING = 16  # warps of a CTA that steps an orthonormal matrix
+
+
+def team_of(launch: Launch) -> dict[int, int]:
+    """One of the warps of a CTA for each kind of work, and how many there are of its kind."""
+    if launch.tiles.sets > 0:  # 8 edit, the ninth moves the tiles, three work out coordinates
+        return {0: 8, 8: 1, 9: 3}
+    warps = launch.threads // 32
+    if launch.kernel.startswith("step_kernel"):  # the first factors for all, those behind step plain parameters
+        return {0: 1, 1: RETRACTING - 1} | ({RETRACTING: warps - RETRACTING} if warps > RETRACTING else {})
+    return {0: warps}
 
 
 def walked_loops(trace: Trace) -> set[int]:
@@ -148,11 +156,10 @@ def look(program: Path, budgets: list[Budget], device: Device, latency: Latency,
     for budget in budgets:
         launch = launches(program, budget.call, device)[budget.which]
         kernel = kernel or compiled(launch.kernel, folder)
-        tiled = launch.tiles.count > 0
-        team = launch.tiles.sets > 0
-        cost = costs(program, budget.call, device, budget.which, kernel, latency, TEAM if team else (0,))
+        tiled, team = launch.tiles.count > 0, team_of(launch)
+        cost = costs(program, budget.call, device, budget.which, kernel, latency, tuple(team))
         each = (cost.tile if tiled else cost.rest).instructions
-        all_warps = WORKERS * each[0] + each[1] + OWNERS * each[2] if team else each[0] * launch.threads / 32
+        all_warps = sum(n * of_one for n, of_one in zip(team.values(), each, strict=True))
         vectors = launch.tiles.bytes / 512 if tiled else budget.vectors * launch.threads / 32
         seen.append(found(kernel, launch, device, cost.whole, all_warps / vectors))
     return seen

@@ -14,8 +14,8 @@ import numpy as np
 
 from .calls import Call, Device, Launch, launches
 from .code import Instruction, Kernel
-from .shared import Shared
-from .values import UNKNOWN, Value, from_double, from_float
+from .shared import WINDOW, Shared
+from .values import MASK, UNKNOWN, Value, from_double, from_float
 from .warp import Latency, Trace, Undecided, Warp
 
 FEW, MORE = 4, 6  # tiles a CTA: enough for all stages of the pipe
@@ -48,9 +48,14 @@ def within(place: Value, start: int) -> Value:
 
 def memory_of(launch: Launch) -> Callable[[Instruction, Value, int], Value]:
     """What a launch finds in memory as far as its way depends on it: distinct rows in the list, an adapter a row, their
-    table (of linear edits), and ones."""
+    table (of linear edits), orthonormal rows where a matrix of them is factored, and ones."""
     line = np.array([0, launch.r, 0, 1])  # first vector, rank, activation, form
-    one = from_double(np.ones(32))
+    one, nothing = from_double(np.ones(32)), from_double(np.zeros(32))
+    pairs = (
+        launch.r**2 + 1
+    ) // 2  # as policy_retract.h has it: the sums S (r, r) are the first of so many pairs at the end
+    behind = 16 * (2 * pairs + (pairs + 8 if launch.cluster > 1 else 0))
+    sums = launch.reserved + launch.shared - behind
 
     def read(x: Instruction, place: Value, further: int) -> Value:
         if launch.tiles.count:  # where these go, numbers do not decide
@@ -59,6 +64,11 @@ def memory_of(launch: Launch) -> Callable[[Instruction, Value, int], Value]:
             other = one[further % 2]
         else:
             other = from_float(np.ones(32))
+        if launch.kernel.startswith("step_kernel"):
+            at = np.where(place >> 32 == WINDOW, place & MASK, place) - sums
+            entry = at // 8 + further // 2
+            diagonal = np.where(entry % (launch.r + 1) == 0, one[further % 2], nothing[further % 2])
+            other = np.where((at >= 0) & (entry < launch.r**2), diagonal, other)
         if launch.table:
             at = (place - launch.table) // 4 + further
             other = np.where(
@@ -91,12 +101,12 @@ def walked(
     return [Warp(kernel, launch, latency, warp, (cta, 0), shared, memory, over).run() for warp in warps]
 
 
-def segments(trace: Trace) -> list[float]:
-    """Cycles from each barrier to the next."""
+def segments(trace: Trace, waits: bool) -> list[float]:
+    """Cycles from each barrier to the next, or to the next wait for arrivals."""
     cuts = [0.0]
     for step in trace.steps:
         x = trace.kernel.code[step.index]
-        if x.base in BARRIERS or "TRYWAIT" in x.op:
+        if x.base in BARRIERS or (waits and "TRYWAIT" in x.op):
             cuts.append(step.time)
     return [b - a for a, b in zip(cuts, [*cuts[1:], trace.end], strict=True)]
 
@@ -108,11 +118,15 @@ def behind_first_wait(trace: Trace) -> float:
 
 
 def critical(traces: list[Trace]) -> float:
-    """Cycles of the slowest warp between barriers, where all meet the same ones; else of the slowest warp."""
-    parts = [segments(trace) for trace in traces]
-    if len({len(part) for part in parts}) > 1:
-        return max(trace.end for trace in traces)
-    return sum(max(column) for column in zip(*parts, strict=True))
+    """Cycles of the slowest warp between barriers, where all meet the same ones; else of the slowest of those that do."""
+    together: dict[int, list[list[float]]] = {}
+    for waits in (True, False):
+        together.clear()
+        for part in (segments(trace, waits) for trace in traces):
+            together.setdefault(len(part), []).append(part)
+        if len(together) == 1:
+            break
+    return max(sum(map(max, zip(*parts, strict=True))) for parts in together.values())
 
 
 def with_tiles(program: Path, call: Call, device: Device, which: int, each: int) -> Launch:

@@ -318,12 +318,15 @@ void barrier_of(int threads, int from) {
   meeting.expected = threads;
   if (!planted(current->block_barriers, plant.block_barrier)) arrive(meeting);
 }
-int block_any(int mine) {
+bool any_of(int threads, bool mine) {
   Block& block = *current->block;
-  int& any = block.any[block.meeting.phase % 2];
-  if (block.meeting.arrived == 0) any = 0;
-  any |= mine != 0;
-  arrive(block.meeting);
+  Meeting& meeting = block.some_threads;
+  if (static_cast<int>(current->index.x) >= threads) fail("a thread at a barrier that is not for it");
+  bool& any = block.any[meeting.phase % 2];
+  if (meeting.arrived == 0) any = false;
+  any = any || mine;
+  meeting.expected = threads;
+  arrive(meeting);
   return any;
 }
 void cluster_barrier() {

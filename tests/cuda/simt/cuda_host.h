@@ -17,6 +17,7 @@
 #pragma once
 #include <math.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -27,7 +28,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
@@ -83,13 +83,13 @@ const dim3& block_size();
 const dim3& grid_size();
 char* shared_memory();
 void block_barrier();
-int block_any(int mine);
 void cluster_barrier();
 void warp_barrier();
 int cluster_rank();
 int64_t shared_of_own(const void* p);
 char* shared_of_rank(const void* p, int rank);
 void barrier_of(int threads, int from);
+bool any_of(int threads, bool mine);
 void arrivals_init(const void* a, int threads);
 void arrive(const void* a);
 void arrive_when_copied(const void* a);
@@ -142,7 +142,7 @@ void store_matrices(void* row, const uint32_t (&r)[4]);
 #define gridDim (simt::grid_size())
 
 inline void __syncthreads() { simt::block_barrier(); }
-inline int __syncthreads_or(int mine) { return simt::block_any(mine); }
+inline void __threadfence() {}
 inline void __syncwarp() { simt::warp_barrier(); }
 inline uint32_t __ballot_sync(uint32_t, bool mine) {
   const char* all = simt::meet("ballot", &mine, sizeof(mine));
@@ -150,6 +150,7 @@ inline uint32_t __ballot_sync(uint32_t, bool mine) {
   for (int lane = 0; lane < 32; ++lane) ballot |= static_cast<uint32_t>(simt::of_lane<bool>(all, lane)) << lane;
   return ballot;
 }
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 
 template <typename T>
@@ -200,6 +201,11 @@ template <int Threads, int From = 0>
 void barrier_of() {
   simt::barrier_of(Threads, From);
 }
+template <int Threads>
+bool any_of(bool mine) {
+  return simt::any_of(Threads, mine);
+}
+inline void fetch_to_l2(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }
 inline void send(void* to, const uint4& x, Arrivals* a, int rank) { simt::send(to, &x, a, rank); }
 inline void wait_for_launch_before() {}
 inline bool elected() { return simt::lane() == 0; }

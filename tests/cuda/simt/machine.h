@@ -47,7 +47,7 @@ struct Block {
   char* shared = nullptr;
   int running = 0;
   Meeting meeting, some_threads;  // of all, and of those that a barrier_of names
-  int any[2] = {0, 0};
+  bool any[2] = {false, false};
   std::vector<Warp> warps;
 };
 
