@@ -205,7 +205,7 @@ def alone(cost: Cost, launch: Launch, a: Assumptions, overlap: bool) -> float:
     there_and_back = 2 * a.exchange * (1 - a.exchange_hidden)
     if overlap and launch.tiles.sets > 1:
         return max(worker, owner + there_and_back) + fences
-    return worker + cost.behind[2] + there_and_back + fences
+    return worker - cost.aside + max(cost.aside, cost.behind[2] + there_and_back) + fences
 
 
 def shared_bytes(cost: Cost) -> float:

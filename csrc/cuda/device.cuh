@@ -179,7 +179,8 @@ __device__ __forceinline__ void store_block(T* block, int64_t pitch, const uint3
 // Arrivals (an mbarrier): a phase is over when as many threads have arrived as arrivals_init says and as many bytes as
 // they said to expect, whichever comes first.
 using Arrivals = uint64_t;
-// By one thread, before a cluster_sync (or, for its own warp alone, a __syncwarp) after which others may use them.
+// By one thread, before a barrier over the cluster (or, for its own warp alone, a __syncwarp) after which others may
+// use them.
 __device__ __forceinline__ void arrivals_init(Arrivals* a, int threads) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(a)), "r"(threads) : "memory");
 }
@@ -206,10 +207,11 @@ __device__ __forceinline__ void arrivals_wait(Arrivals* a, int parity) {
       : "memory");
 #endif
 }
-// A barrier over `Threads` of the CTA's threads from the `From`-th on: of a kernel always the same.
-template <int Threads, int From = 0>
+// A barrier over `Threads` of the CTA's threads from the `From`-th on: of a kernel always the same. Where it has two
+// such groups the second's is the third barrier (the second is start_barrier's).
+template <int Threads, int From = 0, int Barrier = 1>
 __device__ __forceinline__ void barrier_of() {
-  asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
+  asm volatile("bar.sync %0, %1;" ::"n"(Barrier), "n"(Threads) : "memory");
 }
 // The same over the first `Threads`, which tells each of them whether any came with true.
 template <int Threads>
@@ -220,6 +222,15 @@ __device__ __forceinline__ bool any_of(bool mine) {
                : "r"(static_cast<uint32_t>(mine)), "n"(Threads)
                : "memory");
   return any != 0;
+}
+// A barrier that a warp may say it has come to and go on.
+template <int Threads>
+__device__ __forceinline__ void start_barrier() {
+  asm volatile("bar.sync 2, %0;" ::"n"(Threads) : "memory");
+}
+template <int Threads>
+__device__ __forceinline__ void start_barrier_arrive() {
+  asm volatile("bar.arrive 2, %0;" ::"n"(Threads) : "memory");
 }
 // A hint that the 128 bytes there will be read: L2 fetches them.
 __device__ __forceinline__ void fetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
@@ -243,9 +254,10 @@ __device__ __forceinline__ int cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int>(rank);
 }
-__device__ __forceinline__ void cluster_arrive_and_wait() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // The same place in the shared memory of another CTA of the cluster, as a generic pointer.
 template <typename T>
 __device__ __forceinline__ T* of_rank(T* p, int rank) {
@@ -301,7 +313,8 @@ __device__ __forceinline__ void bulk_wait() {
 #else
 __device__ __forceinline__ constexpr bool has_bulk_copies() { return false; }
 __device__ __forceinline__ int cluster_rank() { return 0; }
-__device__ __forceinline__ void cluster_arrive_and_wait() { __syncthreads(); }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 template <typename T>
 __device__ __forceinline__ T* of_rank(T* p, int) {
   return p;
@@ -322,10 +335,35 @@ __device__ __forceinline__ void bulk_wait() {}
 // A barrier over the cluster; over the CTA where the cluster is one.
 __device__ __forceinline__ void cluster_sync(int cluster) {
   if (cluster > 1) {
-    cluster_arrive_and_wait();
+    cluster_arrive();
+    cluster_wait();
   } else {
     __syncthreads();
   }
+}
+// The same once in a kernel's life, over all of its `Threads` a CTA, of which whole warps may say that they have come
+// and go on, and wait when they have to.
+template <int Threads>
+__device__ __forceinline__ void all_started(int cluster) {
+  if (cluster > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    start_barrier<Threads>();
+  }
+}
+template <int Threads>
+__device__ __forceinline__ void say_started(int cluster) {
+  if (cluster > 1) {
+    cluster_arrive();
+  } else {
+    start_barrier_arrive<Threads>();
+  }
+}
+// Of a cluster of one CTA, what a warp that has said so still has to wait for is others' affair.
+__device__ __forceinline__ void wait_for_started(int cluster) {
+  __syncwarp();
+  if (cluster > 1) cluster_wait();
 }
 
 // A store that the caches need not keep: the edit's output is not read again here.

@@ -41,7 +41,9 @@ struct Fused {
   FusedLayout at;     // of the shape
   ShrinkWork shrink;  // likewise
   int64_t tiles = 0;
-  int64_t clusters = 0;  // that edit; CTAs behind them copy
+  int64_t clusters = 0;                  // that edit; CTAs behind them copy
+  int shrink_from = 0, expand_from = 0;  // the first matrix of the pass that is there
+  bool fp32 = false;                     // all of them are
 };
 
 // The one-pass backward, edit_both.cuh.

@@ -8,6 +8,7 @@
 // identity) or where nothing asks for gz. 64 fp32 registers a thread at Rank 16 and slices 512 wide. At the end every
 // cluster leaves one partial sum, and finish_kernel (edit_simple.cuh) adds those in order.
 #pragma once
+#include "edit_held.cuh"
 #include "edit_mover.cuh"
 #include "edit_owner.cuh"
 
@@ -32,21 +33,21 @@ __global__ void __launch_bounds__(kTeamThreads, 1) both_kernel(const __grid_cons
     const Mover<T, Rank> mover{cta, slice, both.h, writes};
     mover.begin();
     wait_for_launch_before();
-    mover.fill(cluster, clusters, both.f.tiles);
-    cluster_sync(s.cluster);
-    return mover.run(cluster, clusters, both.f.tiles);
+    say_started<kTeamThreads>(s.cluster);
+    mover.run(cluster, clusters, both.f.tiles);
+    return wait_for_started(s.cluster);
   }
   if (cta.warp > kMoverWarp) {
     const Owners owner(cta, cta.warp - kMoverWarp - 1);
     wait_for_launch_before();
-    cluster_sync(s.cluster);
+    all_started<kTeamThreads>(s.cluster);
     float vector = 0;  // sum gx of this lane's coordinate
     owner.template run<true, true>(cluster, clusters, both.f.tiles, vector);
     // The lanes' vectors, in one order; nobody is sent sums any more.
-    barrier_of<kOwnerWarps * 32, (kMoverWarp + 1) * 32>();
+    barrier_of<kOwnerWarps * 32, (kMoverWarp + 1) * 32, 3>();
     float* vectors = cta.received(0);
     vectors[owner.member * 32 + cta.lane] = vector;
-    barrier_of<kOwnerWarps * 32, (kMoverWarp + 1) * 32>();
+    barrier_of<kOwnerWarps * 32, (kMoverWarp + 1) * 32, 3>();
     const int k = owner.member * 32 + cta.lane;
     if (k >= p.r) return;
     float total = 0;
@@ -57,14 +58,16 @@ __global__ void __launch_bounds__(kTeamThreads, 1) both_kernel(const __grid_cons
   }
   cta.begin(chunks, Owners::at_work(cta));
   wait_for_launch_before();
-  cta.load_slices(true, writes, slice);
-  cluster_sync(s.cluster);  // as in fused_kernel
+  InShared<T, Rank> matrices;
+  matrices.begin(cta, writes, slice);
+  all_started<kTeamThreads>(s.cluster);  // as in fused_kernel
 
   float first_sum[Depth / 16][2 * Pairs][4] = {}, second_sum[Depth / 16][2 * Pairs][4] = {};
   const bool ahead = cta.at.sets > 1;
   Turn at, before;
   arrivals_wait(cta.filled(0), 0);
   cta.shrink_and_send(cta.whole(0), 0);
+  matrices.then(cta, writes, slice);
   for (int64_t tile = cluster; tile < both.f.tiles; tile += clusters) {  // as in fused_kernel
     Turn next = at;
     next.step(s, cta.at);

@@ -6,9 +6,6 @@
 
 namespace fastreft {
 
-// Where only one of two matrices is there it comes first in shared memory.
-__device__ __forceinline__ int only_second(const Matrix2 (&pair)[2]) { return pair[0].w.p != nullptr ? 0 : 1; }
-
 // mma's steps of 16 over the coordinates of an expand: the backward's can be two matrices' (gp and gz).
 template <int Rank, bool Backward>
 constexpr int kExpandSteps = Backward ? (Rank > 8 ? Rank / 8 : 1) : (Rank > 16 ? Rank / 16 : 1);
@@ -53,7 +50,8 @@ struct Cta {
   int tile_size;                 // elements
   int sums, depth;               // of a row: sums of all matrices, coordinates that expand
   int owned;                     // rows of a tile whose coordinates this rank works out
-  int shrink_from, expand_from;  // the first matrix that is there
+  int shrink_from, expand_from;  // the first matrix that is there, which comes first in shared memory
+  bool fp32;                     // all matrices are
 
   __device__ __forceinline__ Cta(const Fused& f, int rank)
       : p(f.pass), s(f.shape), at(f.at), work(f.shrink), rank(rank) {
@@ -67,8 +65,9 @@ struct Cta {
     depth = at.depth;
     const int own = 1 << work.own_shift, left = s.rows - rank * own;
     owned = left <= 0 ? 0 : left < own ? left : own;
-    shrink_from = only_second(p.shrink);
-    expand_from = only_second(p.expand);
+    shrink_from = f.shrink_from;
+    expand_from = f.expand_from;
+    fp32 = f.fp32;
   }
 
   // The parts of shared memory, as FusedLayout says.
@@ -109,19 +108,18 @@ struct Cta {
                column, p.d);
   }
 
-  // The slices of the matrices that begin at column `slice`: of those that shrink, of those that expand, or of both.
-  __device__ __forceinline__ void load_slices(bool shrinks, bool expands, int64_t slice) const {
-    const bool fp32 =
-        all_fp32(p.shrink + shrink_from, 2 - shrink_from) && all_fp32(p.expand + expand_from, 2 - expand_from);
-    for (int which = shrinks ? 0 : 1; which < (expands ? 2 : 1); ++which) {
-      T* to = which == 0 ? shrink() : expand();
-      const Matrix2* matrices = which == 0 ? p.shrink + shrink_from : p.expand + expand_from;
-      const int count = which == 0 ? 2 - shrink_from : 2 - expand_from, rows = which == 0 ? sums : depth;
-      if (fp32) {
-        load_slice_as<T, Rank, true>(to, matrices, count, rows, s.width, pitch, p.r, p.d, slice);
-      } else {
-        load_slice_as<T, Rank, false>(to, matrices, count, rows, s.width, pitch, p.r, p.d, slice);
-      }
+  // The slice that begins at column `slice` of the matrices that shrink, or of those that expand.
+  __device__ __forceinline__ void load_shrink(int64_t slice) const {
+    load_slice(shrink(), p.shrink + shrink_from, 2 - shrink_from, sums, slice);
+  }
+  __device__ __forceinline__ void load_expand(int64_t slice) const {
+    load_slice(expand(), p.expand + expand_from, 2 - expand_from, depth, slice);
+  }
+  __device__ __forceinline__ void load_slice(T* to, const Matrix2* matrices, int count, int rows, int64_t slice) const {
+    if (fp32) {
+      load_slice_as<T, Rank, true>(to, matrices, count, rows, s.width, pitch, p.r, p.d, slice);
+    } else {
+      load_slice_as<T, Rank, false>(to, matrices, count, rows, s.width, pitch, p.r, p.d, slice);
     }
   }
 
@@ -134,7 +132,7 @@ struct Cta {
     const int padded = at.sets * s.rows * coordinate_pitch;
     for (int e = threadIdx.x; e < padded; e += kFusedThreads) coordinates(0)[e] = rounded<T>(0.f);
   }
-  // Before the first tile; a cluster_sync must follow. `chunks`: of Rank coordinates that a row is sent; `owners`:
+  // Before the first tile; all_started must follow. `chunks`: of Rank coordinates that a row is sent; `owners`:
   // warps that send coordinates.
   __device__ __forceinline__ void begin(int chunks, int owners) const {
     clear_coordinates();

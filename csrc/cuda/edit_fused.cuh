@@ -49,30 +49,35 @@ __global__ void __launch_bounds__(kTeamThreads, per_sm_of_rank(Rank)) fused_kern
     const Mover<T, Rank> mover{cta, slice, Rows{}, writes};
     mover.begin();
     wait_for_launch_before();
-    if (!Held) mover.fill(cluster, clusters, f.tiles);
-    cluster_sync(s.cluster);
-    if (Held) mover.fill(cluster, clusters, f.tiles);  // where the matrices were
-    return mover.run(cluster, clusters, f.tiles);
+    if (Held) {
+      all_started<kTeamThreads>(s.cluster);  // tiles come where the matrices were
+      mover.run(cluster, clusters, f.tiles);
+    } else {
+      say_started<kTeamThreads>(s.cluster);
+      mover.run(cluster, clusters, f.tiles);
+      wait_for_started(s.cluster);
+    }
+    return;
   }
   if (cta.warp > kMoverWarp) {
     Owners owner(cta, cta.warp - kMoverWarp - 1);
     wait_for_launch_before();
     if (!Backward) owner.load_vectors();
-    cluster_sync(s.cluster);
+    all_started<kTeamThreads>(s.cluster);
     float none = 0;
     return owner.template run<Backward, false>(cluster, clusters, f.tiles, none);
   }
   cta.begin(s.expands, Owners::at_work(cta));
   wait_for_launch_before();
-  cta.load_slices(true, writes, slice);
   std::conditional_t<Held, InRegisters<T, Rank>, InShared<T, Rank>> matrices;
-  matrices.begin(cta, writes);
-  cluster_sync(s.cluster);  // every CTA of the cluster has started: its shared memory may be written
+  matrices.begin(cta, writes, slice);
+  all_started<kTeamThreads>(s.cluster);  // every CTA of the cluster has started: its shared memory may be written
 
   const bool ahead = cta.at.sets > 1;
   Turn at, before;
   arrivals_wait(cta.filled(0), 0);
   matrices.shrink_and_send(cta, cta.whole(0), 0);
+  matrices.then(cta, writes, slice);
   for (int64_t tile = cluster; tile < f.tiles; tile += clusters) {
     const int64_t first = tile * s.rows;
     Turn next = at;

@@ -11,7 +11,13 @@ namespace fastreft {
 
 template <typename T, int Rank>
 struct InShared {
-  __device__ __forceinline__ void begin(const Cta<T, Rank>&, bool) {}
+  __device__ __forceinline__ void begin(const Cta<T, Rank>& cta, bool, int64_t slice) { cta.load_shrink(slice); }
+  // After the first tile's sums have been sent, and while they are added: what expands is not needed sooner.
+  __device__ __forceinline__ void then(const Cta<T, Rank>& cta, bool writes, int64_t slice) {
+    if (!writes) return;
+    cta.load_expand(slice);
+    barrier_of<kFusedThreads>();
+  }
   __device__ __forceinline__ void shrink_and_send(const Cta<T, Rank>& cta, const T* whole, int set) const {
     cta.shrink_and_send(whole, set);
   }
@@ -32,8 +38,10 @@ struct InRegisters {
   uint32_t expand[Rank / 16][Columns / 16][4];
 
   // From the slices in shared memory, where tiles will be when all warps have them.
-  __device__ __forceinline__ void begin(const Cta<T, Rank>& cta, bool writes) {
+  __device__ __forceinline__ void begin(const Cta<T, Rank>& cta, bool writes, int64_t slice) {
     const int lane = cta.lane;
+    cta.load_shrink(slice);
+    if (writes) cta.load_expand(slice);
     barrier_of<kFusedThreads>();
     const T* mine = cta.shrink() + (cta.warp % Items / Parts * 16 + lane % 8 + lane / 16 * 8) * Pitch +
                     cta.warp % Parts * Quarters * Quarter + lane / 8 % 2 * 8;
@@ -52,6 +60,7 @@ struct InRegisters {
     }
     async_fence();  // before tiles are copied there
   }
+  __device__ __forceinline__ void then(const Cta<T, Rank>&, bool, int64_t) {}
 
   // As Cta's, in the same order, so that the bits are the same.
   __device__ __forceinline__ void shrink_and_send(const Cta<T, Rank>& cta, const T* whole, int set) const {

@@ -76,6 +76,11 @@ inline FusedPlan fused_plan_of(const Pass& p, DType type, const Device& device) 
   return resident.fits ? resident : plan_streamed(p.n, p.d, p.r, present(p.shrink), present(p.expand), device);
 }
 
+inline bool all_fp32(const Matrix2& matrix) {
+  const auto is = [](const Weight& w) { return w.p == nullptr || w.type == DType::f32; };
+  return is(matrix.w) && is(matrix.minus);
+}
+
 // The argument and the grid of a pass on tensor cores.
 inline Fused fused_of(const Pass& p, const FusedPlan& plan) {
   Fused f;
@@ -85,6 +90,9 @@ inline Fused fused_of(const Pass& p, const FusedPlan& plan) {
   f.shrink = shrink_work(plan.shape);
   f.tiles = plan.tiles;
   f.clusters = plan.clusters;
+  f.shrink_from = p.shrink[0].w.p == nullptr;
+  f.expand_from = p.expand[0].w.p == nullptr;
+  f.fp32 = all_fp32(p.shrink[0]) && all_fp32(p.shrink[1]) && all_fp32(p.expand[0]) && all_fp32(p.expand[1]);
   return f;
 }
 inline Grid fused_grid(const Pass& p, const FusedPlan& plan, const Device& device) {

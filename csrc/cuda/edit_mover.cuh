@@ -85,23 +85,38 @@ struct Mover {
     __syncwarp();
   }
 
-  // Tiles [from, tiles) in steps of `step`: all stages first; run() goes on when the workers may have begun.
-  __device__ __forceinline__ void fill(int64_t from, int64_t step, int64_t tiles) const {
-    for (int stage = 0; stage < cta.s.stages; ++stage) {
-      if (from + stage * step < tiles) load(stage, from + stage * step);
-      if (stage < cta.at.second_stages && from + stage * step < tiles) load_second(stage, from + stage * step);
-    }
-  }
+  // Tiles [from, tiles) in steps of `step`: first one into every stage, then each into that of a tile that all are
+  // through with. The second input's follow by as many as there are stages of it. One place in the code loads them all:
+  // it is long.
   __device__ __forceinline__ void run(int64_t from, int64_t step, int64_t tiles) const {
+    const int stages = cta.s.stages, seconds = second.p != nullptr ? cta.at.second_stages : 0;
     Turn turn;
-    for (int64_t at = from; at < tiles; at += step) {
-      arrivals_wait(cta.edited(turn.stage), turn.filled);
-      const int64_t next = at + cta.s.stages * step, next_second = at + cta.at.second_stages * step;
-      if (cta.at.second_stages > 0 && next_second < tiles) load_second(turn.second, next_second);
-      if (writes) store(turn.stage, at);
-      __syncwarp();  // all lanes have read what they store
-      if (next < tiles) load(turn.stage, next);
-      turn.step(cta.s, cta.at);
+    int fresh = 0;  // stages filled so far
+#pragma unroll 1
+    for (int64_t next = from; next < tiles + stages * step; next += step) {
+      const bool again = fresh == stages;
+      const int stage = again ? turn.stage : fresh, other = again ? turn.second : fresh;
+      if (again) arrivals_wait(cta.edited(stage), turn.filled);
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        const bool of_second = seconds > 0 && again == (half == 0);  // a tile's rows are waited for before its second's
+        if (seconds == 0 && half == 0) continue;
+        if (again && !of_second) {
+          if (writes) store(stage, next - stages * step);
+          __syncwarp();  // all lanes have read what they store
+        }
+        const int64_t tile = of_second && again ? next - (stages - seconds) * step : next;
+        if (tile >= tiles || (of_second && other >= seconds)) continue;
+        Rows rows = cta.p.in;  // by value: to choose between references would put all of them into memory
+        if (of_second) rows = second;
+        load(rows, tile, of_second, of_second ? stages + other : stage,
+             of_second ? cta.second_filled(other) : cta.filled(stage));
+      }
+      if (again) {
+        turn.step(cta.s, cta.at);
+      } else {
+        ++fresh;
+      }
     }
   }
 
@@ -110,14 +125,9 @@ struct Mover {
     return tile_rows({cta.p.index, cta.p.n, cta.p.total}, rows, at * cta.s.rows, cta.s.rows, direct);
   }
 
-  __device__ __forceinline__ void load(int stage, int64_t at) const {
-    load_tile_of(cta.p.in, rows_of(cta.p.in, at, false), cta.whole(stage), cta.filled(stage));
-  }
-  __device__ __forceinline__ void load_second(int stage, int64_t at) const {
-    if (second.p != nullptr)
-      load_tile_of(second, rows_of(second, at, true), cta.whole(cta.s.stages + stage), cta.second_filled(stage));
-  }
-  __device__ __forceinline__ void load_tile_of(const Rows& rows, const TileRows& where, T* to, Arrivals* filled) const {
+  __device__ __forceinline__ void load(const Rows& rows, int64_t at, bool direct, int i, Arrivals* filled) const {
+    const TileRows where = rows_of(rows, at, direct);
+    T* const to = cta.whole(i);
     if (!has_bulk_copies()) {
       load_tile(to, rows.p, where, cta.s.rows, cta.pitch, cta.s.width, slice, cta.p.d);
       arrive_when_copied(filled);

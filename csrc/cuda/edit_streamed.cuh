@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank))
     wait_for_oldest(s.stages);  // this thread's copies; (A) and (C) see to the others'
 
     if (turn <= last) {
-      cta.load_slices(true, false, slice);
+      cta.load_shrink(slice);
       __syncthreads();  // (A) the slice and all columns of the piece are there; nobody reads `received` any more
       cta.shrink_tile(cta.whole(stage), [&](int row, int coordinate, int part, const float (&four)[4]) {
         float* sums =
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kFusedThreads, per_sm_of_rank(Rank))
       }
     }
     if (writes && turn >= last) {
-      cta.load_slices(false, true, slice);
+      cta.load_expand(slice);
       __syncthreads();  // (C) the slice is there
       cta.template expand_tile<Backward>(mine, cta.coordinates(0));
       __syncwarp();

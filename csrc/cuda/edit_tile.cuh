@@ -61,14 +61,6 @@ __device__ __forceinline__ void load_slice_as(T* to, const Matrix2* matrices, in
   }
 }
 
-__device__ __forceinline__ bool all_fp32(const Matrix2* matrices, int count) {
-  bool fp32 = true;
-  for (int m = 0; m < count; ++m)
-    fp32 = fp32 && matrices[m].w.type == DType::f32 &&
-           (matrices[m].minus.p == nullptr || matrices[m].minus.type == DType::f32);
-  return fp32;
-}
-
 // Where the rows of a tile lie, as offsets from Rows::p, -1 where there is none. Rows that follow one another are
 // counted; others a lane looks up two at a time (its own number and 32 more), and the lanes exchange them.
 struct TileRows {

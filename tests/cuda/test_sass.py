@@ -268,6 +268,21 @@ def test_lanes_part_and_meet():
     assert warp.registers.file["R"][2].tolist()[:8] == [0, 2**32 - 1, 2**32 - 2, 2**32 - 3, 2**32 - 4, 20, 24, 28]
 
 
+def test_lanes_with_other_addresses_take_turns():
+    """As they do for a bulk copy, which takes an address that is the warp's."""
+    kernel = kernel_of(
+        "S2R R0, SR_TID.X",
+        "LOP3.LUT R1, R0, 0x3, RZ, 0xc0, !PT",
+        "PLOP3.LUT P0, PT, PT, PT, PT, 0x80, 0x0",
+        ".L_x_0:",
+        "@P0 R2UR P1, UR4, R1",
+        "@P0 PLOP3.LUT P0, PT, P1, PT, PT, 0x80, 0x0",
+        "@P0 BRA.U.ANY `(.L_x_0)",
+        "EXIT",
+    )
+    assert len(Warp(kernel, LAUNCH, LATENCY).run().visits(3)) == 4
+
+
 def registers_after(*lines: str | tuple) -> dict[str, np.ndarray]:
     warp = Warp(kernel_of(*lines, "EXIT"), LAUNCH, LATENCY)
     warp.run()

@@ -247,6 +247,7 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
     ("plant", "kwargs"),
     [
         pytest.param("cluster 0 0", TILED | FORWARD, id="the cluster barrier"),
+        pytest.param(f"block 0 0 {WORKERS}", TILED | FORWARD, id="the barrier before what expands is used"),
         pytest.param(f"arrival 0 0 {WORKERS}", TILED | FORWARD, id="the wait for the first tile"),
         pytest.param(f"arrival 1 0 {WORKERS}", TILED | FORWARD, id="the first wait for coordinates"),
         pytest.param(f"arrival 3 0 {WORKERS}", TILED | FORWARD, id="the wait for the second tile"),
@@ -275,6 +276,7 @@ def test_without_faults_all_is_well(kwargs, runner, tmp_path):
             f"warp 0 0 {OWNERS}", ALONE_16 | FORWARD, id="no cluster: a warp's lanes have stored their coordinates"
         ),
         pytest.param("cluster 0 1", TILED, id="one pass: the cluster barrier"),
+        pytest.param(f"block 0 1 {WORKERS}", TILED, id="one pass: the barrier before what expands is used"),
         pytest.param(f"arrival 0 1 {WORKERS}", TILED, id="one pass: the wait for the first tile"),
         pytest.param(f"arrival 2 1 {WORKERS}", TILED, id="one pass: the first wait for coordinates"),
         pytest.param(f"arrival 4 1 {WORKERS}", TILED, id="one pass: the first wait for the CTA's other warps"),

@@ -62,7 +62,10 @@ def apply(registers: Registers, x: Instruction, lanes: Value) -> None:
 def move(r: Registers, x: Instruction, to: list[Operand], of: list[Operand], lanes: Value) -> None:
     value = r.integer(of[-1 if x.base == "R2UR" else 0])
     if x.base == "R2UR" and lanes.any():
-        value = np.full(32, value[np.flatnonzero(lanes)[0]])
+        own, value = value, np.full(32, value[np.flatnonzero(lanes)[0]])
+        if len(to) > 1:  # which lanes have another one, and take their turns later
+            others = where_known((own != value).astype(np.int64), own, value)
+            r.write(to[0], combined("OR", others, r.predicate(to[0])) if ".OR" in x.op else others, lanes)
     r.write(to[-1], value, lanes)
 
 

@@ -32,6 +32,7 @@ class Cost:
     behind: tuple[float, ...]  # of these, from the warp's first wait for arrivals on
     critical: float  # cycles of the slowest warp from barrier to barrier, added up
     counts: Counter[str]  # the first warp's instructions, by opcode with modifiers
+    aside: float = 0.0  # cycles of the first warp's own work between what it first sends and its next wait
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,18 @@ def behind_first_wait(trace: Trace) -> float:
     return trace.end - next(waits, trace.end)
 
 
+def aside(trace: Trace) -> float:
+    """Cycles from the last of what a warp first sends to other CTAs to its next wait for arrivals."""
+    sent = 0.0
+    for step in trace.steps:
+        x = trace.kernel.code[step.index]
+        if x.base == "STAS":
+            sent = step.time
+        elif sent and "TRYWAIT" in x.op:
+            return step.time - sent
+    return 0.0
+
+
 def critical(traces: list[Trace]) -> float:
     """Cycles of the slowest warp between barriers, where all meet the same ones; else of the slowest of those that do."""
     together: dict[int, list[list[float]]] = {}
@@ -142,13 +155,13 @@ def with_tiles(program: Path, call: Call, device: Device, which: int, each: int)
 def cost_of(traces: list[Trace]) -> Cost:
     instructions = tuple(float(len(trace.steps)) for trace in traces)
     ends, behind = tuple(trace.end for trace in traces), tuple(map(behind_first_wait, traces))
-    return Cost(instructions, ends, behind, critical(traces), traces[0].counts())
+    return Cost(instructions, ends, behind, critical(traces), traces[0].counts(), aside(traces[0]))
 
 
 def times(cost: Cost, factor: float) -> Cost:
     counts = Counter({op: factor * count for op, count in cost.counts.items()})
     each = (tuple(factor * n for n in some) for some in (cost.instructions, cost.cycles, cost.behind))
-    return Cost(*each, factor * cost.critical, counts)
+    return Cost(*each, factor * cost.critical, counts, factor * cost.aside)
 
 
 def less(a: Cost, b: Cost) -> Cost:
@@ -156,7 +169,8 @@ def less(a: Cost, b: Cost) -> Cost:
     counts.subtract(b.counts)
     pairs = ((a.instructions, b.instructions), (a.cycles, b.cycles), (a.behind, b.behind))
     each = (tuple(x - y for x, y in zip(*pair, strict=True)) for pair in pairs)
-    return Cost(*each, a.critical - b.critical, Counter({op: n for op, n in counts.items() if n}))
+    kept = Counter({op: n for op, n in counts.items() if n})
+    return Cost(*each, a.critical - b.critical, kept, a.aside - b.aside)
 
 
 def costs(

@@ -83,12 +83,14 @@ const dim3& block_size();
 const dim3& grid_size();
 char* shared_memory();
 void block_barrier();
-void cluster_barrier();
+void start_barrier(int threads, bool waits);
+void cluster_arrive();
+void cluster_wait();
 void warp_barrier();
 int cluster_rank();
 int64_t shared_of_own(const void* p);
 char* shared_of_rank(const void* p, int rank);
-void barrier_of(int threads, int from);
+void barrier_of(int barrier, int threads, int from);
 bool any_of(int threads, bool mine);
 void arrivals_init(const void* a, int threads);
 void arrive(const void* a);
@@ -197,9 +199,9 @@ inline void arrive(Arrivals* a) { simt::arrive(a); }
 inline void arrive_when_copied(Arrivals* a) { simt::arrive_when_copied(a); }
 inline void arrivals_expect(Arrivals* a, int bytes) { simt::arrivals_expect(a, bytes); }
 inline void arrivals_wait(Arrivals* a, int parity) { simt::arrivals_wait(a, parity); }
-template <int Threads, int From = 0>
+template <int Threads, int From = 0, int Barrier = 1>
 void barrier_of() {
-  simt::barrier_of(Threads, From);
+  simt::barrier_of(Barrier, Threads, From);
 }
 template <int Threads>
 bool any_of(bool mine) {
@@ -215,7 +217,16 @@ inline void bulk_store(void* to, const void* from, int bytes) { simt::bulk_store
 inline void bulk_wait() { simt::bulk_wait(); }
 
 inline int cluster_rank() { return simt::cluster_rank(); }
-inline void cluster_arrive_and_wait() { simt::cluster_barrier(); }
+inline void cluster_arrive() { simt::cluster_arrive(); }
+inline void cluster_wait() { simt::cluster_wait(); }
+template <int Threads>
+void start_barrier() {
+  simt::start_barrier(Threads, true);
+}
+template <int Threads>
+void start_barrier_arrive() {
+  simt::start_barrier(Threads, false);
+}
 template <typename T>
 T* of_rank(T* p, int rank) {
   return reinterpret_cast<T*>(simt::shared_of_rank(p, rank));

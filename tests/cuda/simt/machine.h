@@ -46,7 +46,7 @@ struct Block {
   int rank = 0;
   char* shared = nullptr;
   int running = 0;
-  Meeting meeting, some_threads;  // of all, and of those that a barrier_of names
+  Meeting meeting, some_threads[4];  // of all, and of those that meet at a barrier of that number
   bool any[2] = {false, false};
   std::vector<Warp> warps;
 };
@@ -71,8 +71,8 @@ struct Move {
   Block* block;
   std::function<void()> land;
   Counter* counter;
-  int bytes;     // that it counts
-  bool arrives;  // as a thread does
+  int bytes;          // that it counts
+  bool arrives;       // as a thread does
   bool load = false;  // from global memory
 };
 
@@ -95,6 +95,7 @@ struct Thread {
   const Counter* gate = nullptr;  // waits for its phase of this parity to be over
   uint64_t parity = 0;
   bool done = false;
+  int64_t cluster_phase = -1;  // of the barrier that it has arrived at and not waited for; -1: none, or left out
   int block_barriers = 0, cluster_barriers = 0, copy_waits = 0, arrival_waits = 0, warp_barriers = 0;  // met so far
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
