@@ -249,6 +249,7 @@ __device__ __forceinline__ void fetch_to_l2(const void* p) { asm volatile("prefe
 // Below cc 9.0 a cluster is one CTA, in which nothing is sent and nothing copied in bulk.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ constexpr bool has_bulk_copies() { return true; }
+__device__ __forceinline__ constexpr bool has_clusters() { return true; }
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -312,6 +313,7 @@ __device__ __forceinline__ void bulk_wait() {
 }
 #else
 __device__ __forceinline__ constexpr bool has_bulk_copies() { return false; }
+__device__ __forceinline__ constexpr bool has_clusters() { return false; }
 __device__ __forceinline__ int cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}

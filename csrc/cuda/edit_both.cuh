@@ -20,11 +20,12 @@ __global__ void __launch_bounds__(kTeamThreads, 1) both_kernel(const __grid_cons
   constexpr int Depth = both_depth(Rank), Pairs = both_columns(Rank) / kFusedWarps / 16;
   const Pass& p = both.f.pass;
   const FusedShape& s = both.f.shape;
-  if (blockIdx.x >= both.f.clusters * s.cluster)
-    return wait_for_launch_before(), copy_unlisted<T, 8, kTeamThreads>(p, blockIdx.x - both.f.clusters * s.cluster);
-  const Cta<T, Rank> cta(both.f, static_cast<int>(blockIdx.x % s.cluster));
+  const int ctas = has_clusters() ? s.cluster : 1;  // of a cluster
+  if (blockIdx.x >= both.f.clusters * ctas)
+    return wait_for_launch_before(), copy_unlisted<T, 8, kTeamThreads>(p, blockIdx.x - both.f.clusters * ctas);
+  const Cta<T, Rank> cta(both.f, static_cast<int>(blockIdx.x % ctas));
   const int pitch = cta.pitch, coordinate_pitch = cta.coordinate_pitch;
-  const int64_t cluster = blockIdx.x / s.cluster, clusters = both.f.clusters;
+  const int64_t cluster = blockIdx.x / ctas, clusters = both.f.clusters;
   const int64_t slice = static_cast<int64_t>(cta.rank) * s.width, column = cta.column(slice);
   const bool wants_second = both.h.p != nullptr, writes = p.out.p != nullptr;
   // Of Rank coordinates that a row is sent: those of the expand, z and gx.

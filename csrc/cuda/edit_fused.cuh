@@ -39,10 +39,11 @@ __global__ void __launch_bounds__(kTeamThreads, per_sm_of_rank(Rank)) fused_kern
   using Owners = Owner<T, Rank, kOwnerWarps>;
   const Pass& p = f.pass;
   const FusedShape& s = f.shape;
-  if (blockIdx.x >= f.clusters * s.cluster)
-    return wait_for_launch_before(), copy_unlisted<T, 8, kTeamThreads>(p, blockIdx.x - f.clusters * s.cluster);
-  const Cta<T, Rank> cta(f, static_cast<int>(blockIdx.x % s.cluster));
-  const int64_t cluster = blockIdx.x / s.cluster, clusters = f.clusters;
+  const int ctas = has_clusters() ? s.cluster : 1;  // of a cluster
+  if (blockIdx.x >= f.clusters * ctas)
+    return wait_for_launch_before(), copy_unlisted<T, 8, kTeamThreads>(p, blockIdx.x - f.clusters * ctas);
+  const Cta<T, Rank> cta(f, static_cast<int>(blockIdx.x % ctas));
+  const int64_t cluster = blockIdx.x / ctas, clusters = f.clusters;
   const int64_t slice = static_cast<int64_t>(cta.rank) * s.width;
   const bool writes = p.out.p != nullptr;
   if (cta.warp == kMoverWarp) {

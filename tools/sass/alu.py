@@ -255,6 +255,9 @@ def shift(r: Registers, x: Instruction, to: list[Operand], of: list[Operand], la
 def logic(r: Registers, x: Instruction, to: list[Operand], of: list[Operand], lanes: Value) -> None:
     a, b, c, table = (r.integer(arg) for arg in of[:4])
     value = lut_of_known(int(table[0]), a, b, c)
+    flag = of[1].kind == "number" and int(MASK ^ b[0]).bit_count() == 1
+    if flag and int(table[0]) == 0xC0 and (to[-1].kind, to[-1].number) == (of[0].kind, of[0].number):
+        value = np.where(value < 0, 0, value)  # one of several flags in a register; what it held before is nobody's
     r.write(to[-1], value, lanes)
     if len(to) > 1:
         r.write(to[0], np.where(value < 0, UNKNOWN, (value != 0).astype(np.int64)), lanes)

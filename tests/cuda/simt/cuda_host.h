@@ -193,6 +193,7 @@ void store_block(T* block, int64_t pitch, const uint32_t (&r)[4]) {
 
 using Arrivals = uint64_t;
 inline bool has_bulk_copies() { return simt::device.major >= 9; }
+inline bool has_clusters() { return simt::device.major >= 9; }
 inline void arrivals_init(Arrivals* a, int threads) { simt::arrivals_init(a, threads); }
 inline void arrivals_init_fence() {}
 inline void arrive(Arrivals* a) { simt::arrive(a); }
