@@ -190,13 +190,14 @@ class ReftAdamW(torch.optim.Optimizer):
                         state["step"] = torch.tensor(float(state["step"]), device=p.device)
                 if not grad.is_contiguous():
                     grad = grad.contiguous()
-                item = (p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
-                key = (p.device, age, shards.is_dtensor(p), capturable, *settings)
-                made = _Call(group, age, shards.is_dtensor(p))
-                if id(p) in Rs:
-                    rotations.setdefault(key, made).rotations.append(item)
-                else:
-                    others.setdefault((*key, group["weight_decay"]), made).others.append(item)
+                in_shards, is_R = shards.is_dtensor(p), id(p) in Rs
+                key = (p.device, age, in_shards, capturable, *settings, *(() if is_R else (group["weight_decay"],)))
+                table = rotations if is_R else others
+                call = table.get(key)
+                if call is None:
+                    call = table[key] = _Call(group, age, in_shards)
+                items = call.rotations if is_R else call.others
+                items.append((p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
         for key, call in others.items():
             if alone := rotations.pop(key[:-1], None):
                 call.rotations = alone.rotations
