@@ -52,9 +52,8 @@ def memory_of(launch: Launch) -> Callable[[Instruction, Value, int], Value]:
     table (of linear edits), orthonormal rows where a matrix of them is factored, and ones."""
     line = np.array([0, launch.r, 0, 1])  # first vector, rank, activation, form
     one, nothing = from_double(np.ones(32)), from_double(np.zeros(32))
-    pairs = (
-        launch.r**2 + 1
-    ) // 2  # as policy_retract.h has it: the sums S (r, r) are the first of so many pairs at the end
+    # A step's sums S (r, r) are the first of so many pairs at the end of its shared memory, as policy_retract.h has it.
+    pairs = (launch.r**2 + 1) // 2
     behind = 16 * (2 * pairs + (pairs + 8 if launch.cluster > 1 else 0))
     sums = launch.reserved + launch.shared - behind
 
